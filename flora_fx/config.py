@@ -1,0 +1,49 @@
+"""What `flora_fx.fuse` may choose, and the measured defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_type_hints
+
+__all__ = ["FuseConfig"]
+
+Layout = Literal["joined", "beside"]
+Up = Literal["block_diagonal", "per_projection"]
+Accumulate = Literal["addmm", "add"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseConfig:
+    """The forms a fused graph may take. All of them compute the same; they cost differently per runner.
+
+    Attributes:
+        layout: where the down-projections of a pack stand. ``"joined"``: as rows under the base weights, one GEMM for
+            both. ``"beside"``: in a pack of their own, two GEMMs and no slice between base and down rows.
+        up: ``"block_diagonal"``: the up-projections that write into one pack are one block-diagonal GEMM (fewer
+            launches, some zero work). ``"per_projection"``: one GEMM each (no zero work).
+        accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM. ``"add"``: a GEMM and an add, for runners
+            that fuse the two themselves.
+        fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM. Needed by
+            ``accumulate="add"`` to stay free of extra multiplications; B is then refreshed whenever it changes.
+        pack_base: also pack projections that read one value where no adapter sits.
+        allow_cast: join adapters of another dtype than their base by casting copies of them to the base's dtype.
+            This changes rounding; without it such adapters pack among themselves only.
+
+    >>> FuseConfig(layout="beside").layout
+    'beside'
+    """
+
+    layout: Layout = "joined"
+    up: Up = "block_diagonal"
+    accumulate: Accumulate = "addmm"
+    fold_scale: bool = False
+    pack_base: bool = False
+    allow_cast: bool = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            allowed = get_args(hint) or (True, False)
+            if value not in allowed or isinstance(value, int) is not (hint is bool):
+                raise ValueError(f"FuseConfig.{field.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
