@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["AdapterError", "ExportError", "FloraError", "MissingExtraError", "TieError", "require"]
+__all__ = ["AdapterError", "CaptureError", "ExportError", "FloraError", "MissingExtraError", "TieError", "require"]
 
 
 class FloraError(Exception):
@@ -14,6 +14,10 @@ class FloraError(Exception):
 
 class AdapterError(FloraError, ValueError):
     """An adapter or a model does not fit: wrong shapes, NaN, missing keys, not a known format."""
+
+
+class CaptureError(FloraError, RuntimeError):
+    """A model could not be turned into a graph."""
 
 
 class ExportError(FloraError, RuntimeError):

@@ -1,0 +1,44 @@
+"""flora_fx fuses low-rank adapters (LoRA and its relatives) into the base projections of torch.fx graphs.
+
+    fused = flora_fx.fuse(flora_fx.capture(peft_model, input_ids))
+    print(flora_fx.report(fused))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# In a checkout, passes/ and export/ stand beside this folder; installed, they are inside it (see pyproject.toml).
+if not (Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+from .capturing import capture
+from .config import FuseConfig
+from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
+from .fusing import fuse, report
+from .fusion_report import FusionReport
+from .ir import Decline, Pack, Reason, Role, Slice
+from .verifying import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "Decline",
+    "ExportError",
+    "FloraError",
+    "FuseConfig",
+    "FusionReport",
+    "MissingExtraError",
+    "Pack",
+    "Reason",
+    "Role",
+    "Slice",
+    "TieError",
+    "Verification",
+    "capture",
+    "fuse",
+    "report",
+    "verify",
+]

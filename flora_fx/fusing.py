@@ -1,0 +1,93 @@
+"""`fuse`: a private copy of the graph, the passes, a report."""
+
+from __future__ import annotations
+
+from typing import TypeVar, overload
+
+from torch import fx
+from torch.export import ExportedProgram
+
+from .config import FuseConfig
+from .counting import count_ops
+from .drawing import outline
+from .fusion_report import FusionReport
+from .module import Fusion, fusion_of
+from .program import open_program
+
+__all__ = ["fuse", "report"]
+
+
+@overload
+def fuse(graph: fx.GraphModule, *, config: FuseConfig | None = None) -> fx.GraphModule: ...
+@overload
+def fuse(graph: ExportedProgram, *, config: FuseConfig | None = None) -> ExportedProgram: ...
+def fuse(
+    graph: fx.GraphModule | ExportedProgram, *, config: FuseConfig | None = None
+) -> fx.GraphModule | ExportedProgram:
+    """Rewrite every low-rank adapter of a graph into the projections it belongs to.
+
+    The result computes the same. Its packed weights share their storage with the original parameters, which become
+    views of them: there is no second copy of the base, and ``state_dict()`` keeps its names. The graph given is left
+    as it was; a fused graph is returned as it is. The result is for inference: asking it for gradients of packed
+    parameters raises.
+
+    Args:
+        graph: from `torch.fx.symbolic_trace`, `torch.export.export` (with or without ``.module()``), Dynamo or
+            `flora_fx.capture`, in eval mode.
+        config: which forms to write.
+
+    Returns:
+        the fused graph, of the type given.
+
+    Raises:
+        TypeError: not a graph.
+        AdapterError: an adapter weight holds NaN or infinity.
+
+    Forward and backward fusion are those of FLoRA (arXiv 2511.00050), applied to LoRA (arXiv 2106.09685).
+
+    >>> import torch, flora_fx
+    >>> class Lora(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.w, self.a, self.b = (torch.nn.Linear(i, o, bias=False) for i, o in [(6, 5), (6, 2), (2, 5)])
+    ...     def forward(self, x):
+    ...         return self.w(x) + 0.5 * self.b(self.a(x))
+    >>> model = Lora().requires_grad_(False)
+    >>> fused = flora_fx.fuse(torch.fx.symbolic_trace(model))
+    >>> x = torch.randn(3, 6)
+    >>> torch.testing.assert_close(fused(x), model(x))
+    >>> flora_fx.report(fused).ops_after["gemm"]
+    2
+    """
+    if config is not None and not isinstance(config, FuseConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be a flora_fx.FuseConfig")
+    program = open_program(graph)
+    if fusion_of(graph) is not None:
+        return graph
+    from .passes import run  # the passes import this package's vocabulary
+
+    before = outline(program)
+    ops_before = count_ops(program)
+    outcome = run(program, config or FuseConfig())
+    result = FusionReport(
+        packs=outcome.packs,
+        fused=outcome.fused,
+        declines=outcome.declines,
+        ops_before=ops_before,
+        ops_after=count_ops(program),
+        seconds=outcome.seconds,
+        pictures=(before, outline(program)),
+    )
+    return program.finish(Fusion(outcome.packs, outcome.eval_only, result))
+
+
+def report(fused: fx.GraphModule | ExportedProgram) -> FusionReport:
+    """What was fused in a graph, what was declined and why.
+
+    Raises:
+        TypeError: not a fused graph.
+    """
+    fusion = fusion_of(fused) if isinstance(fused, fx.GraphModule | ExportedProgram) else None
+    if fusion is None:
+        raise TypeError(f"{type(fused).__name__} is not a fused graph; give report() what flora_fx.fuse returned")
+    return fusion.report

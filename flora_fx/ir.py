@@ -1,0 +1,171 @@
+"""The vocabulary of the passes: what is looked for, what is decided, what is written.
+
+A *projection* is a linear node. A *low-rank path* reads a value, goes down through one projection and up through
+another, and is added into a target value. A *pack* stores projections that read one value as one weight; a *slice* is
+the part of a pack that one parameter owns. A *decline* is a refusal with its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch.fx import Node
+
+__all__ = ["Decline", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
+
+
+class Role(Enum):
+    """What a slice of a pack is."""
+
+    BASE = "base"
+    DOWN = "down"
+    UP = "up"
+
+
+class Reason(Enum):
+    """Why a candidate was not fused, or not fused all the way."""
+
+    WEIGHT_SHARED = "the weight is shared with another use"
+    WEIGHT_NOT_DENSE = "the weight is quantized, sparse or a tensor subclass"
+    DTYPE_DIFFERS = "the adapter has another dtype than what it is added to"
+    DROPOUT_ACTIVE = "dropout is active"
+    SCALE_NOT_SCALAR = "the scale is not one number per token"
+    OTHER_READER = "an intermediate value has another reader"
+    READS_ANOTHER_VALUE = "the adapter reads another value than the projection it adapts"
+    MUTATED = "a value is changed in place, or its memory layout is read"
+    SHAPE_UNKNOWN = "the shapes are not known to agree"
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A refusal: why, at which node, and a sentence for the reader."""
+
+    reason: Reason
+    node: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.node}: {self.reason.value}: {self.detail}"
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A parameter or buffer as the graph sees it.
+
+    Attributes:
+        source: its fully qualified name in the graph module or exported program, or the index of the graph input that
+            brings it (Dynamo).
+        tensor: the live tensor.
+        node: the node that reads it in the graph; None while it is hidden in a module that the graph calls.
+        transposed: stored as [in, out] (transformers' Conv1D) instead of [out, in].
+    """
+
+    source: str | int
+    tensor: torch.Tensor
+    node: Node | None
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """The weight as [out, in], a view."""
+        return self.tensor.t() if self.transposed else self.tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A linear node: ``node = reads @ weightᵀ + bias``.
+
+    Attributes:
+        node: the node whose value is the projection's output, [..., out].
+        reads: the value read, [..., in]: the earliest node that equals it, up to flattening of leading dimensions.
+        operand: the node actually given to the linear.
+        like: where the user allowed a cast, the weight whose dtype its own is copied in.
+        obstacle: why its weight may not move and its node may not be rewritten.
+    """
+
+    node: Node
+    reads: Node
+    operand: Node
+    weight: Weight
+    bias: Weight | None
+    like: Weight | None = None
+    obstacle: Decline | None = None
+
+    @property
+    def out_features(self) -> int:
+        return int(self.weight.matrix.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.matrix.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes in."""
+        return (self.like or self.weight).tensor.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankPath:
+    """``write = target + scale · up(down(reads))``.
+
+    Attributes:
+        down, up: the two projections.
+        scale: the product of the constant factors on the path.
+        factors: the factors that are tensors, at most one number per token each.
+        target: the value added to.
+        write: the add.
+    """
+
+    down: Projection
+    up: Projection
+    scale: float
+    factors: tuple[Node, ...]
+    target: Node
+    write: Node
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a pack that one parameter owns: ``pack[rows, columns] = factor · parameter``.
+
+    A slice is a view (the parameter's storage is the pack's) unless it is scaled or cast: then it is a copy that is
+    refreshed when the parameter changes.
+    """
+
+    source: str | int
+    role: Role
+    rows: tuple[int, int]
+    columns: tuple[int, int] | None = None
+    transposed: bool = False
+    factor: float = 1.0
+    cast: bool = False
+
+    @property
+    def view(self) -> bool:
+        """Whether the parameter lives in the pack."""
+        return self.factor == 1.0 and not self.cast
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One stored weight [rows, columns] (or bias [rows]) made of slices; what no slice owns is zero.
+
+    Attributes:
+        name: its name under ``_flora`` in the fused graph.
+        reads: the name of the value that all members read.
+        like: the source of the parameter whose dtype and device the pack has.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slices: tuple[Slice, ...]
+    reads: str
+    like: str | int
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the parameters stored here, in order."""
+        return tuple(str(s.source) for s in self.slices)

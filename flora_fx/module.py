@@ -1,0 +1,235 @@
+"""Fused programs: a GraphModule and an ExportedProgram whose packs stay tied to their parameters."""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from .errors import TieError
+from .fusion_report import FusionReport
+from .ir import Pack
+from .pack import stamp, tie
+
+__all__ = ["META", "STORE", "Fusion", "FusedExportedProgram", "FusedGraphModule", "fusion_of"]
+
+META = "flora_fx"
+"""Where a fused graph module keeps its `Fusion`: ``graph_module.meta[META]``."""
+STORE = "_flora"
+"""The submodule that holds the packs; they are non-persistent buffers, so `state_dict()` does not list them."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a fused program knows of its own making.
+
+    Attributes:
+        packs: the packed weights.
+        eval_only: dropout modules that were seen through because they were in eval mode.
+        report: what the user reads.
+    """
+
+    packs: tuple[Pack, ...]
+    eval_only: tuple[str, ...]
+    report: FusionReport
+
+
+class FusedGraphModule(fx.GraphModule):
+    """A `torch.fx.GraphModule` that keeps its packed weights and its parameters the same.
+
+    `.to()`, `deepcopy`, `load_state_dict` (also with ``assign=True``) and pickling tie them anew; whatever else may
+    have moved a parameter is noticed when the module is called.
+    """
+
+    @classmethod
+    def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
+        """A fused module over ``graph`` with ``source``'s parameters, submodules, hooks and metadata (shared)."""
+        store = nn.Module()
+        for pack in fusion.packs:
+            store.register_buffer(pack.name, torch.empty(0), persistent=False)
+        modules = {name: child for name, child in source._modules.items() if name != STORE}
+        root = nn.Module()
+        root.__dict__.update({key: copy.copy(value) for key, value in source.__dict__.items() if key in _STATE})
+        root._modules = {**modules, STORE: store}
+        module = cls(root, graph, class_name="FusedGraphModule")
+        for key, value in source.__dict__.items():
+            if key in _OWN:
+                continue
+            bound = isinstance(value, types.MethodType) and value.__self__ is source
+            module.__dict__[key] = types.MethodType(value.__func__, module) if bound else copy.copy(value)
+        module._modules = root._modules
+        module.meta[META] = fusion
+        module._forward_pre_hooks = type(module._forward_pre_hooks)(
+            (key, hook) for key, hook in source._forward_pre_hooks.items() if hook is not _before_forward
+        )
+        module.register_forward_pre_hook(_before_forward)
+        module._watch()
+        return module
+
+    @property
+    def fusion(self) -> Fusion:
+        """What was fused."""
+        fusion: Fusion = self.meta[META]
+        return fusion
+
+    def retie(self, arguments: tuple[Any, ...] | None = None) -> None:
+        """Store every pack anew from its parameters' present values.
+
+        Args:
+            arguments: the graph's inputs, for a graph whose parameters come in as inputs (Dynamo).
+
+        Raises:
+            TieError: a parameter has changed its shape, or the members of a pack disagree in device or dtype.
+        """
+        store = self._modules[STORE]
+        assert store is not None
+        stamps: dict[str, tuple[Hashable, ...]] = {}
+        for pack in self.fusion.packs:
+            if arguments is None and any(isinstance(s.source, int) for s in pack.slices):
+                continue  # tied at the next call, when the inputs are there
+            resolve = self._resolver(arguments)
+            store._buffers[pack.name] = tie(pack, resolve)
+            stamps[pack.name] = stamp(pack, resolve)
+        self.__dict__["_stamps"] = stamps
+
+    def _resolver(self, arguments: tuple[Any, ...] | None) -> Callable[[str | int], Tensor]:
+        owners: Mapping[str, tuple[dict[str, Any], str]] = self.__dict__["_owners"]
+
+        def resolve(source: str | int) -> Tensor:
+            if isinstance(source, int):
+                assert arguments is not None
+                return arguments[source]
+            holder, name = owners[source]
+            return holder[name]
+
+        return resolve
+
+    def _watch(self) -> None:
+        """Remember in which dictionary each packed parameter lives, so that a check per call is cheap."""
+        owners: dict[str, tuple[dict[str, Any], str]] = {}
+        for pack in self.fusion.packs:
+            for source in (pack.like, *(piece.source for piece in pack.slices)):
+                if isinstance(source, str):
+                    path, _, name = source.rpartition(".")
+                    module = self.get_submodule(path)
+                    owners[source] = next(
+                        (d, name) for d in (module._parameters, module._buffers, module.__dict__) if name in d
+                    )
+        self.__dict__["_owners"] = owners
+        self.__dict__.setdefault("_stamps", {})
+
+    def check(self, arguments: tuple[Any, ...]) -> None:
+        """Tie anew what was moved since the last call; refuse what this graph cannot do.
+
+        Raises:
+            TieError: the module is in training mode where it was fused in eval mode, gradients of packed
+                parameters are asked for, or a pack cannot be tied any more.
+        """
+        for name in self.fusion.eval_only:
+            if self.get_submodule(name).training:
+                raise TieError(
+                    f"{name} is in training mode, but the graph was fused in eval mode and has no dropout. "
+                    "Call .eval(), or fuse the graph again in training mode."
+                )
+        stamps: dict[str, tuple[Hashable, ...]] = self.__dict__["_stamps"]
+        resolve = self._resolver(arguments)
+        gradients = torch.is_grad_enabled()
+        moved = []
+        for pack in self.fusion.packs:
+            if stamps.get(pack.name) != stamp(pack, resolve):
+                moved.append(pack.name)
+            if gradients and any(resolve(s.source).requires_grad for s in pack.slices):
+                raise TieError(
+                    f"{pack.members[0]} and others packed with it require gradients, and this graph is fused for "
+                    "inference: its packed weights have none. Call it under torch.no_grad(), or call "
+                    "requires_grad_(False) on the model first."
+                )
+        if moved:
+            first_call = not set(moved) & set(stamps)
+            self.retie(arguments)
+            if not first_call:
+                warnings.warn(
+                    f"{len(moved)} pack(s) of a fused graph, {moved[0]} among them, had lost the tie to their "
+                    "parameters and were stored anew; outputs are right, the call was slow. Was the same model fused "
+                    "another way, or was param.data replaced?",
+                    stacklevel=2,
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedGraphModule:
+        """`.to()`, `.half()`, `.cuda()`, …: convert the parameters, then tie them; packs are never converted."""
+        store = self._modules.pop(STORE)
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules[STORE] = store
+            self.retie()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module.load_state_dict`; with ``assign=True`` the new tensors become views of the packs."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        finally:
+            self.retie()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraphModule:
+        store = self._modules[STORE]
+        assert store is not None
+        for packed in store._buffers.values():
+            memo[id(packed)] = torch.empty(0)  # the copy makes its own from its own parameters
+        plain = super().__deepcopy__(memo)
+        return _revive(plain, self.fusion)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rebuild, (body, imports) = super().__reduce__()
+        body = {key: value for key, value in body.items() if key not in ("_owners", "_stamps")}
+        body["meta"] = {key: value for key, value in self.meta.items() if key != META}
+        return _unpickle, (rebuild, body, imports, self.fusion)
+
+
+_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")
+_OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", "_stamps", "_owners")
+
+
+def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:
+    # Under a compiler the packs are inputs like any other; `retie` keeps them right after .to() and the like.
+    if not torch.compiler.is_compiling():
+        module.check(arguments)
+
+
+def _revive(plain: fx.GraphModule, fusion: Fusion) -> FusedGraphModule:
+    module = FusedGraphModule.of(plain, plain.graph, fusion)
+    module.retie()
+    return module
+
+
+def _unpickle(
+    rebuild: Callable[..., fx.GraphModule], body: dict[str, Any], imports: str, fusion: Fusion
+) -> FusedGraphModule:
+    return _revive(rebuild(body, imports), fusion)
+
+
+class FusedExportedProgram(ExportedProgram):
+    """A `torch.export.ExportedProgram` whose `module()` is a `FusedGraphModule`.
+
+    The packs are constants of the program, and its `state_dict` is the one of the program it was made from.
+    """
+
+    def module(self, check_guards: bool = True) -> fx.GraphModule:
+        """As `ExportedProgram.module`, with packs that stay tied to the parameters."""
+        plain = super().module(check_guards)
+        return _revive(plain, plain.meta[META])
+
+
+def fusion_of(program: fx.GraphModule | ExportedProgram) -> Fusion | None:
+    """The `Fusion` of a fused program; None for any other."""
+    module = program.graph_module if isinstance(program, ExportedProgram) else program
+    found = getattr(module, "meta", {}).get(META)
+    return found if isinstance(found, Fusion) else None

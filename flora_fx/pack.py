@@ -1,0 +1,152 @@
+"""Packed storage: parameters as views of one weight, and the ties between them.
+
+    before   W_q [d_q, n]   W_k [d_k, n]   A_q [r, n]          three storages
+    after    pack [d_q + d_k + r, n]                           one storage
+             W_q.data = pack[:d_q]   W_k.data = pack[d_q:d_q + d_k]   A_q.data = pack[d_q + d_k:]
+
+No second copy exists: an optimizer step or `load_state_dict` on a parameter is visible in the pack at once. A tie is
+fragile, though (`deepcopy`, `.to()` and `p.data = …` break it), so `stamp` says cheaply whether it still holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import TieError
+from .ir import Pack, Slice
+
+__all__ = ["Resolve", "stamp", "tie"]
+
+Resolve = Callable[[str | int], Tensor]
+
+
+def _region(packed: Tensor, piece: Slice) -> Tensor:
+    """The slice's place in the pack, in the shape of its parameter: a view."""
+    region = packed[slice(*piece.rows)]
+    if piece.columns is not None:
+        region = region[:, slice(*piece.columns)]
+    return region.t() if piece.transposed else region
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.storage_offset() == b.storage_offset()
+        and a.stride() == b.stride()
+        and a.shape == b.shape
+    )
+
+
+def _existing(pack: Pack, tensors: Sequence[Tensor]) -> Tensor | None:
+    """The pack that the parameters are already views of, if they are: a second capture of one model finds it."""
+    for piece, tensor in zip(pack.slices, tensors, strict=True):
+        if piece.view:
+            break
+    else:
+        return None
+    row_stride = pack.shape[1] if len(pack.shape) == 2 else 1
+    column = piece.columns[0] if piece.columns else 0
+    offset = tensor.storage_offset() - piece.rows[0] * row_stride - column
+    strides = (row_stride, 1) if len(pack.shape) == 2 else (1,)
+    size = pack.shape[0] * row_stride
+    if offset < 0 or (offset + size) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return None
+    packed = tensor.detach().as_strided(pack.shape, strides, offset)
+    views = [
+        (piece, tensor)
+        for piece, tensor in zip(pack.slices, tensors, strict=True)
+        if piece.view
+    ]
+    if not all(_same_place(_region(packed, piece), tensor.detach()) for piece, tensor in views):
+        return None
+    return packed if _gaps_are_zero(pack, packed) else None
+
+
+def _covers(pack: Pack) -> bool:
+    """Whether the slices fill the pack: then nothing of it has to be zero."""
+    filled = 0
+    for piece in pack.slices:
+        first, last = piece.columns or (0, 1 if len(pack.shape) == 1 else pack.shape[1])
+        filled += (piece.rows[1] - piece.rows[0]) * (last - first)
+    return filled == torch.Size(pack.shape).numel()
+
+
+def _gaps_are_zero(pack: Pack, packed: Tensor) -> bool:
+    if _covers(pack):
+        return True
+    rest = packed.clone()
+    for piece in pack.slices:
+        _region(rest, piece).zero_()
+    return not bool(rest.any())
+
+
+def _check(pack: Pack, tensors: Sequence[Tensor], lead: Tensor) -> None:
+    for piece, tensor in zip(pack.slices, tensors, strict=True):
+        height, width = piece.rows[1] - piece.rows[0], piece.columns or (0, pack.shape[-1])
+        expected: tuple[int, ...] = (height,) if len(pack.shape) == 1 else (height, width[1] - width[0])
+        if piece.transposed:
+            expected = expected[::-1]
+        if tuple(tensor.shape) != expected:
+            raise TieError(
+                f"{piece.source} has shape {list(tensor.shape)} now; the graph was fused for {list(expected)}. "
+                "Capture and fuse the model again."
+            )
+        if tensor.device != lead.device:
+            raise TieError(
+                f"{piece.source} is on {tensor.device} and its pack {pack.name} on {lead.device}. "
+                "Move the whole fused module to one device."
+            )
+        if piece.view and tensor.dtype != lead.dtype:
+            raise TieError(
+                f"{piece.source} is {tensor.dtype} and its pack {pack.name} {lead.dtype}. "
+                "Convert the whole fused module to one dtype."
+            )
+
+
+@torch.no_grad()
+def tie(pack: Pack, resolve: Resolve) -> Tensor:
+    """Store a pack's parameters in one tensor and make each of them a view of its slice.
+
+    Parameters that are in place already are left there; scaled and cast slices are copied in afresh.
+
+    Args:
+        pack: what goes where.
+        resolve: gives the live tensor of a slice's source.
+
+    Returns:
+        the packed weight, `pack.shape`, dtype and device of the base members.
+
+    Raises:
+        TieError: a parameter has changed its shape, or the members disagree in device or dtype.
+    """
+    tensors = [resolve(piece.source) for piece in pack.slices]
+    lead = resolve(pack.like)
+    _check(pack, tensors, lead)
+    packed = _existing(pack, tensors)
+    if packed is None:
+        make = torch.empty if _covers(pack) else torch.zeros
+        packed = make(pack.shape, dtype=lead.dtype, device=lead.device)
+        for piece, tensor in zip(pack.slices, tensors, strict=True):
+            _region(packed, piece).copy_(tensor)
+    # Only now, when nothing can fail any more, are the parameters re-pointed.
+    for piece, tensor in zip(pack.slices, tensors, strict=True):
+        region = _region(packed, piece)
+        if piece.view:
+            tensor.data = region
+        else:
+            region.copy_(tensor * piece.factor)
+    return packed
+
+
+def stamp(pack: Pack, resolve: Resolve) -> tuple[Hashable, ...]:
+    """What stays the same as long as the tie holds: addresses of views, addresses and versions of copies."""
+    marks: list[Hashable] = []
+    for piece in pack.slices:
+        tensor = resolve(piece.source)
+        marks.append(tensor.data_ptr())
+        if not piece.view:
+            marks.append(0 if tensor.is_inference() else tensor._version)
+    return tuple(marks)

@@ -1,0 +1,97 @@
+"""The passes, in the order they run. Those that look come first; only the last three touch the graph.
+
+    effects        what must not be touched: values changed in place or read by address
+    values         which nodes hold equal values; needs effects, since a changed value equals nothing
+    projections    the linear nodes; by value, so that equal reads are one read
+    paths          the low-rank paths between them
+    decide         which paths may be written, which weights may move
+    group          what reads one value goes together
+    write          packs, accumulations
+    clean          what nothing reads any more; before strides, which would keep it alive
+    strides        readers of slices
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flora_fx.config import FuseConfig
+from flora_fx.ir import Decline, Pack
+from flora_fx.program import Program
+
+from .clean import clean
+from .decide import decide
+from .group import group
+from .mutation import find_effects
+from .paths import find_paths
+from .projections import find_projections
+from .strides import soften
+from .values import Values
+from .write import Writer
+
+__all__ = ["Outcome", "run"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the passes did.
+
+    Attributes:
+        packs: the packs that were made.
+        fused: the adapters (their up-projections' weights) that were written.
+        declines: what was refused.
+        eval_only: dropout modules that were seen through because they were in eval mode.
+        seconds: time per pass.
+    """
+
+    packs: tuple[Pack, ...]
+    fused: tuple[str, ...]
+    declines: tuple[Decline, ...]
+    eval_only: tuple[str, ...]
+    seconds: dict[str, float]
+
+
+def run(program: Program, config: FuseConfig) -> Outcome:
+    """Rewrite a program's graph.
+
+    Raises:
+        AdapterError: an adapter weight holds NaN or infinity.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = time.perf_counter() - start
+
+    with timed("effects"):
+        effects = find_effects(program.graph, program.root)
+    with timed("values"):
+        values = Values(program, effects)
+    with timed("projections"):
+        projections = find_projections(program, values, effects)
+    with timed("paths"):
+        paths, refused = find_paths(program, values, effects, projections)
+    with timed("decide"):
+        decisions = decide(program, values, projections, paths, config)
+    with timed("group"):
+        grouping = group(program, values, projections, decisions, config)
+    writer = Writer(program, values, config)
+    with timed("write"):
+        writer.write(grouping)
+    with timed("clean"):
+        clean(program.graph, [*writer.replaced, *writer.slices])
+    with timed("strides"):
+        alive = set(program.graph.nodes)
+        soften(program, [node for node in writer.slices if node in alive])
+    return Outcome(
+        tuple(writer.packs),
+        tuple(str(path.up.weight.source) for path in decisions.paths),
+        tuple(dict.fromkeys((*refused, *decisions.declines, *grouping.declines))),
+        tuple(sorted(values.eval_only)),
+        seconds,
+    )

@@ -1,0 +1,31 @@
+"""Remove what a rewrite left without readers, and nothing else: a user's dead code may draw random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, Node
+
+__all__ = ["clean"]
+
+ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
+
+
+def clean(graph: Graph, nodes: Iterable[Node]) -> None:
+    """Erase the given nodes if nothing reads them, then their operands likewise."""
+    pending = list(nodes)
+    erased: set[Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in erased or node.op in ("placeholder", "output") or any(u.target not in ASSERTS for u in node.users):
+            continue
+        if node.op == "call_function" and node.is_impure():
+            continue
+        for assertion in list(node.users):
+            graph.erase_node(assertion)
+            erased.add(assertion)
+        operands = node.all_input_nodes
+        graph.erase_node(node)
+        erased.add(node)
+        pending.extend(operands)

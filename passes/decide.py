@@ -1,0 +1,182 @@
+"""Decide which paths may be written, and which weights may be stored anew.
+
+    accepted    a path whose weights, target and result have one dtype
+    down only   adapters of another dtype than their base: their A's pack among themselves, the rest stays
+    cast        the same with allow_cast: as accepted, with copies of A and B in the base's dtype
+    private     a weight that one projection alone reads: only such a weight may move into a pack
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from flora_fx.config import FuseConfig
+from flora_fx.errors import AdapterError
+from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Weight
+from flora_fx.program import Program
+
+from .paths import ADDS
+from .values import CASTS, Values, operation
+
+__all__ = ["Decisions", "decide"]
+
+
+@dataclass(frozen=True, eq=False)
+class Decisions:
+    """What may be done.
+
+    Attributes:
+        paths: the paths to write.
+        downs: the down-projections to pack, those of `paths` among them.
+        declines: what is refused.
+        shared: the nodes of projections whose weight or bias something else uses too.
+    """
+
+    paths: tuple[LowRankPath, ...]
+    downs: tuple[Projection, ...]
+    declines: tuple[Decline, ...]
+    shared: frozenset[Node]
+
+
+def decide(
+    program: Program,
+    values: Values,
+    projections: tuple[Projection, ...],
+    paths: tuple[LowRankPath, ...],
+    config: FuseConfig,
+) -> Decisions:
+    """Accept or decline each path.
+
+    Raises:
+        AdapterError: an adapter weight holds NaN or infinity.
+    """
+    by_node = {p.node: p for p in projections}
+    accepted: list[LowRankPath] = []
+    downs: dict[Node, Projection] = {}
+    declines: list[Decline] = []
+    for path in paths:
+        _require_finite(path)
+        base = _adapted(values, by_node, path.target)
+        wanted = values.dtype(path.target) or (base and base.dtype)
+        if path.up.dtype == path.down.dtype == wanted:
+            accepted.append(path)
+            downs.setdefault(path.down.node, path.down)
+            continue
+        cast = _without_cast(values, by_node, path, wanted) if config.allow_cast else None
+        if cast is not None:
+            accepted.append(cast)
+            downs.setdefault(cast.down.node, cast.down)
+            continue
+        downs.setdefault(path.down.node, path.down)
+        found = f"{path.up.weight.source} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
+        remedy = "convert one of them, or pass FuseConfig(allow_cast=True)"
+        declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{found}; {remedy}"))
+    shared = _shared(program, values, projections)
+    return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def _adapted(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
+    """The projection that a target is the output of, through reshapes and earlier adapters."""
+    node = values.rows(node)
+    while node not in by_node and operation(node) in ADDS and isinstance(node.args[0], Node):
+        node = values.rows(node.args[0])
+    return by_node.get(node)
+
+
+def _without_cast(
+    values: Values, by_node: dict[Node, Projection], path: LowRankPath, wanted: torch.dtype | None
+) -> LowRankPath | None:
+    """The path reading the value before it was cast to the adapter's dtype, if that is what its base reads."""
+    read, base = path.down.reads, _adapted(values, by_node, path.target)
+    if base is None or base.dtype != wanted or operation(read) not in CASTS:
+        return None
+    if path.factors or path.up.bias or path.down.bias or values.rows(read.all_input_nodes[0]) is not base.reads:
+        return None
+    down = replace(path.down, reads=base.reads, operand=base.operand, like=base.weight)
+    return replace(path, down=down, up=replace(path.up, like=base.weight))
+
+
+def _require_finite(path: LowRankPath) -> None:
+    for weight in (path.down.weight, path.up.weight):
+        tensor = weight.tensor
+        if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+            continue
+        if not bool(torch.isfinite(tensor.detach()).all()):
+            raise AdapterError(
+                f"the adapter weight {weight.source} holds NaN or infinity. "
+                "Load a sound checkpoint of this adapter; the model is as it was."
+            )
+
+
+def _shared(program: Program, values: Values, projections: Iterable[Projection]) -> frozenset[Node]:
+    """Projections with a weight or bias that another node reads, or that overlaps another parameter in memory."""
+    readers: dict[int, set[Node]] = defaultdict(set)
+    tensors: dict[int, Tensor] = {}
+    for node in program.graph.nodes:
+        for tensor in _read_by(program, values, node):
+            readers[id(tensor)].add(node)
+            tensors[id(tensor)] = tensor
+    overlapping = _overlapping(tensors.values())
+
+    def private(weight: Weight) -> bool:
+        return len(readers[id(weight.tensor)]) == 1 and id(weight.tensor) not in overlapping
+
+    return frozenset(
+        p.node for p in projections if not (private(p.weight) and (p.bias is None or private(p.bias)))
+    )
+
+
+def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:
+    """The parameters that a node computes with: not those it only shows in another form."""
+    if node.op == "call_module":
+        module = program.attribute(str(node.target))
+        yield from (*module.parameters(), *module.buffers())
+    elif node.op in ("call_function", "call_method", "output"):
+        for operand in node.all_input_nodes:
+            weight = values.weight(operand) or program.weight(values.source(operand))
+            if weight is not None and not (values.is_weight_view(node) and values.weight(node) is not None):
+                yield weight.tensor
+
+
+def _overlapping(tensors: Iterable[Tensor]) -> set[int]:
+    """The ids of tensors that share memory with another one of them."""
+    by_storage: dict[int, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            by_storage[tensor.untyped_storage()._cdata].append(tensor)
+    found: set[int] = set()
+    for group in by_storage.values():
+        ordered = sorted(group, key=Tensor.storage_offset)
+        for index, first in enumerate(ordered):
+            for second in ordered[index + 1 :]:
+                if second.storage_offset() >= first.storage_offset() + _extent(first):
+                    break
+                if not _interleaved(first, second):
+                    found |= {id(first), id(second)}
+    return found
+
+
+def _extent(tensor: Tensor) -> int:
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _interleaved(first: Tensor, second: Tensor) -> bool:
+    """Two column ranges of one matrix (blocks of a pack): they alternate in memory and share nothing."""
+    spans = []
+    for tensor in (first, second):
+        strides = sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True)
+        if tensor.dim() != 2 or strides[1][0] != 1:
+            return False
+        spans.append((strides[0][0], tensor.storage_offset() % strides[0][0], strides[1][1]))
+    (stride, a, width), (other, b, _) = sorted(spans, key=lambda s: s[1])
+    return stride == other and a + width <= b

@@ -1,0 +1,175 @@
+"""Lay a group out: which rows of its pack belong to whom, and which up-projections go together.
+
+    bases q, k, v; adapters on q and v with scale 2, none on k; block-diagonal
+
+        rows      [ q | v | k | A_q | A_v ]         segments (q, v) and (k)
+        block     B of segment 0 = [ B_q   0  ]     accumulated onto rows q and v by the columns A_q, A_v
+                                   [  0   B_v ]
+
+A segment is a run of bases that the same scales are written onto; with ``up="per_projection"`` it is one base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from flora_fx.config import FuseConfig
+from flora_fx.ir import LowRankPath, Pack, Projection, Role, Slice
+
+from .group import Group, Write
+
+__all__ = ["Block", "Layout", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One accumulating GEMM: several paths onto one segment.
+
+    Attributes:
+        segment: the index of the segment.
+        scale: the paths' common scale.
+        columns: the range of down-projections (indices into the layout's) that it multiplies with.
+        writes: the paths.
+    """
+
+    segment: int
+    scale: float
+    columns: tuple[int, int]
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The order of a group's members, and the blocks that accumulate."""
+
+    segments: tuple[tuple[Projection, ...], ...]
+    downs: tuple[Projection, ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def bases(self) -> tuple[Projection, ...]:
+        return tuple(base for segment in self.segments for base in segment)
+
+
+def lay_out(group: Group, config: FuseConfig) -> Layout:
+    """Order bases by the scales written onto them, downs by the block that reads them."""
+    by_base: dict[Projection, list[Write]] = {base: [] for base in group.bases}
+    for write in group.writes:
+        by_base[write.base].append(write)
+    segments: dict[object, list[Projection]] = {}
+    for base, writes in by_base.items():
+        scales = tuple(dict.fromkeys(_scale(w, config) for w in writes))
+        together = bool(scales) and config.up == "block_diagonal"
+        segments.setdefault(scales if together else base, []).append(base)
+    # Written segments first, so that what is accumulated onto is one range.
+    ordered = sorted(segments.values(), key=lambda bases: not by_base[bases[0]])
+    wanted: list[tuple[int, float, list[Write]]] = []
+    for index, bases in enumerate(ordered):
+        for scale in dict.fromkeys(_scale(w, config) for w in by_base[bases[0]]):
+            same = [w for b in bases for w in by_base[b] if _scale(w, config) == scale]
+            wanted.extend((index, scale, cells) for cells in _one_per_cell(same))
+    used = (w.path.down for _, _, writes in wanted for w in writes)
+    downs = tuple(_unique(used, group.downs))
+    position = {down.node: index for index, down in enumerate(downs)}
+    blocks = []
+    for index, scale, writes in wanted:
+        for run in _runs({position[w.path.down.node] for w in writes}):
+            inside = tuple(w for w in writes if run[0] <= position[w.path.down.node] < run[1])
+            blocks.append(Block(index, scale, run, inside))
+    return Layout(tuple(tuple(s) for s in ordered), downs, tuple(blocks))
+
+
+def rows_pack(name: str, bases: Sequence[Projection], downs: Sequence[Projection]) -> Pack:
+    """``[W; A]``: the members' weights as rows of one matrix."""
+    members = (*bases, *downs)
+    rows = _offsets(member.out_features for member in members)
+    slices = tuple(
+        Slice(
+            member.weight.source,
+            Role.BASE if index < len(bases) else Role.DOWN,
+            (rows[index], rows[index + 1]),
+            transposed=member.weight.transposed,
+            cast=member.like is not None,
+        )
+        for index, member in enumerate(members)
+    )
+    like = members[0].like or members[0].weight
+    return Pack(name, (rows[-1], members[0].in_features), slices, members[0].reads.name, like.source)
+
+
+def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack | None:
+    """The members' biases beside their `rows_pack`, zero where a member has none; None if none has."""
+    slices = tuple(
+        Slice(member.bias.source, piece.role, piece.rows, cast=piece.cast)
+        for piece, member in zip(weights.slices, members, strict=True)
+        if member.bias is not None
+    )
+    return Pack(name, weights.shape[:1], slices, weights.reads, weights.like) if slices else None
+
+
+def up_pack(name: str, layout: Layout, block: Block, config: FuseConfig) -> Pack:
+    """The up-projections of a block as one matrix [rows of the segment, columns of its downs]."""
+    bases, downs = layout.segments[block.segment], layout.downs[slice(*block.columns)]
+    rows, columns = _offsets(b.out_features for b in bases), _offsets(d.out_features for d in downs)
+    row_of = {base.node: row for base, row in zip(bases, rows, strict=False)}
+    column_of = {down.node: column for down, column in zip(downs, columns, strict=False)}
+    slices = tuple(
+        up_slice(w.path, row_of[w.base.node], column_of[w.path.down.node], config) for w in block.writes
+    )
+    like = block.writes[0].path.up.like or block.writes[0].path.up.weight
+    return Pack(name, (rows[-1], columns[-1]), slices, ", ".join(d.node.name for d in downs), like.source)
+
+
+def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Slice:
+    """The place of a path's up-projection, from a row and a column on."""
+    return Slice(
+        path.up.weight.source,
+        Role.UP,
+        (row, row + path.up.out_features),
+        (column, column + path.up.in_features),
+        path.up.weight.transposed,
+        path.scale if config.fold_scale else 1.0,
+        path.up.like is not None,
+    )
+
+
+def _scale(write: Write, config: FuseConfig) -> float:
+    """The scale that a GEMM has to apply: none where it is folded into the weights."""
+    return 1.0 if config.fold_scale else write.path.scale
+
+
+def _one_per_cell(writes: list[Write]) -> list[list[Write]]:
+    """Two up-projections between the same base and down-projection cannot stand in one matrix."""
+    layers: list[list[Write]] = []
+    for write in writes:
+        cell = (write.base.node, write.path.down.node)
+        free = (x for x in layers if cell not in {(w.base.node, w.path.down.node) for w in x})
+        layer = next(free, None)
+        if layer is None:
+            layers.append(layer := [])
+        layer.append(write)
+    return layers
+
+
+def _unique(first: Iterable[Projection], rest: Iterable[Projection]) -> Iterable[Projection]:
+    return {down.node: down for down in (*first, *rest)}.values()
+
+
+def _runs(positions: set[int]) -> list[tuple[int, int]]:
+    """Contiguous ranges that cover a set of positions."""
+    runs: list[tuple[int, int]] = []
+    for position in sorted(positions):
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return runs
+
+
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    """Running sums, the total last."""
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + size)
+    return offsets

@@ -1,0 +1,293 @@
+"""Find the low-rank paths: what an adapter adds to a value.
+
+    z = down(x);  y' = target + scale · up(z)
+
+Every order of the scale is taken (before, between or after the two GEMMs, as ``alpha`` of the add, left out), either
+order of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from flora_fx.ir import Decline, LowRankPath, Projection, Reason
+from flora_fx.program import Program
+
+from .mutation import IN_PLACE_ADDS, Effects
+from .values import Values, operation
+
+__all__ = ["find_paths", "live_users"]
+
+aten = torch.ops.aten
+
+ADDS = {operator.add, torch.add, aten.add.Tensor, "add", "__add__"} | IN_PLACE_ADDS
+SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"}
+MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"}
+DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"}
+NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
+DROPOUTS = {aten.dropout.default, F.dropout, torch.dropout}
+NO_READERS = {aten._assert_tensor_metadata.default}
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One up-projection on the way to an add, with the factors met so far."""
+
+    down: Projection
+    up: Projection
+    scale: float
+    factors: tuple[Node, ...]
+    chain: tuple[Node, ...]
+    dropout: Node | None
+
+
+class _Unscalable(Exception):  # noqa: N818 - carries a decline, is not an error
+    def __init__(self, node: Node, factor: Node) -> None:
+        self.decline = Decline(
+            Reason.SCALE_NOT_SCALAR,
+            node.name,
+            f"{factor.name} is not known to be one number, or one per token, of the path's dtype",
+        )
+
+
+def live_users(node: Node) -> list[Node]:
+    """The users that read a value; asserts about its metadata do not count."""
+    return [user for user in node.users if operation(user) not in NO_READERS]
+
+
+def find_paths(
+    program: Program, values: Values, effects: Effects, projections: tuple[Projection, ...]
+) -> tuple[tuple[LowRankPath, ...], tuple[Decline, ...]]:
+    """All low-rank paths, in the order of their adds, and those that must stay as they are."""
+    finder = _Finder(program, values, {p.node: p for p in projections})
+    paths: list[LowRankPath] = []
+    declines: list[Decline] = []
+    absorbed: set[Node] = set()
+    # From the last add to the first, so that a sum of several adapters is met at its root.
+    for node in reversed(program.graph.nodes):
+        if node in absorbed:
+            continue
+        try:
+            found = finder.at_add(node)
+        except _Unscalable as refusal:
+            declines.append(refusal.decline)
+            continue
+        if found is None:
+            continue
+        target, parts = found
+        refusal_ = finder.refuse(node, target, parts, effects)
+        if refusal_ is not None:
+            declines.append(refusal_)
+            continue
+        absorbed.update(n for part in parts for n in part.chain)
+        for part in parts:
+            paths.append(LowRankPath(part.down, part.up, part.scale, part.factors, target, node))
+    return tuple(reversed(paths)), tuple(reversed(declines))
+
+
+class _Finder:
+    def __init__(self, program: Program, values: Values, by_node: dict[Node, Projection]) -> None:
+        self.program = program
+        self.values = values
+        self.by_node = by_node
+
+    def at_add(self, node: Node) -> tuple[Node, list[_Part]] | None:
+        """(target, what is added to it) where one operand of an add is a sum of low-rank paths."""
+        for target, added, sign in _operands(node):
+            parts = self.parts(added, sign, (), ())
+            if parts is None:
+                continue
+            # Two paths added to each other: one of them has to be the target, and either will do.
+            return target, parts
+        return None
+
+    def parts(self, node: Node, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> list[_Part] | None:
+        """The low-rank paths that a value is the (scaled) sum of; None if it is anything else."""
+        chain = (*chain, node)
+        if node in self.by_node:
+            part = self.below(self.by_node[node], scale, factors, chain)
+            return None if part is None else [part]
+        if (inner := self.transparent(node)) is not None:
+            return self.parts(inner, scale, factors, chain)
+        if (product := self.product(node)) is not None:
+            inner, number, factor = product
+            found = self.parts(inner, scale * number, (*factors, factor) if factor else factors, chain)
+            if found is not None and factor is not None and not self.per_token(factor, inner):
+                raise _Unscalable(node, factor)
+            return found
+        if operation(node) in ADDS | SUBTRACTS and not factors:
+            for first, second, sign in _operands(node):
+                one = self.parts(first, scale, factors, chain)
+                two = self.parts(second, scale * sign, factors, chain) if one is not None else None
+                return None if one is None or two is None else one + two
+        return None
+
+    def below(
+        self, up: Projection, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]
+    ) -> _Part | None:
+        """The down-projection that an up-projection reads, through scales."""
+        node = up.operand
+        while True:
+            source = self.values.rows(node)
+            if source in self.by_node:
+                down = self.by_node[source]
+                if down.out_features != up.in_features:
+                    return None
+                return self.reading(down, _Part(down, up, scale, factors, chain, None))
+            product = self.product(source)
+            if product is None:
+                return None
+            node, number, factor = product
+            scale *= number
+            if factor is not None:
+                if up.bias is not None:
+                    return None  # the factor does not reach the bias
+                if not self.per_token(factor, node):
+                    raise _Unscalable(source, factor)
+                factors = (*factors, factor)
+            elif up.bias is not None and number != 1:
+                return None
+
+    def reading(self, down: Projection, part: _Part) -> _Part:
+        """Constant scales in front of the down-projection join the others."""
+        source, scale = down.reads, part.scale
+        while down.bias is None and (product := self.product(source)) is not None and product[2] is None:
+            source, scale = self.values.rows(product[0]), scale * product[1]
+        dropout = down.reads if operation(down.reads) in DROPOUTS or self.is_dropout_module(down.reads) else None
+        if source is not down.reads and any(source is other.reads for other in self.by_node.values()):
+            down = replace(down, reads=source, operand=source)
+            return _Part(down, part.up, scale, part.factors, part.chain, dropout)
+        return _Part(down, part.up, part.scale, part.factors, part.chain, dropout)
+
+    def is_dropout_module(self, node: Node) -> bool:
+        if node.op != "call_module":
+            return False
+        return isinstance(self.program.attribute(str(node.target)), torch.nn.Dropout)
+
+    def transparent(self, node: Node) -> Node | None:
+        """The operand of a no-op or of a reshape that keeps the last dimension."""
+        if not node.all_input_nodes:
+            return None
+        operand = node.all_input_nodes[0]
+        same = self.values.source(node) is self.values.source(operand)
+        return operand if same or self.values.rows(node) is self.values.rows(operand) else None
+
+    def product(self, node: Node) -> tuple[Node, float, Node | None] | None:
+        """(value, number, None) or (value, 1, tensor) for a value times a factor."""
+        kind, args = operation(node), node.args
+        if kind in NEGATES:
+            return node.all_input_nodes[0], -1.0, None
+        if kind in DIVIDES and len(args) == 2 and _is_number(args[1]) and args[1] and not node.kwargs:
+            return node.all_input_nodes[0], 1 / float(args[1]), None  # type: ignore[arg-type]
+        if kind not in MULTIPLIES or len(args) != 2:
+            return None
+        first, second = args
+        if isinstance(first, Node) and _is_number(second):
+            return first, float(second), None  # type: ignore[arg-type]
+        if isinstance(second, Node) and _is_number(first):
+            return second, float(first), None  # type: ignore[arg-type]
+        if not isinstance(first, Node) or not isinstance(second, Node):
+            return None
+        leads = [self.leads_to_projection(operand) for operand in (first, second)]
+        if leads == [True, False]:
+            return first, 1.0, second
+        return (second, 1.0, first) if leads == [False, True] else None
+
+    def leads_to_projection(self, node: Node) -> bool:
+        for _ in range(16):
+            node = self.values.rows(node)
+            if node in self.by_node:
+                return True
+            operands = [n for n in node.all_input_nodes if not self.program.weight(n)]
+            if operation(node) not in MULTIPLIES | DIVIDES | NEGATES or len(operands) != 1:
+                return False
+            node = operands[0]
+        return False
+
+    def per_token(self, factor: Node, value: Node) -> bool:
+        """Whether a tensor multiplies all features of a token alike, in the value's dtype and shape."""
+        shape, of = self.values.shape(factor), self.values.shape(value)
+        dtype, wanted = self.values.dtype(factor), self.values.dtype(value)
+        if shape is None or (wanted is None and dtype is None):
+            return False
+        if len(shape) == 0:
+            return dtype is not None and dtype.is_floating_point
+        if of is None or dtype != wanted or len(shape) > len(of) or shape[-1] != 1:
+            return False
+        return all(a == 1 or a is b or a == b for a, b in zip(reversed(shape), reversed(of), strict=False))
+
+    def reaches_down(self, factor: Node, part: _Part) -> bool:
+        """Whether a factor found behind the up-projection fits the down-projection's output as well."""
+        if len(self.values.shape(factor) or ()) < 2:
+            return True
+        low, high = self.values.shape(part.down.node), self.values.shape(part.chain[0])
+        return low is not None and high is not None and low[:-1] == high[:-1]
+
+    def refuse(self, add: Node, target: Node, parts: list[_Part], effects: Effects) -> Decline | None:
+        """Why the paths that end in an add must stay as they are; None if they need not."""
+        for part in parts:
+            if obstacle := part.down.obstacle or part.up.obstacle:
+                return obstacle
+            if part.dropout is not None:
+                detail = f"{part.down.weight.source} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
+                return Decline(Reason.DROPOUT_ACTIVE, add.name, detail)
+            if not all(self.reaches_down(factor, part) for factor in part.factors):
+                detail = f"a factor has one number per token, in another shape than {part.down.node.name}"
+                return Decline(Reason.SCALE_NOT_SCALAR, add.name, detail)
+            for inner in part.chain:
+                readers = [user.name for user in live_users(inner)]
+                if len(readers) > 1:
+                    detail = f"{inner.name} is also read elsewhere (readers: {', '.join(readers)})"
+                    return Decline(Reason.OTHER_READER, add.name, detail)
+                if inner in effects.touched:
+                    return Decline(Reason.MUTATED, add.name, f"{inner.name} is changed in place")
+        if {add, target} & effects.touched:
+            return Decline(Reason.MUTATED, add.name, f"{target.name} or {add.name} is changed in place")
+        if not self.same_rows(target, parts):
+            detail = f"{target.name} is not known to have the shape of what is added to it"
+            return Decline(Reason.SHAPE_UNKNOWN, add.name, detail)
+        return None
+
+    def same_rows(self, target: Node, parts: list[_Part]) -> bool:
+        """Whether the target has a path's shape, so that no operand is broadcast."""
+        added = parts[0].chain[0]
+        if self.values.shape(target) is not None and self.values.shape(added) is not None:
+            return self.values.same_shape(target, added)
+        features = {part.up.out_features for part in parts}
+        base = self.values.source(target)
+        while operation(base) in ADDS:  # a sum of adapters that an earlier add began
+            base = self.values.source(base.all_input_nodes[0])
+        projection = self.by_node.get(base)
+        return (
+            projection is not None
+            and features == {projection.out_features}
+            and all(part.down.reads is projection.reads for part in parts)
+            and not any(part.factors for part in parts)
+        )
+
+
+def _operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
+    """(target, added, factor of added) in both orders, where both are allowed."""
+    kind = operation(node)
+    if kind not in ADDS | SUBTRACTS or len(node.args) != 2:
+        return
+    target, added = node.args
+    alpha: Any = node.kwargs.get("alpha", 1)
+    if not isinstance(target, Node) or not isinstance(added, Node) or not _is_number(alpha):
+        return
+    sign = -float(alpha) if kind in SUBTRACTS else float(alpha)
+    yield target, added, sign
+    if sign == 1 and kind not in IN_PLACE_ADDS:
+        yield added, target, 1.0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)

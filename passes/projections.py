@@ -1,0 +1,133 @@
+"""Find the linear nodes.
+
+    nn.Linear called as a module     linear(x, W, b)     addmm(b, x, Wᵀ)     x @ Wᵀ     mm(x, Wᵀ)     bmm(x, expand(Wᵀ))
+
+become one thing: ``Projection(reads=x, weight=W [out, in] or its transpose, bias=b)``. What is linear but may not be
+rewritten (quantized, changed in place) carries the obstacle.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+
+from flora_fx.ir import Decline, Projection, Reason, Weight
+from flora_fx.program import Program
+
+from .mutation import Effects
+from .values import Values, operation
+
+__all__ = ["find_projections"]
+
+aten = torch.ops.aten
+
+LINEARS = {F.linear, aten.linear.default}
+ADDMMS = {torch.addmm, aten.addmm.default}
+MATMULS = {
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    torch.mm,
+    torch.bmm,
+    torch.matmul,
+    operator.matmul,
+    "mm",
+    "matmul",
+    "__matmul__",
+}
+
+
+def find_projections(program: Program, values: Values, effects: Effects) -> tuple[Projection, ...]:
+    """All linear nodes whose weights are parameters, in graph order."""
+    found = []
+    for node in program.graph.nodes:
+        parts = _parts(program, values, node)
+        if parts is not None:
+            operand, weight, bias = parts
+            obstacle = _obstacle(node, operand, weight, bias, effects)
+            found.append(Projection(node, values.rows(operand), operand, weight, bias, obstacle=obstacle))
+    return tuple(found)
+
+
+def _obstacle(node: Node, operand: Node, weight: Weight, bias: Weight | None, effects: Effects) -> Decline | None:
+    dense = [weight.tensor] if bias is None else [weight.tensor, bias.tensor]
+    if not all(_is_dense(tensor) for tensor in dense):
+        detail = f"{weight.source} is a {type(weight.tensor).__name__} of {weight.tensor.dtype}; it stays where it is"
+        return Decline(Reason.WEIGHT_NOT_DENSE, node.name, detail)
+    if {node, operand, weight.node, bias.node if bias else None} & effects.touched:
+        detail = f"what {node.name} reads or computes is changed in place, or its memory layout is read"
+        return Decline(Reason.MUTATED, node.name, detail)
+    return None
+
+
+def _parts(program: Program, values: Values, node: Node) -> tuple[Node, Weight, Weight | None] | None:
+    """(operand, weight, bias) of a linear node; None for any other."""
+    if node.op == "call_module":
+        return _module_parts(program, node)
+    kind = operation(node)
+    if kind in LINEARS:
+        x, w, b = _arguments(node, ("input", "weight", "bias"))
+        weight = values.weight(w) if isinstance(w, Node) else None
+        return _with_bias(program, values, x, weight, b)
+    if kind in ADDMMS:
+        b, x, w = _arguments(node, ("input", "mat1", "mat2"))
+        if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1 or len(node.args) > 3:
+            return None
+        weight = _flip(values.weight(w)) if isinstance(w, Node) else None
+        return _with_bias(program, values, x, weight, b)
+    if kind in MATMULS and len(node.args) == 2:
+        x, w = node.args
+        if isinstance(x, Node) and isinstance(w, Node) and values.weight(x) is None and (weight := values.weight(w)):
+            return x, _flip(weight), None
+    return None
+
+
+def _module_parts(program: Program, node: Node) -> tuple[Node, Weight, Weight | None] | None:
+    module = program.attribute(str(node.target))
+    hooked = isinstance(module, nn.Module) and (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or hooked:
+        return None
+    if "forward" in module.__dict__ or len(node.args) != 1 or not isinstance(node.args[0], Node):
+        return None
+    weight = Weight(f"{node.target}.weight", module.weight, None)
+    bias = None if module.bias is None else Weight(f"{node.target}.bias", module.bias, None)
+    return node.args[0], weight, bias
+
+
+def _with_bias(
+    program: Program, values: Values, x: Any, weight: Weight | None, b: Any
+) -> tuple[Node, Weight, Weight | None] | None:
+    if weight is None or not isinstance(x, Node):
+        return None
+    if b is None:
+        return x, weight, None
+    bias = program.weight(values.source(b)) if isinstance(b, Node) else None
+    if bias is None or tuple(bias.tensor.shape) != (weight.matrix.shape[0],):
+        return None
+    return x, weight, bias
+
+
+def _flip(weight: Weight | None) -> Weight | None:
+    """From the operand of ``x @ w`` ([in, out]) to the weight of a projection ([out, in])."""
+    return weight and Weight(weight.source, weight.tensor, weight.node, not weight.transposed)
+
+
+def _arguments(node: Node, names: tuple[str, str, str]) -> tuple[Any, Any, Any]:
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given.get(names[0]), given.get(names[1]), given.get(names[2])
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) or _is_fake(tensor)
+    return plain and tensor.layout is torch.strided and tensor.is_floating_point()
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, torch._subclasses.FakeTensor)

@@ -1,0 +1,64 @@
+"""Let readers of a packed value cope with its strides.
+
+    q = split(p)[0]            a slice of p: not contiguous
+    view(q, …)                 -> reshape(q, …)            a view may be impossible, a reshape never is
+    output(q), custom_op(q)    -> clone(q, contiguous)     whoever receives it may count on the layout it had
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Node
+
+from flora_fx.program import Program
+
+from .mutation import may_alias
+from .values import operation
+
+__all__ = ["soften"]
+
+aten = torch.ops.aten
+
+RESHAPES = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    "view": "reshape",
+    "view_as": "reshape_as",
+}
+STRICT = {aten.view_as_complex.default, torch.view_as_complex, aten.view.dtype}
+
+
+def soften(program: Program, slices: Iterable[Node]) -> None:
+    """Make every reader of a slice, and of a view of it, independent of its strides."""
+    for slice_ in slices:
+        pending, seen, strict = [slice_], {slice_}, False
+        while pending:
+            node = pending.pop()
+            for user in list(node.users):
+                strict = strict or _counts_on_layout(user)
+                if operation(user) in RESHAPES and not (user.op == "call_method" and _views_dtype(user)):
+                    user.target = RESHAPES[operation(user)]
+                if user not in seen and user.op != "output" and may_alias(user, program.root):
+                    seen.add(user)
+                    pending.append(user)
+        if strict:
+            program.origin = slice_
+            users = list(slice_.users)
+            with program.graph.inserting_after(slice_):
+                dense = program.contiguous(slice_)
+            for user in users:
+                user.replace_input_with(slice_, dense)
+
+
+def _views_dtype(node: Node) -> bool:
+    return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
+
+
+def _counts_on_layout(user: Node) -> bool:
+    kind = operation(user)
+    foreign = isinstance(kind, OpOverload) and kind.namespace not in ("aten", "prims")
+    views_dtype = user.op == "call_method" and user.target == "view" and _views_dtype(user)
+    return user.op == "output" or kind in STRICT or foreign or isinstance(kind, HigherOrderOperator) or views_dtype

@@ -1,0 +1,249 @@
+"""Write groups and single paths into the graph: the only pass that changes it.
+
+    before                                            after (joined, block-diagonal)
+    q = linear(x, W_q)                                p = linear(x, [W_q; W_k; A_q; A_k])
+    k = linear(x, W_k)                                y, z = split(p)
+    z_q = linear(x, A_q)   u_q = linear(z_q, B_q)     y' = accumulate(y, z, [B_q 0; 0 B_k], s)
+    z_k = linear(x, A_k)   u_k = linear(z_k, B_k)     q', k' = split(y')
+    q' = q + s·u_q         k' = k + s·u_k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import accumulate as running
+from itertools import groupby
+
+from torch.fx import Node
+
+from flora_fx.config import FuseConfig
+from flora_fx.ir import LowRankPath, Pack, Projection, Weight
+from flora_fx.program import Program
+
+from .group import Group, Grouping, Write
+from .layout import Block, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
+from .names import Names
+from .values import Values
+
+__all__ = ["Writer"]
+
+
+class Writer:
+    """Writes what was decided, and remembers what it made.
+
+    Attributes:
+        packs: the packs that the new nodes read.
+        slices: new nodes that are strided slices of a packed value.
+        replaced: old nodes that nothing should read any more.
+    """
+
+    def __init__(self, program: Program, values: Values, config: FuseConfig) -> None:
+        self.program = program
+        self.values = values
+        self.graph = program.graph
+        self.config = config
+        self.names = Names()
+        self.packs: list[Pack] = []
+        self.slices: list[Node] = []
+        self.replaced: list[Node] = []
+        self._now: dict[Node, Node] = {}
+        self._order = {node: index for index, node in enumerate(self.graph.nodes)}
+
+    def write(self, grouping: Grouping) -> None:
+        """Rewrite the graph: groups first, then, in graph order, the paths that stand alone."""
+        singles = list(grouping.singles)
+        for group in grouping.groups:
+            if not self.group(group):
+                singles.extend(write.path for write in group.writes)
+        singles.sort(key=lambda path: self._order[path.write])
+        for _, paths in groupby(singles, key=lambda path: path.write):
+            self.singles(tuple(paths))
+
+    def group(self, group: Group) -> bool:
+        """Write a group's packs; returns whether its paths were written with them."""
+        layout = lay_out(group, self.config)
+        bases, downs = layout.bases, layout.downs
+        first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
+        self.program.origin = first
+        with self.graph.inserting_before(first):
+            y, z = self.gemms(group.reads, bases, downs)
+            together = y is not None and z is not None
+            plain, written = self.accumulated(layout, y, z if together else None)
+            lows = [] if z is None else self.cut(z, _width(downs), _ranges(down.out_features for down in downs))
+        for base, value in plain.items():
+            self.replace(base.node, self.shaped(base, group.reads, value))
+        for down, value in zip(downs, lows, strict=False):
+            self.replace(down.node, self.shaped(down, group.reads, value))
+        if together:
+            for base, value in written.items():
+                self.finish(group, [write for write in group.writes if write.base is base], value)
+        return together
+
+    def gemms(
+        self, reads: Node, bases: Sequence[Projection], downs: Sequence[Projection]
+    ) -> tuple[Node | None, Node | None]:
+        """The values of all bases and of all downs, each in one piece; None for what stays as it is."""
+        if self.config.layout == "joined":
+            both = self.packed(reads, bases, downs)
+            if not (bases and downs):
+                return (both, None) if bases else (None, both)
+            width, total = _width(bases), _width(bases) + _width(downs)
+            y, z = self.cut(both, total, [(0, width), (width, total)])
+            return y, z
+        alone = len(downs) == 1 and downs[0].like is None
+        return (
+            self.packed(reads, bases, ()) if len(bases) > 1 else None,
+            self.packed(reads, (), downs) if downs and not alone else None,
+        )
+
+    def packed(self, x: Node, bases: Sequence[Projection], downs: Sequence[Projection]) -> Node:
+        """One GEMM over the rows of several projections."""
+        members = (*bases, *downs)
+        name = self.names.of(bases or downs, "" if bases else "_down")
+        pack = rows_pack(name, bases, downs)
+        bias = bias_pack(f"{name}_bias", pack, members)
+        return self.program.linear(x, self.read(pack, members[0]), self.read(bias, members[0]) if bias else None)
+
+    def read(self, pack: Pack, like: Projection) -> Node:
+        self.packs.append(pack)
+        return self.program.packed_weight(pack, (like.like or like.weight).tensor)
+
+    def accumulated(
+        self, layout: Layout, y: Node | None, z: Node | None
+    ) -> tuple[dict[Projection, Node], dict[Projection, Node]]:
+        """The bases' values without and with what is written onto them."""
+        if y is None:
+            return {}, {}
+        before = self.cut(y, _width(layout.bases), _ranges(_width(segment) for segment in layout.segments))
+        after = list(before)
+        if z is not None:
+            edges = list(running((down.out_features for down in layout.downs), initial=0))
+            runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
+            for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
+                scale = 1.0 if self.config.fold_scale else block.scale
+                after[block.segment] = self.add(after[block.segment], low, self.block(layout, block), scale)
+        return self.parts(layout, before), self.parts(layout, after)
+
+    def parts(self, layout: Layout, values: list[Node]) -> dict[Projection, Node]:
+        """The bases' slices of their segments."""
+        found: dict[Projection, Node] = {}
+        for segment, value in zip(layout.segments, values, strict=True):
+            slices = self.cut(value, _width(segment), _ranges(base.out_features for base in segment))
+            found.update(zip(segment, slices, strict=True))
+        return found
+
+    def block(self, layout: Layout, block: Block) -> Node:
+        """The matrix of a block: a parameter as it is where it is the only one, a pack otherwise."""
+        alone = len(block.writes) == 1 and len(layout.segments[block.segment]) == 1
+        if alone and block.columns[1] - block.columns[0] == 1:
+            return self.up(block.writes[0].path)
+        name = self.names.of([write.path.up for write in block.writes], "_up")
+        return self.read(up_pack(name, layout, block, self.config), block.writes[0].path.up)
+
+    def up(self, path: LowRankPath) -> Node:
+        """The up-projection of one path, [out, rank]."""
+        piece = up_slice(path, 0, 0, self.config)
+        if piece.view:
+            node = self.program.weight_node(path.up.weight)
+            return self.program.call(self.program.ops.transpose, node) if path.up.weight.transposed else node
+        like: Weight = path.up.like or path.up.weight
+        shape = (path.up.out_features, path.up.in_features)
+        pack = Pack(self.names.of([path.up], "_up"), shape, (piece,), path.down.node.name, like.source)
+        return self.read(pack, path.up)
+
+    def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+        """``y + scale · z @ upᵀ`` in the configured form."""
+        if self.config.accumulate == "addmm":
+            return self.program.accumulate(y, z, up, scale)
+        delta = self.program.linear(z, up, None)
+        if scale != 1.0:
+            delta = self.program.call(self.program.ops.mul, delta, scale)
+        return self.program.call(self.program.ops.add, y, self.program.shaped_like(delta, y))
+
+    def add_bias(self, y: Node, path: LowRankPath) -> Node:
+        """``y + scale · factors · bias of the up-projection``, where it has one."""
+        if path.up.bias is None:
+            return y
+        term = self.program.weight_node(path.up.bias)
+        for factor in path.factors:
+            term = self.program.call(self.program.ops.mul, term, self.now(factor))
+        if path.scale != 1.0:
+            term = self.program.call(self.program.ops.mul, term, path.scale)
+        return self.program.call(self.program.ops.add, y, term)
+
+    def finish(self, group: Group, writes: list[Write], value: Node) -> None:
+        """Put the value of a base with all its paths where the last of its adds stands."""
+        if not writes:
+            return
+        last = max(writes, key=lambda write: self._order[write.path.write])
+        add = last.path.write
+        self.program.origin = add
+        with self.graph.inserting_before(add):
+            for write in writes:
+                value = self.add_bias(value, write.path)
+        value = self.shaped(last.base, group.reads, value, before=add)
+        with self.graph.inserting_before(add):
+            for node in last.chain:
+                first = node.all_input_nodes[0]
+                value = self.graph.node_copy(node, lambda n, a=first, b=value: b if n is a else n)  # type: ignore[misc]
+                self.program.annotate(value)
+            value = self.cast_back(last.path, value)
+        self.replaced.extend(write.path.write for write in writes)
+        self.replace(add, value)
+
+    def singles(self, paths: tuple[LowRankPath, ...]) -> None:
+        """Write the paths that end in one add, where it stands."""
+        add = paths[0].write
+        self.program.origin = add
+        value = self.now(paths[0].target)
+        with self.graph.inserting_before(add):
+            for path in paths:
+                low = self.now(path.down.node)
+                for factor in path.factors:
+                    low = self.program.call(self.program.ops.mul, low, self.now(factor))
+                scale = 1.0 if self.config.fold_scale else path.scale
+                value = self.add_bias(self.add(value, low, self.up(path), scale), path)
+            value = self.cast_back(paths[-1], value)
+        self.replace(add, value)
+
+    def cast_back(self, path: LowRankPath, value: Node) -> Node:
+        """Where the user allowed a cast, the result still has the dtype it had."""
+        wanted = self.values.dtype(path.write)
+        if path.up.like is None or wanted is None or wanted == path.up.dtype:
+            return value
+        return self.program.cast(value, wanted)
+
+    def shaped(self, member: Projection, reads: Node, value: Node, before: Node | None = None) -> Node:
+        """A slice in the shape of the node it stands for, which may have read its value flattened."""
+        if self.values.source(member.operand) is self.values.source(reads) or member.like is not None:
+            return value
+        self.program.origin = member.node
+        with self.graph.inserting_before(before or member.node):
+            self.slices.append(self.program.shaped_rows(value, member.operand, member.out_features))
+        return self.slices[-1]
+
+    def cut(self, value: Node, width: int, ranges: Sequence[tuple[int, int]]) -> list[Node]:
+        """Slices of a value's last dimension."""
+        nodes = self.program.slices(value, width, ranges)
+        self.slices.extend(node for node in nodes if node is not value)
+        return nodes
+
+    def now(self, node: Node) -> Node:
+        """What stands for an old node by now."""
+        while node in self._now:
+            node = self._now[node]
+        return node
+
+    def replace(self, old: Node, new: Node) -> None:
+        old.replace_all_uses_with(new)
+        self._now[old] = new
+        self.replaced.append(old)
+
+
+def _width(members: Sequence[Projection]) -> int:
+    return sum(member.out_features for member in members)
+
+
+def _ranges(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    edges = list(running(sizes, initial=0))
+    return list(zip(edges, edges[1:], strict=False))
