@@ -9,7 +9,6 @@ from torch.export import ExportedProgram
 
 from .config import FuseConfig
 from .counting import count_ops
-from .drawing import outline
 from .fusion_report import FusionReport
 from .module import Fusion, fusion_of
 from .program import open_program
@@ -66,7 +65,6 @@ def fuse(
         return graph
     from .passes import run  # the passes import this package's vocabulary
 
-    before = outline(program)
     ops_before = count_ops(program)
     outcome = run(program, config or FuseConfig())
     result = FusionReport(
@@ -76,7 +74,7 @@ def fuse(
         ops_before=ops_before,
         ops_after=count_ops(program),
         seconds=outcome.seconds,
-        pictures=(before, outline(program)),
+        sketches=outcome.sketches,
     )
     return program.finish(Fusion(outcome.packs, outcome.eval_only, result))
 

@@ -1,7 +1,117 @@
+"""What was fused, what was declined and why: for readers, for programs, and as a picture."""
+
 from __future__ import annotations
-from dataclasses import dataclass
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
-from .ir import *
+
+from .ir import Decline, Pack, Role
+from .sketch import Sketch, draw
+
+__all__ = ["FusionReport"]
+
+
 @dataclass(frozen=True)
 class FusionReport:
-    packs: Any; fused: Any; declines: Any; ops_before: Any; ops_after: Any; seconds: Any; pictures: Any
+    """The result of one `flora_fx.fuse`.
+
+    Attributes:
+        packs: the packed weights, with their slices.
+        fused: the adapters that were fused, by the names of their up-projections' weights.
+        declines: what was refused, or fused only in part: reason, node, detail.
+        ops_before, ops_after: operations in the graph, by kind: ``gemm``, ``elementwise``, ``other``.
+        seconds: time per pass.
+        sketches: what `draw` draws.
+    """
+
+    packs: tuple[Pack, ...]
+    fused: tuple[str, ...]
+    declines: tuple[Decline, ...]
+    ops_before: Mapping[str, int]
+    ops_after: Mapping[str, int]
+    seconds: Mapping[str, float]
+    sketches: tuple[Sketch, ...]
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        lines = [f"flora_fx: {_count(self.fused, 'adapter')} fused, {len(self.declines)} declined, {total * 1e3:.0f} ms"]
+        lines += ["", "operations    before   after"]
+        lines += [f"  {kind:<12}{self.ops_before[kind]:>6}{self.ops_after[kind]:>8}" for kind in self.ops_before]
+        if self.packs:
+            rows = [(_pattern(pack.name), _members(pack), _shape(pack.shape)) for pack in self.packs]
+            counts = Counter(rows)
+            width, middle = max(len(name) for name, *_ in rows), max(len(members) for _, members, _ in rows)
+            lines += ["", f"{'pack':<{width + 8}}{'slices':<{middle + 2}}shape"]
+            lines += [
+                f"  {name:<{width}} {'×' + str(count):>4} {members:<{middle}}  {shape}"
+                for (name, members, shape), count in counts.items()
+            ]
+        if self.declines:
+            lines += ["", "declined (node: reason: detail)"]
+            alike = Counter((_pattern(d.node), d.reason, _pattern(d.detail)) for d in self.declines)
+            lines += [f"  {node} ×{n}: {reason.value}: {detail}" for (node, reason, detail), n in alike.items()]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `to_json` writes it."""
+        return {
+            "fused": list(self.fused),
+            "packs": [
+                {
+                    "name": pack.name,
+                    "shape": list(pack.shape),
+                    "reads": pack.reads,
+                    "slices": [{**asdict(piece), "role": piece.role.value} for piece in pack.slices],
+                }
+                for pack in self.packs
+            ],
+            "declines": [{"reason": d.reason.name, "node": d.node, "detail": d.detail} for d in self.declines],
+            "ops_before": dict(self.ops_before),
+            "ops_after": dict(self.ops_after),
+            "seconds": dict(self.seconds),
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON: fused, packs (with slices), declines, ops_before, ops_after, seconds."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def draw(self, path: str | Path) -> Path:
+        """Write an SVG of the graph around the packs, before and after; layers that look alike are drawn once.
+
+        Returns:
+            the path written.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        target.write_text(draw(self.sketches, _pattern), encoding="utf-8")
+        return target
+
+
+def _pattern(name: str) -> str:
+    """A name with its layer numbers left out, so that layers that look alike are one line.
+
+    >>> _pattern("layers_12_mlp_gate_up"), _pattern("model.layers.3.mlp")
+    ('layers_*_mlp_gate_up', 'model.layers.*.mlp')
+    """
+    return re.sub(r"(?<=[._])\d+(?=[._]|$)|(?<=_)\d+(?=\b)", "*", name)
+
+
+def _count(items: Iterable[object], noun: str) -> str:
+    number = len(list(items))
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _members(pack: Pack) -> str:
+    roles = Counter(piece.role for piece in pack.slices)
+    return " + ".join(f"{roles[role]} {role.value}" for role in Role if roles[role])
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))

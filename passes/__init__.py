@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from flora_fx.config import FuseConfig
 from flora_fx.ir import Decline, Pack
 from flora_fx.program import Program
+from flora_fx.sketch import Sketch
 
 from .clean import clean
 from .decide import decide
@@ -45,6 +46,7 @@ class Outcome:
         declines: what was refused.
         eval_only: dropout modules that were seen through because they were in eval mode.
         seconds: time per pass.
+        sketches: what stood around each read and what stands there now.
     """
 
     packs: tuple[Pack, ...]
@@ -52,6 +54,7 @@ class Outcome:
     declines: tuple[Decline, ...]
     eval_only: tuple[str, ...]
     seconds: dict[str, float]
+    sketches: tuple[Sketch, ...]
 
 
 def run(program: Program, config: FuseConfig) -> Outcome:
@@ -94,4 +97,5 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         tuple(dict.fromkeys((*refused, *decisions.declines, *grouping.declines))),
         tuple(sorted(values.eval_only)),
         seconds,
+        tuple(writer.sketches),
     )

@@ -11,7 +11,7 @@ from flora_fx.ir import Projection
 __all__ = ["Names"]
 
 # Parts of a qualified name that say nothing about the place in the model.
-_NOISE = {"base_model", "model", "base_layer", "weight", "default", "transformer", "module"}
+_NOISE = {"base_model", "model", "base_layer", "weight", "default", "transformer", "module", "lora_A", "lora_B"}
 
 
 class Names:
@@ -26,7 +26,7 @@ class Names:
         >>> Names.joined(["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"])
         'layers_0_mlp_gate_up'
         """
-        name = self.joined([str(m.weight.source) if m.weight.source != "" else m.node.name for m in members]) + suffix
+        name = self.joined([str(member.weight.source) for member in members]) + suffix
         unique, count = name, 1
         while unique in self._taken:
             count += 1
@@ -40,7 +40,7 @@ class Names:
         parts = [[p for p in source.split(".") if p not in _NOISE] or ["weight"] for source in sources]
         common = os.path.commonprefix(parts) if len(parts) > 1 else parts[0][:-1]
         leaves = ["_".join(p[len(common) :]) for p in parts]
-        short = [re.sub(r"_?(proj|lin|linear)$", "", leaf) for leaf in leaves]
+        short = [re.sub(r"_?(proj|lin|linear)$", "", leaf) for leaf in leaves] if len(leaves) > 1 else leaves
         if len(short) > 4:
             tail = f"{len(short)}_projections"
         else:

@@ -19,6 +19,7 @@ from torch.fx import Node
 from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Weight
 from flora_fx.program import Program
+from flora_fx.sketch import Sketch, SketchWrite
 
 from .group import Group, Grouping, Write
 from .layout import Block, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
@@ -35,6 +36,7 @@ class Writer:
         packs: the packs that the new nodes read.
         slices: new nodes that are strided slices of a packed value.
         replaced: old nodes that nothing should read any more.
+        sketches: what the report draws.
     """
 
     def __init__(self, program: Program, values: Values, config: FuseConfig) -> None:
@@ -46,6 +48,7 @@ class Writer:
         self.packs: list[Pack] = []
         self.slices: list[Node] = []
         self.replaced: list[Node] = []
+        self.sketches: list[Sketch] = []
         self._now: dict[Node, Node] = {}
         self._order = {node: index for index, node in enumerate(self.graph.nodes)}
 
@@ -74,6 +77,8 @@ class Writer:
             self.replace(base.node, self.shaped(base, group.reads, value))
         for down, value in zip(downs, lows, strict=False):
             self.replace(down.node, self.shaped(down, group.reads, value))
+        gemms = (y is not None) + (z is not None) - (self.config.layout == "joined" and together)
+        self.sketches.append(_sketch(group, layout, gemms + len(layout.blocks), self.config.layout == "joined"))
         if together:
             for base, value in written.items():
                 self.finish(group, [write for write in group.writes if write.base is base], value)
@@ -238,6 +243,24 @@ class Writer:
         old.replace_all_uses_with(new)
         self._now[old] = new
         self.replaced.append(old)
+
+
+def _sketch(group: Group, layout: Layout, gemms: int, joined: bool) -> Sketch:
+    bases, downs = layout.bases, layout.downs
+    row = {base.node: index for index, base in enumerate(bases)}
+    low = {down.node: index for index, down in enumerate(downs)}
+    return Sketch(
+        Names.joined([str(member.weight.source) for member in bases or downs]),
+        group.reads.name,
+        tuple((str(base.weight.source), base.out_features) for base in bases),
+        tuple((str(down.weight.source), down.out_features) for down in downs),
+        tuple(
+            SketchWrite(row[w.base.node], low[w.path.down.node], str(w.path.up.weight.source), w.path.scale)
+            for w in group.writes
+        ),
+        gemms,
+        joined,
+    )
 
 
 def _width(members: Sequence[Projection]) -> int:
