@@ -45,5 +45,6 @@ class FuseConfig:
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             allowed = get_args(hint) or (True, False)
-            if value not in allowed or isinstance(value, int) is not (hint is bool):
-                raise ValueError(f"FuseConfig.{field.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+            if value not in allowed or type(value) is not type(allowed[0]):
+                choices = ", ".join(map(repr, allowed))
+                raise ValueError(f"FuseConfig.{field.name} is {value!r}; it must be one of {choices}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from .errors import TieError
 from .fusion_report import FusionReport
 from .ir import Pack
-from .pack import stamp, tie
+from .pack import Stamp, stamp, tie
 
 __all__ = ["META", "STORE", "Fusion", "FusedExportedProgram", "FusedGraphModule", "fusion_of"]
 
@@ -47,6 +47,9 @@ class FusedGraphModule(fx.GraphModule):
     `.to()`, `deepcopy`, `load_state_dict` (also with ``assign=True``) and pickling tie them anew; whatever else may
     have moved a parameter is noticed when the module is called.
     """
+
+    _owners: dict[str, tuple[dict[str, Any], str]]
+    _stamps: dict[str, Stamp]
 
     @classmethod
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
@@ -79,28 +82,27 @@ class FusedGraphModule(fx.GraphModule):
         fusion: Fusion = self.meta[META]
         return fusion
 
-    def retie(self, arguments: tuple[Any, ...] | None = None) -> None:
-        """Store every pack anew from its parameters' present values.
+    def retie(self, arguments: tuple[Any, ...] | None = None, packs: Iterable[Pack] | None = None) -> None:
+        """Store packs anew from their parameters' present values.
 
         Args:
             arguments: the graph's inputs, for a graph whose parameters come in as inputs (Dynamo).
+            packs: which; all by default.
 
         Raises:
             TieError: a parameter has changed its shape, or the members of a pack disagree in device or dtype.
         """
         store = self._modules[STORE]
         assert store is not None
-        stamps: dict[str, tuple[Hashable, ...]] = {}
-        for pack in self.fusion.packs:
-            if arguments is None and any(isinstance(s.source, int) for s in pack.slices):
+        resolve = self._resolver(arguments)
+        for pack in self.fusion.packs if packs is None else packs:
+            if arguments is None and any(isinstance(piece.source, int) for piece in pack.slices):
                 continue  # tied at the next call, when the inputs are there
-            resolve = self._resolver(arguments)
             store._buffers[pack.name] = tie(pack, resolve)
-            stamps[pack.name] = stamp(pack, resolve)
-        self.__dict__["_stamps"] = stamps
+            self._stamps[pack.name] = stamp(pack, resolve)
 
     def _resolver(self, arguments: tuple[Any, ...] | None) -> Callable[[str | int], Tensor]:
-        owners: Mapping[str, tuple[dict[str, Any], str]] = self.__dict__["_owners"]
+        owners = self._owners
 
         def resolve(source: str | int) -> Tensor:
             if isinstance(source, int):
@@ -122,8 +124,8 @@ class FusedGraphModule(fx.GraphModule):
                     owners[source] = next(
                         (d, name) for d in (module._parameters, module._buffers, module.__dict__) if name in d
                     )
-        self.__dict__["_owners"] = owners
-        self.__dict__.setdefault("_stamps", {})
+        self._owners = owners
+        self._stamps = {}
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Tie anew what was moved since the last call; refuse what this graph cannot do.
@@ -138,29 +140,30 @@ class FusedGraphModule(fx.GraphModule):
                     f"{name} is in training mode, but the graph was fused in eval mode and has no dropout. "
                     "Call .eval(), or fuse the graph again in training mode."
                 )
-        stamps: dict[str, tuple[Hashable, ...]] = self.__dict__["_stamps"]
         resolve = self._resolver(arguments)
         gradients = torch.is_grad_enabled()
-        moved = []
+        moved, stale = [], []
         for pack in self.fusion.packs:
-            if stamps.get(pack.name) != stamp(pack, resolve):
-                moved.append(pack.name)
-            if gradients and any(resolve(s.source).requires_grad for s in pack.slices):
+            known, present = self._stamps.get(pack.name), stamp(pack, resolve)
+            if known is None or known.places != present.places:
+                moved.append(pack)
+            elif known.versions != present.versions:
+                stale.append(pack)
+            if gradients and any(resolve(piece.source).requires_grad for piece in pack.slices):
                 raise TieError(
-                    f"{pack.members[0]} and others packed with it require gradients, and this graph is fused for "
+                    f"{pack.members[0]} or others packed with it require gradients, and this graph is fused for "
                     "inference: its packed weights have none. Call it under torch.no_grad(), or call "
                     "requires_grad_(False) on the model first."
                 )
-        if moved:
-            first_call = not set(moved) & set(stamps)
-            self.retie(arguments)
-            if not first_call:
-                warnings.warn(
-                    f"{len(moved)} pack(s) of a fused graph, {moved[0]} among them, had lost the tie to their "
-                    "parameters and were stored anew; outputs are right, the call was slow. Was the same model fused "
-                    "another way, or was param.data replaced?",
-                    stacklevel=2,
-                )
+        lost = [pack.name for pack in moved if pack.name in self._stamps]
+        self.retie(arguments, moved + stale)
+        if lost:
+            warnings.warn(
+                f"{len(lost)} pack(s) of a fused graph, {lost[0]} among them, had lost the tie to their parameters "
+                "and were stored anew; outputs are right, the call was slow. Was the same model fused another way, "
+                "or was param.data replaced?",
+                stacklevel=2,
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedGraphModule:
         """`.to()`, `.half()`, `.cuda()`, …: convert the parameters, then tie them; packs are never converted."""

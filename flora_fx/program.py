@@ -297,7 +297,7 @@ class ExportedProgramView(Program):
             ExportGraphSignature(self._inputs, outputs),
             self.program.state_dict,
             self.program.range_constraints,
-            copy.deepcopy(self.program.module_call_graph),
+            [copy.copy(entry) for entry in self.program.module_call_graph],
             self.program.example_inputs,
             {**self.program.constants, **packed},
             verifiers=self.program.verifiers,
@@ -315,7 +315,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     mapping: dict[Node, Node] = {}
     returned = result.graph_copy(graph, mapping)
     result.output(returned).meta = copy.copy(graph.output_node().meta)
-    result.set_codegen(copy.deepcopy(graph._codegen))
+    result.set_codegen(copy.copy(graph._codegen))
     return result
 
 

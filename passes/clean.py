@@ -13,14 +13,15 @@ ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
 def clean(graph: Graph, nodes: Iterable[Node]) -> None:
-    """Erase the given nodes if nothing reads them, then their operands likewise."""
-    pending = list(nodes)
+    """Erase the given nodes if nothing reads them, then their operands likewise, unless those have effects."""
+    given = set(nodes)
+    pending = list(given)
     erased: set[Node] = set()
     while pending:
         node = pending.pop()
         if node in erased or node.op in ("placeholder", "output") or any(u.target not in ASSERTS for u in node.users):
             continue
-        if node.op == "call_function" and node.is_impure():
+        if node not in given and node.is_impure():
             continue
         for assertion in list(node.users):
             graph.erase_node(assertion)

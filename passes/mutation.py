@@ -72,9 +72,8 @@ def find_effects(graph: Graph, root: nn.Module) -> Effects:
         if node in touched:
             continue
         touched.add(node)
-        if may_alias(node, root):
-            pending.extend(node.all_input_nodes)
-        pending.extend(user for user in node.users if may_alias(user, root) and user.op != "output")
+        pending.extend(_aliased(node, root))
+        pending.extend(user for user in node.users if user.op != "output" and node in _aliased(user, root))
     return Effects(frozenset(touched))
 
 
@@ -130,9 +129,17 @@ _INPLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", 
 
 
 def may_alias(node: Node, root: nn.Module) -> bool:
-    """Whether a node's result may share memory with its operands."""
+    """Whether a node's result may share memory with an operand."""
+    return bool(_aliased(node, root))
+
+
+def _aliased(node: Node, root: nn.Module) -> list[Node]:
+    """The operands that a node's result may share memory with."""
     if node.op in ("placeholder", "get_attr"):
-        return False
+        return []
     if node.op == "call_module":
-        return not isinstance(root.get_submodule(str(node.target)), nn.Linear | nn.LayerNorm | nn.Conv1d | nn.Conv2d)
-    return not (_kind(node) in FRESH or _is_fresh_operator(node))
+        fresh = isinstance(root.get_submodule(str(node.target)), nn.Linear | nn.LayerNorm | nn.Conv1d | nn.Conv2d)
+        return [] if fresh else node.all_input_nodes
+    if _kind(node) in FRESH or _is_fresh_operator(node):
+        return []
+    return _written(node, root) or node.all_input_nodes

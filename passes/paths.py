@@ -262,16 +262,32 @@ class _Finder:
         if self.values.shape(target) is not None and self.values.shape(added) is not None:
             return self.values.same_shape(target, added)
         features = {part.up.out_features for part in parts}
-        base = self.values.source(target)
-        while operation(base) in ADDS:  # a sum of adapters that an earlier add began
-            base = self.values.source(base.all_input_nodes[0])
-        projection = self.by_node.get(base)
-        return (
-            projection is not None
-            and features == {projection.out_features}
-            and all(part.down.reads is projection.reads for part in parts)
-            and not any(part.factors for part in parts)
-        )
+        return self.leading(target) is self.leading(added) and {self.features(target)} == features
+
+    def leading(self, node: Node) -> Node:
+        """Where shapes are not known: the earliest node with the same leading dimensions."""
+        node = self.values.source(node)
+        if node in self.by_node:
+            return self.leading(self.by_node[node].operand)
+        if (restored := self.values.restores(node)) is not None:
+            return restored
+        if (product := self.product(node)) is not None and (product[2] is None or self.values.shape(product[2]) == ()):
+            return self.leading(product[0])
+        if operation(node) in ADDS:
+            found = {self.leading(operand) for operand in node.all_input_nodes}
+            return found.pop() if len(found) == 1 else node
+        return node
+
+    def features(self, node: Node) -> int | None:
+        """Where shapes are not known: the size of the last dimension, as far as projections tell."""
+        node = self.values.rows(node)
+        if node in self.by_node:
+            return self.by_node[node].out_features
+        if operation(node) in ADDS:
+            found = {self.features(operand) for operand in node.all_input_nodes}
+            return found.pop() if len(found) == 1 else None
+        product = self.product(node)
+        return None if product is None else self.features(product[0])
 
 
 def _operands(node: Node) -> Iterator[tuple[Node, Node, float]]:

@@ -255,7 +255,9 @@ class Values:
         before, after = self.shape(node.all_input_nodes[0]), self.shape(node)
         if before is not None and after is not None:
             return bool(before) and bool(after) and _equal(before[-1], after[-1])
-        # Without shapes: x.view(-1, x.size(-1)), as transformers' Conv1D writes it.
+        if self.restores(node) is not None:
+            return self._out_features(node.all_input_nodes[0]) == node.args[1].args[1][0]  # type: ignore[union-attr,index]
+        # Without shapes: x.view(-1, x.size(-1)), as transformers' Conv1D begins.
         sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
         if len(sizes) != 2 or not isinstance(last := sizes[-1], Node):
             return False
@@ -266,6 +268,23 @@ class Values:
             whole = last.all_input_nodes[0]
             return operation(whole) in SIZES and self.source(whole.all_input_nodes[0]) is operand
         return False
+
+    def _out_features(self, node: Node) -> int | None:
+        weight = self.weight(node.args[2]) if operation(node) is torch.addmm else None  # type: ignore[arg-type]
+        return int(weight.matrix.shape[1]) if weight else None
+
+    def restores(self, node: Node) -> Node | None:
+        """x, for ``view(…, x.size()[:-1] + (features,))``, as transformers' Conv1D ends; None for anything else."""
+        sizes = node.args[1] if operation(node) in RESHAPES and len(node.args) == 2 else None
+        if not isinstance(sizes, Node) or operation(sizes) is not operator.add:
+            return None
+        leading, features = sizes.args
+        if not isinstance(leading, Node) or not isinstance(features, tuple) or len(features) != 1:
+            return None
+        if operation(leading) is not operator.getitem or leading.args[1] != slice(None, -1, None):
+            return None
+        whole = leading.all_input_nodes[0]
+        return self.source(whole.all_input_nodes[0]) if operation(whole) in SIZES and len(whole.args) == 1 else None
 
     def _swaps_last_two(self, node: Node) -> bool:
         kind, dims = operation(node), node.args[1:]

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate as running
 from itertools import groupby
 
+import torch
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
@@ -172,9 +173,7 @@ class Writer:
         term = self.program.weight_node(path.up.bias)
         for factor in path.factors:
             term = self.program.call(self.program.ops.mul, term, self.now(factor))
-        if path.scale != 1.0:
-            term = self.program.call(self.program.ops.mul, term, path.scale)
-        return self.program.call(self.program.ops.add, y, term)
+        return self.program.call(torch.ops.aten.add.Tensor, y, term, alpha=path.scale)
 
     def finish(self, group: Group, writes: list[Write], value: Node) -> None:
         """Put the value of a base with all its paths where the last of its adds stands."""
