@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = ["accumulate", "accumulate_reference"]
 
@@ -24,6 +25,8 @@ def accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
     >>> accumulate(y, z, up, 0.5)[0, 0].tolist()
     [3.0, 3.0, 3.0]
     """
+    if has_torch_function((y, z, up)):  # a symbolic trace keeps this as one node
+        return handle_torch_function(accumulate, (y, z, up), y, z, up, scale)
     if y.dim() == 2 and z.dim() == 2:
         return torch.addmm(y, z, up.t(), alpha=scale)
     rows = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), up.t(), alpha=scale)

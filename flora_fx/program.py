@@ -316,6 +316,9 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     returned = result.graph_copy(graph, mapping)
     result.output(returned).meta = copy.copy(graph.output_node().meta)
     result.set_codegen(copy.copy(graph._codegen))
+    for node in result.find_nodes(op="placeholder"):
+        if isinstance(node.type, str):
+            node.type = None  # an annotation kept as text: GraphModule cannot be pickled with it (torch 2.13)
     return result
 
 
