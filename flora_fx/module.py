@@ -58,15 +58,19 @@ class FusedGraphModule(fx.GraphModule):
         for pack in fusion.packs:
             store.register_buffer(pack.name, torch.empty(0), persistent=False)
         modules = {name: child for name, child in source._modules.items() if name != STORE}
+        state = {
+            # Containers are copied, what they hold is shared.
+            key: copy.copy(value) if isinstance(value, dict | set) else value
+            for key, value in source.__dict__.items()
+            if key not in _OWN
+        }
         root = nn.Module()
-        root.__dict__.update({key: copy.copy(value) for key, value in source.__dict__.items() if key in _STATE})
+        root.__dict__.update(state)
         root._modules = {**modules, STORE: store}
         module = cls(root, graph, class_name="FusedGraphModule")
-        for key, value in source.__dict__.items():
-            if key in _OWN:
-                continue
+        for key, value in state.items():
             bound = isinstance(value, types.MethodType) and value.__self__ is source
-            module.__dict__[key] = types.MethodType(value.__func__, module) if bound else copy.copy(value)
+            module.__dict__[key] = types.MethodType(value.__func__, module) if bound else value
         module._modules = root._modules
         module.meta[META] = fusion
         module._forward_pre_hooks = type(module._forward_pre_hooks)(
@@ -197,7 +201,6 @@ class FusedGraphModule(fx.GraphModule):
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_STATE = ("_parameters", "_buffers", "_non_persistent_buffers_set", "training")
 _OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", "_stamps", "_owners")
 
 
