@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,9 +45,15 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"capture needs a torch.nn.Module, not {type(model).__name__}")
     _register_caches(model)
-    shapes = None if dynamic_shapes is None else _by_parameter(model, args, kwargs, dynamic_shapes)
+    names = _argument_names(model, args, kwargs)
+    if unknown := set(dynamic_shapes or {}) - set(names):
+        raise CaptureError(
+            f"dynamic_shapes names {', '.join(sorted(unknown))}, which the example inputs do not have; "
+            f"they have {', '.join(names)}"
+        )
+    shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in names}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _explicit_signature(model, names, len(args)):
             warnings.simplefilter("ignore")  # tracing warns of the model's own deprecated calls
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             return program.module(check_guards=False)
@@ -66,25 +73,32 @@ def _register_caches(model: nn.Module) -> None:
         register_cache_pytrees_for_model(model)
 
 
-def _by_parameter(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One entry per argument that is passed; those that go into ``**kwargs`` under its name, as torch.export wants."""
-    signature = inspect.signature(model.forward)
-    bound = signature.bind(*args, **kwargs)
-    unknown = set(shapes) - set(bound.arguments) - set(kwargs)
-    if unknown:
-        raise CaptureError(
-            f"dynamic_shapes names {', '.join(sorted(unknown))}, which the example inputs do not have; "
-            f"they have {', '.join([*bound.arguments])}"
-        )
-    result: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            result[name] = {key: shapes.get(key) for key in value}
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            result[name] = shapes.get(name, tuple(None for _ in value))
-        else:
-            result[name] = shapes.get(name)
-    return result
+def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of the arguments that are passed, one each: also of those that end up in ``*args``."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [p.name for p in inspect.signature(model.forward).parameters.values() if p.kind in positional]
+    return [known[i] if i < len(known) else f"args_{i}" for i in range(len(args))] + list(kwargs)
+
+
+@contextmanager
+def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int) -> Iterator[None]:
+    """For the time of a trace, a forward that names what is passed.
+
+    PeftModel's is ``forward(*args, **kwargs)``, for which torch.export 2.13 contradicts itself on dynamic shapes.
+    """
+    original, own = model.forward, model.__dict__.get("forward")
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(names, args, strict=False))
+        given = [named.pop(name) for name in names[:positional] if name in named]
+        return original(*given, **named, **kwargs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own

@@ -56,7 +56,7 @@ ELEMENTWISE: set[Any] = {
 
 
 def kind_of(program: Program, node: Node) -> str | None:
-    """``"gemm"``, ``"elementwise"`` (add, mul and their like on tensors), ``"other"``; None for no operation."""
+    """``"gemm"``, ``"elementwise"`` (add, mul and their like on floating-point tensors), ``"other"``; None for no operation."""
     if node.op in ("placeholder", "output", "get_attr"):
         return None
     if node.op == "call_module":
@@ -64,7 +64,8 @@ def kind_of(program: Program, node: Node) -> str | None:
     if node.target in GEMMS:
         return "gemm"
     value = program.value(node)
-    computes = value is None or isinstance(value, torch.Tensor)  # arithmetic on sizes launches nothing
+    # Arithmetic on sizes launches nothing, and on positions and masks it is not the model's.
+    computes = value is None or (isinstance(value, torch.Tensor) and value.is_floating_point())
     return "elementwise" if node.target in ELEMENTWISE and computes else "other"
 
 

@@ -120,9 +120,11 @@ class _Finder:
         if (product := self.product(node)) is not None:
             inner, number, factor = product
             found = self.parts(inner, scale * number, (*factors, factor) if factor else factors, chain)
-            if found is not None and factor is not None and not self.per_token(factor, inner):
+            if found is None or factor is None or self.per_token(factor, inner):
+                return found
+            if all(_is_low_rank(part.down, part.up) for part in found):
                 raise _Unscalable(node, factor)
-            return found
+            return None
         if operation(node) in ADDS | SUBTRACTS and not factors:
             for first, second, sign in _operands(node):
                 one = self.parts(first, scale, factors, chain)
@@ -151,7 +153,10 @@ class _Finder:
                 if up.bias is not None:
                     return None  # the factor does not reach the bias
                 if not self.per_token(factor, node):
-                    raise _Unscalable(source, factor)
+                    below = self.by_node.get(self.values.rows(node))
+                    if below is not None and _is_low_rank(below, up):
+                        raise _Unscalable(source, factor)
+                    return None
                 factors = (*factors, factor)
             elif up.bias is not None and number != 1:
                 return None
@@ -288,6 +293,11 @@ class _Finder:
             return found.pop() if len(found) == 1 else None
         product = self.product(node)
         return None if product is None else self.features(product[0])
+
+
+def _is_low_rank(down: Projection, up: Projection) -> bool:
+    """Whether two projections look like an adapter: a gated MLP, say, goes through more features, not fewer."""
+    return down.out_features < min(down.in_features, up.out_features)
 
 
 def _operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
