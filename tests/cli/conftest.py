@@ -52,9 +52,7 @@ def adapter_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def encoder_dir(tmp_path: Path) -> Path:
-    config = BertConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4
-    )
+    config = BertConfig(vocab_size=96, hidden_size=32, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4)
     torch.manual_seed(0)
     BertModel(config).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"

@@ -41,9 +41,7 @@ def test_adapter_is_there_frozen_and_unmerged(model_dir: Path, adapter_dir: Path
     loaded = load_model(model_dir, adapter_dir)
     assert isinstance(loaded, PeftModel)
     assert not loaded.training
-    assert not any(
-        parameter.requires_grad for name, parameter in loaded.named_parameters() if "lora_" in name
-    )
+    assert not any(parameter.requires_grad for name, parameter in loaded.named_parameters() if "lora_" in name)
     oracle = PeftModel.from_pretrained(llama(), adapter_dir).eval()
     with torch.no_grad():
         logits = loaded(TOKENS).logits
@@ -88,9 +86,7 @@ def test_task_overrides_the_config(model_dir: Path) -> None:
 def test_sharded_model(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
-    assert sum(1 for _ in load_model(tmp_path / "shards").parameters()) == sum(
-        1 for _ in llama().parameters()
-    )
+    assert sum(1 for _ in load_model(tmp_path / "shards").parameters()) == sum(1 for _ in llama().parameters())
 
 
 def test_hub_id_loads_what_the_hub_delivers(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +159,7 @@ def test_truncated_model(model_dir: Path) -> None:
 
 
 def test_lfs_pointer(model_dir: Path) -> None:
-    (model_dir / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:00\n"
-    )
+    (model_dir / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
     with pytest.raises(AdapterError, match="Git LFS pointer"):
         load_model(model_dir)
 
@@ -199,9 +193,7 @@ def test_weights_missing_from_the_file(model_dir: Path) -> None:
     weights = load_file(file)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(
-        AdapterError, match=r"1 weights .* \(model\.layers\.1\.mlp\.up_proj\.weight\).*random"
-    ):
+    with pytest.raises(AdapterError, match=r"1 weights .* \(model\.layers\.1\.mlp\.up_proj\.weight\).*random"):
         load_model(model_dir)
 
 
@@ -275,9 +267,7 @@ def test_not_a_lora(model_dir: Path, tmp_path: Path) -> None:
 
 def test_adapter_of_a_wider_model(model_dir: Path, tmp_path: Path) -> None:
     adapter = save_lora(llama(hidden_size=48), tmp_path / "wide")
-    with pytest.raises(
-        AdapterError, match=r"lora_B\.weight is 48 × 4 and .* at rank 4 needs 32 × 4"
-    ) as caught:
+    with pytest.raises(AdapterError, match=r"lora_B\.weight is 48 × 4 and .* at rank 4 needs 32 × 4") as caught:
         load_model(model_dir, adapter)
     assert len(str(caught.value)) < 500  # one line, not peft's wall
 

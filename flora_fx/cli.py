@@ -1,0 +1,296 @@
+"""flora-fx: inspect, export, generate, demo.
+
+Results go to stdout, alone and as JSON with ``--json``; progress and errors go to stderr. What a user can
+repair is one red line and exit code 1; an extra that is not installed is exit code 2.
+"""
+
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from flora_fx import __version__
+from flora_fx.errors import FloraError, MissingExtraError, require
+
+# No `from __future__ import annotations` here: typer reads the annotations below, and typer itself is
+# imported only when the command line is built.
+if TYPE_CHECKING:
+    import typer
+
+__all__ = ["build_app", "main"]
+
+
+class DType(StrEnum):
+    """Names of the dtypes that an export can be written in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+def main() -> None:
+    """The entry point of ``flora-fx``."""
+    try:
+        app = build_app()
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    app()
+
+
+def build_app() -> "typer.Typer":
+    """The command line as a typer application.
+
+    Raises:
+        MissingExtraError: typer or rich is not installed.
+
+    >>> sorted(command.name for command in build_app().registered_commands)
+    ['demo', 'export', 'generate', 'inspect']
+    """
+    require("typer", "cli")
+    require("rich", "cli")
+    import typer
+
+    app = typer.Typer(
+        name="flora-fx",
+        help="Fuse LoRA adapters into the projections of their base model.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    model_option = typer.Option("--model", help="Directory or Hub id of the base model.")
+    adapter_option = typer.Option("--adapter", help="Directory or Hub id of the LoRA adapter.")
+    json_option = typer.Option("--json", help="Print JSON alone on stdout.")
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"flora-fx {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def _root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command("inspect", help="Show what would fuse, what would not, and why.")
+    def _inspect(
+        model: Annotated[str, model_option],
+        adapter: Annotated[str, adapter_option],
+        as_json: Annotated[bool, json_option] = False,
+    ) -> None:
+        with _user_errors():
+            report = inspect(model, adapter)
+            typer.echo(report.to_json() if as_json else str(report))
+
+    @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.")
+    def _export(
+        model: Annotated[str, model_option],
+        output: Annotated[Path, typer.Option("--output", help="The directory to write.")],
+        adapter: Annotated[str | None, adapter_option] = None,
+        dtype: Annotated[DType, typer.Option("--dtype", help="Of the weights.")] = DType.float32,
+        overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+        as_json: Annotated[bool, json_option] = False,
+    ) -> None:
+        with _user_errors():
+            result = export(model, adapter, output, dtype=dtype, overwrite=overwrite)
+            typer.echo(json.dumps(result, indent=2) if as_json else result["summary"])
+
+    @app.command("generate", help="Continue a prompt with an exported directory.")
+    def _generate(
+        directory: Annotated[Path, typer.Option("--directory", help="What `flora-fx export` wrote.")],
+        prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
+        token_ids: Annotated[
+            str | None, typer.Option("--token-ids", help="Token ids to continue, as in 3,14,15.")
+        ] = None,
+        max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+        temperature: Annotated[
+            float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+        ] = 0.0,
+        top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 takes all.")] = 0,
+        top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+        seed: Annotated[int, typer.Option("--seed")] = 0,
+        as_json: Annotated[bool, json_option] = False,
+    ) -> None:
+        with _user_errors():
+            if (prompt is None) is (token_ids is None):
+                raise typer.BadParameter("pass either --prompt or --token-ids")
+            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+            generate(directory, prompt, token_ids, max_new_tokens, sampling, as_json=as_json)
+
+    @app.command("demo", help="Train a small model and an adapter, fuse, verify, export and measure them.")
+    def _demo(
+        output: Annotated[Path, typer.Option("--output", help="The directory to write.")],
+        fast: Annotated[bool, typer.Option("--fast", help="A few training steps: for tests.")] = False,
+        as_json: Annotated[bool, json_option] = False,
+    ) -> None:
+        with _user_errors():
+            demo(output, fast=fast, as_json=as_json)
+
+    return app
+
+
+# --- the commands -----------------------------------------------------------------------------------------
+
+
+def inspect(model: str, adapter: str) -> Any:
+    """Capture and fuse a checkpoint on a few example tokens; which ones does not matter to what fuses."""
+    import flora_fx
+    from flora_fx.checkpoint import load_model
+
+    with _working("loading", "capturing and fusing") as begin:
+        loaded: Any = load_model(model, adapter)
+        loaded.config.use_cache = False  # a KV cache would only add outputs to the graph
+        begin()
+        tokens = torch.arange(16).reshape(2, 8) % loaded.config.vocab_size
+        with torch.no_grad():
+            graph = flora_fx.capture(loaded, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        return flora_fx.report(flora_fx.fuse(graph))
+
+
+def export(model: str, adapter: str | None, output: Path, *, dtype: DType, overwrite: bool) -> dict[str, Any]:
+    """Write the fused ONNX directory and say what its own check found."""
+    from flora_fx.checkpoint import load_model, load_tokenizer
+    from flora_fx.export import export_onnx
+
+    with _working("loading", "exporting and checking") as begin:
+        loaded = load_model(model, adapter)
+        tokenizer = load_tokenizer(model)
+        begin()
+        result = export_onnx(
+            loaded, output, tokenizer=tokenizer, dtype=getattr(torch, dtype.value), overwrite=overwrite
+        )
+    return {
+        "directory": str(output),
+        "max_abs_error": result.max_abs_error,
+        "greedy_tokens_equal": result.greedy_tokens_equal,
+        "summary": str(result),
+    }
+
+
+def generate(
+    directory: Path,
+    prompt: str | None,
+    token_ids: str | None,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Continue the prompt; text appears token by token, JSON at the end."""
+    from flora_fx.checkpoint import load_tokenizer
+    from flora_fx.export import load
+
+    runner = load(directory)
+    tokenizer: Any = load_tokenizer(directory)
+    if prompt is not None and tokenizer is None:
+        raise FloraError(f"{directory} has no tokenizer; pass --token-ids instead of --prompt")
+    ids = _parse_ids(token_ids) if token_ids is not None else tokenizer(prompt)["input_ids"]
+    stream = runner.stream(torch.tensor([ids]), max_new_tokens=max_new_tokens, **sampling)
+    new: list[int] = []
+
+    def tokens() -> Iterator[int]:
+        for token in stream:
+            new.append(int(token))
+            yield new[-1]
+
+    pieces = (f"{token} " for token in tokens()) if tokenizer is None else _pieces(tokenizer, tokens())
+    text = ""
+    for piece in pieces:
+        text += piece
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        text_or_none = None if tokenizer is None else text
+        print(json.dumps({"prompt_ids": list(ids), "token_ids": new, "text": text_or_none}, indent=2))
+    else:
+        print()
+
+
+def demo(output: Path, *, fast: bool, as_json: bool) -> None:
+    """Run the demo and show what it found."""
+    from rich.console import Console
+
+    from flora_fx.demo import run
+    from flora_fx.demo.table import show
+
+    _quiet()
+    result = run(output, fast=fast, console=Console(stderr=True))
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result, output, Console())
+
+
+# --- text in pieces ---------------------------------------------------------------------------------------
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise FloraError(f"--token-ids is {text!r}; pass whole numbers, as in 3,14,15") from None
+
+
+def _pieces(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of the tokens so far, piece by piece; a character split over tokens waits for its end."""
+    ids: list[int] = []
+    said = 0
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[said:]
+            said = len(text)
+    if said < len(text):
+        yield text[said:]
+
+
+# --- progress and errors, on stderr -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _working(*stages: str) -> Iterator[Any]:
+    """A spinner with the first stage's name; what it yields is called when the next one begins."""
+    from rich.console import Console
+
+    _quiet()
+    names = iter(stages)
+    with Console(stderr=True).status(next(names)) as status:
+        yield lambda: status.update(next(names))
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    """One red line for what a user can repair; everything else is a bug and keeps its traceback."""
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+    try:
+        yield
+    except (FloraError, OSError) as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(message)}[/]", highlight=False)
+        raise typer.Exit(2 if isinstance(error, MissingExtraError) else 1) from None
+
+
+def _quiet() -> None:
+    """transformers' own bars and warnings would stand between ours; errors still come through."""
+    logging = require("transformers", "hf").logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

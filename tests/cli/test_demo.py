@@ -1,0 +1,116 @@
+"""The demo runs end to end; its parts measure and draw what they say."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flora_fx import cli
+from flora_fx.demo.measure import Timing, compare, median_interval
+from flora_fx.demo.picture import draw_latency
+from flora_fx.demo.step import CachedStep
+from flora_fx.demo.text import prose, zen
+from flora_fx.demo.train import Recipe, build_tokenizer, train_base
+
+from .conftest import llama
+
+
+def test_fast_demo(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.build_app(), ["demo", "--output", str(tmp_path), "--fast", "--json"])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told == json.loads((tmp_path / "demo.json").read_text())
+    for name in (
+        "graph.svg",
+        "latency.svg",
+        "latency.png",
+        "base/config.json",
+        "adapter/adapter_config.json",
+    ):
+        assert (tmp_path / name).stat().st_size > 0
+    assert all(error["max_rel"] < 1e-5 for error in told["verification"].values())
+    assert all(text["onnx"] == text["adapter"] for text in told["texts"])
+    assert set(told["latency"]) == {"PyTorch", "ONNX Runtime"}
+    for phases in told["latency"].values():
+        assert {"base", "fused", "merged"} <= set(phases["TTFT"])
+        assert set(phases["TTFT"]) == set(phases["TPOT"])
+
+
+def test_texts_differ_and_are_plain() -> None:
+    assert len(prose()) > 100_000
+    assert len(zen().splitlines()) == 19
+    assert zen().endswith("let's do more of those!\n")
+    assert "Beautiful is better" not in prose()
+
+
+def test_training_lowers_the_loss_and_repeats(tmp_path: Path) -> None:
+    text = zen()
+    tokenizer = build_tokenizer([text], tmp_path, vocabulary=300)
+    recipe = Recipe(steps=12, batch=2, length=16, learning_rate=3e-3)
+    ticks: list[tuple[int, int]] = []
+    losses = [
+        train_base(text, tokenizer, tmp_path / name, recipe, lambda *tick: ticks.append(tick), seed=3)
+        for name in ("one", "two")
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    assert ticks[:12] == [(step, 12) for step in range(1, 13)]
+
+
+def test_cached_step_equals_the_whole_sequence() -> None:
+    model = llama().eval()
+    step = CachedStep(model)
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    with torch.no_grad():
+        _, *past = step(tokens[:, :5])
+        logits, *present = step(tokens[:, 5:], *past)
+        whole = model(tokens).logits[:, -1:]
+    torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
+    assert [tuple(state.shape) for state in present] == [(1, 2, 6, 8)] * 4
+
+
+def test_compare_pairs_within_a_round() -> None:
+    calls: list[str] = []
+
+    def wait(name: str, seconds: float) -> None:
+        calls.append(name)
+        time.sleep(seconds)
+
+    timings = compare(
+        {"base": lambda: wait("base", 0.002), "slow": lambda: wait("slow", 0.006)},
+        reference="base",
+        rounds=8,
+        warm_up=1,
+    )
+    assert timings["base"] == Timing(timings["base"].milliseconds, 1.0, 1.0, 1.0)
+    assert 1.5 < timings["slow"].low <= timings["slow"].ratio <= timings["slow"].high
+    rounds = [calls[2:][i : i + 2] for i in range(0, 16, 2)]
+    assert all(sorted(order) == ["base", "slow"] for order in rounds)
+    assert len({tuple(order) for order in rounds}) == 2  # shuffled
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 30])
+def test_interval_holds_the_median(count: int) -> None:
+    low, high = median_interval(range(count))
+    assert 0 <= low <= (count - 1) / 2 <= high <= count - 1
+
+
+def test_picture_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
+    row = {
+        "base": Timing(3, 1, 1, 1),
+        "fused": Timing(3.3, 1.1, 1.05, 1.12),
+        "merged": Timing(2.9, 0.98, 0.97, 1),
+    }
+    timings = {
+        "PyTorch": {"TTFT": row | {"unmerged": Timing(4, 1.3, 1.25, 1.4)}},
+        "ONNX Runtime": {"TTFT": row},
+    }
+    drawn = [draw_latency(timings, tmp_path / name, title="t", note="n") for name in ("one", "two")]
+    svg, png = drawn[0]
+    assert svg.read_bytes() == drawn[1][0].read_bytes()
+    assert png.read_bytes().startswith(b"\x89PNG")
