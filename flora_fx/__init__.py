@@ -1,7 +1,7 @@
 """flora_fx fuses low-rank adapters (LoRA and its relatives) into the base projections of torch.fx graphs.
 
-    fused = flora_fx.fuse(flora_fx.capture(peft_model, input_ids))
-    print(flora_fx.report(fused))
+fused = flora_fx.fuse(flora_fx.capture(peft_model, input_ids))
+print(flora_fx.report(fused))
 """
 
 from __future__ import annotations

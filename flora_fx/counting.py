@@ -56,7 +56,10 @@ ELEMENTWISE: set[Any] = {
 
 
 def kind_of(program: Program, node: Node) -> str | None:
-    """``"gemm"``, ``"elementwise"`` (add, mul and their like on floating-point tensors), ``"other"``; None for no operation."""
+    """``"gemm"``, ``"elementwise"`` or ``"other"``; None for a node that computes nothing.
+
+    Elementwise are add, mul and their like on floating-point tensors.
+    """
     if node.op in ("placeholder", "output", "get_attr"):
         return None
     if node.op == "call_module":

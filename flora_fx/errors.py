@@ -5,7 +5,15 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["AdapterError", "CaptureError", "ExportError", "FloraError", "MissingExtraError", "TieError", "require"]
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "ExportError",
+    "FloraError",
+    "MissingExtraError",
+    "TieError",
+    "require",
+]
 
 
 class FloraError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar, overload
+from typing import overload
 
 from torch import fx
 from torch.export import ExportedProgram

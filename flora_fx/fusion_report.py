@@ -39,7 +39,9 @@ class FusionReport:
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
-        lines = [f"flora_fx: {_count(self.fused, 'adapter')} fused, {len(self.declines)} declined, {total * 1e3:.0f} ms"]
+        lines = [
+            f"flora_fx: {_count(self.fused, 'adapter')} fused, {len(self.declines)} declined, {total * 1e3:.0f} ms"
+        ]
         lines += ["", "operations    before   after"]
         lines += [f"  {kind:<12}{self.ops_before[kind]:>6}{self.ops_after[kind]:>8}" for kind in self.ops_before]
         if self.packs:

@@ -18,7 +18,7 @@ from .fusion_report import FusionReport
 from .ir import Pack
 from .pack import Stamp, stamp, tie
 
-__all__ = ["META", "STORE", "Fusion", "FusedExportedProgram", "FusedGraphModule", "fusion_of"]
+__all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
 
 META = "flora_fx"
 """Where a fused graph module keeps its `Fusion`: ``graph_module.meta[META]``."""
@@ -69,8 +69,9 @@ class FusedGraphModule(fx.GraphModule):
         root._modules = {**modules, STORE: store}
         module = cls(root, graph, class_name="FusedGraphModule")
         for key, value in state.items():
-            bound = isinstance(value, types.MethodType) and value.__self__ is source
-            module.__dict__[key] = types.MethodType(value.__func__, module) if bound else value
+            if isinstance(value, types.MethodType) and value.__self__ is source:
+                value = types.MethodType(value.__func__, module)
+            module.__dict__[key] = value
         module._modules = root._modules
         module.meta[META] = fusion
         module._forward_pre_hooks = type(module._forward_pre_hooks)(
@@ -201,7 +202,16 @@ class FusedGraphModule(fx.GraphModule):
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", "_stamps", "_owners")
+_OWN = (
+    "_modules",
+    "_graph",
+    "_code",
+    "_lineno_map",
+    "_prologue_start",
+    "_forward_pre_hooks",
+    "_stamps",
+    "_owners",
+)
 
 
 def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:

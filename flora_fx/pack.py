@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -41,29 +42,19 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
     )
 
 
+# The packs that are alive, by their storage: a second capture of one model finds those of the first. Whether memory
+# is a pack cannot be told from the parameters alone: a gap that happens to be zero may be somebody else's.
+_alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+
 def _existing(pack: Pack, tensors: Sequence[Tensor]) -> Tensor | None:
-    """The pack that the parameters are already views of, if they are: a second capture of one model finds it."""
-    for piece, tensor in zip(pack.slices, tensors, strict=True):
-        if piece.view:
-            break
-    else:
+    """The pack that the parameters are views of already, if they are."""
+    views = [(piece, tensor) for piece, tensor in zip(pack.slices, tensors, strict=True) if piece.view]
+    packed = _alive.get(views[0][1].untyped_storage()._cdata) if views else None
+    if packed is None or packed.shape != pack.shape:
         return None
-    row_stride = pack.shape[1] if len(pack.shape) == 2 else 1
-    column = piece.columns[0] if piece.columns else 0
-    offset = tensor.storage_offset() - piece.rows[0] * row_stride - column
-    strides = (row_stride, 1) if len(pack.shape) == 2 else (1,)
-    size = pack.shape[0] * row_stride
-    if offset < 0 or (offset + size) * tensor.element_size() > tensor.untyped_storage().nbytes():
-        return None
-    packed = tensor.detach().as_strided(pack.shape, strides, offset)
-    views = [
-        (piece, tensor)
-        for piece, tensor in zip(pack.slices, tensors, strict=True)
-        if piece.view
-    ]
-    if not all(_same_place(_region(packed, piece), tensor.detach()) for piece, tensor in views):
-        return None
-    return packed if _gaps_are_zero(pack, packed) else None
+    in_place = all(_same_place(_region(packed, piece), tensor.detach()) for piece, tensor in views)
+    return packed if in_place else None
 
 
 def _covers(pack: Pack) -> bool:
@@ -73,15 +64,6 @@ def _covers(pack: Pack) -> bool:
         first, last = piece.columns or (0, 1 if len(pack.shape) == 1 else pack.shape[1])
         filled += (piece.rows[1] - piece.rows[0]) * (last - first)
     return filled == torch.Size(pack.shape).numel()
-
-
-def _gaps_are_zero(pack: Pack, packed: Tensor) -> bool:
-    if _covers(pack):
-        return True
-    rest = packed.clone()
-    for piece in pack.slices:
-        _region(rest, piece).zero_()
-    return not bool(rest.any())
 
 
 def _check(pack: Pack, tensors: Sequence[Tensor], lead: Tensor) -> None:
@@ -132,6 +114,7 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
         packed = make(pack.shape, dtype=lead.dtype, device=lead.device)
         for piece, tensor in zip(pack.slices, tensors, strict=True):
             _region(packed, piece).copy_(tensor)
+        _alive[packed.untyped_storage()._cdata] = packed
     # Only now, when nothing can fail any more, are the parameters re-pointed.
     for piece, tensor in zip(pack.slices, tensors, strict=True):
         region = _region(packed, piece)

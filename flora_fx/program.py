@@ -1,9 +1,9 @@
 """One view of the kinds of graph that torch has: who the weights are, how nodes are added, how it is finished.
 
-    from                        weights are                                     new operations are
-    symbolic_trace, .module()   get_attr nodes, or inside called modules        torch functions
-    Dynamo                      placeholders; their values in node.meta         torch functions
-    torch.export                placeholders listed in graph_signature          ATen operators
+from                        weights are                                     new operations are
+symbolic_trace, .module()   get_attr nodes, or inside called modules        torch functions
+Dynamo                      placeholders; their values in node.meta         torch functions
+torch.export                placeholders listed in graph_signature          ATen operators
 """
 
 from __future__ import annotations
@@ -74,7 +74,6 @@ class Program(ABC):
     # The dialect. Every method adds one node (or a few) at the graph's insertion point and gives it metadata.
 
     ops: Dialect
-
 
     def linear(self, x: Node, weight: Node, bias: Node | None) -> Node:
         """``x @ weightᵀ + bias``."""
@@ -322,7 +321,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     return result
 
 
-def open_program(graph: fx.GraphModule | ExportedProgram) -> Program:
+def open_program(graph: object) -> Program:
     """A private view of a graph for the passes to work on.
 
     Raises:

@@ -1,7 +1,7 @@
 """The picture of a report: what stood around a read before, and what stands there now.
 
-    before   x ─┬─ W_q ─────────────────── + ── q        after   x ── [W_q ‖ W_k ‖ A_q ‖ A_k] ─┬───────── + ── q, k
-                ├─ A_q ── B_q ── ×s ──────┘                                                    └─ [B_q 0; 0 B_k] ─┘
+before   x ─┬─ W_q ─────────────────── + ── q        after   x ── [W_q ‖ W_k ‖ A_q ‖ A_k] ─┬───────── + ── q, k
+            ├─ A_q ── B_q ── ×s ──────┘                                                    └─ [B_q 0; 0 B_k] ─┘
 """
 
 from __future__ import annotations
@@ -131,7 +131,10 @@ def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, heigh
             low = sketch.downs[write.down][0]
             parts += [_wire(76, middle, 110, y + 13), _wire(110 + BOX, y + 13, 498, y + 13)]
             parts += [_box(110, y, BOX, DOWN, f"A {low}"), _box(254, y, BOX, UP, f"B {write.up}")]
-            parts += [_wire(498, y + 13, 530, output + 11), _circle(450, y + 13, f"×{write.scale:.3g}", wide=True)]
+            parts += [
+                _wire(498, y + 13, 530, output + 11),
+                _circle(450, y + 13, f"×{write.scale:.3g}", wide=True),
+            ]
         y += LINE
     return parts
 

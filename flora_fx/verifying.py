@@ -52,7 +52,9 @@ class _InFloat64(TorchDispatchMode):
 
 
 @torch.no_grad()
-def verify(original: nn.Module | ExportedProgram, fused: nn.Module | ExportedProgram, *args: Any, **kwargs: Any) -> Verification:
+def verify(
+    original: nn.Module | ExportedProgram, fused: nn.Module | ExportedProgram, *args: Any, **kwargs: Any
+) -> Verification:
     """Run both programs in float64 on the same inputs and compare all they return.
 
     Both are copied first (one after the other), so neither changes.

@@ -1,14 +1,14 @@
 """The passes, in the order they run. Those that look come first; only the last three touch the graph.
 
-    effects        what must not be touched: values changed in place or read by address
-    values         which nodes hold equal values; needs effects, since a changed value equals nothing
-    projections    the linear nodes; by value, so that equal reads are one read
-    paths          the low-rank paths between them
-    decide         which paths may be written, which weights may move
-    group          what reads one value goes together
-    write          packs, accumulations
-    clean          what nothing reads any more; before strides, which would keep it alive
-    strides        readers of slices
+effects        what must not be touched: values changed in place or read by address
+values         which nodes hold equal values; needs effects, since a changed value equals nothing
+projections    the linear nodes; by value, so that equal reads are one read
+paths          the low-rank paths between them
+decide         which paths may be written, which weights may move
+group          what reads one value goes together
+write          packs, accumulations
+clean          what nothing reads any more; before strides, which would keep it alive
+strides        readers of slices
 """
 
 from __future__ import annotations

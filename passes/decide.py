@@ -1,9 +1,9 @@
 """Decide which paths may be written, and which weights may be stored anew.
 
-    accepted    a path whose weights, target and result have one dtype
-    down only   adapters of another dtype than their base: their A's pack among themselves, the rest stays
-    cast        the same with allow_cast: as accepted, with copies of A and B in the base's dtype
-    private     a weight that one projection alone reads: only such a weight may move into a pack
+accepted    a path whose weights, target and result have one dtype
+down only   adapters of another dtype than their base: their A's pack among themselves, the rest stays
+cast        the same with allow_cast: as accepted, with copies of A and B in the base's dtype
+private     a weight that one projection alone reads: only such a weight may move into a pack
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def decide(
     for path in paths:
         _require_finite(path)
         base = _adapted(values, by_node, path.target)
-        wanted = values.dtype(path.target) or (base and base.dtype)
+        wanted = values.dtype(path.target) or (base.dtype if base else None)
         if path.up.dtype == path.down.dtype == wanted:
             accepted.append(path)
             downs.setdefault(path.down.node, path.down)
@@ -131,9 +131,7 @@ def _shared(program: Program, values: Values, projections: Iterable[Projection])
     def private(weight: Weight) -> bool:
         return len(readers[id(weight.tensor)]) == 1 and id(weight.tensor) not in overlapping
 
-    return frozenset(
-        p.node for p in projections if not (private(p.weight) and (p.bias is None or private(p.bias)))
-    )
+    return frozenset(p.node for p in projections if not (private(p.weight) and (p.bias is None or private(p.bias))))
 
 
 def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:

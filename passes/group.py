@@ -63,7 +63,11 @@ class Grouping:
 
 
 def group(
-    program: Program, values: Values, projections: tuple[Projection, ...], decisions: Decisions, config: FuseConfig
+    program: Program,
+    values: Values,
+    projections: tuple[Projection, ...],
+    decisions: Decisions,
+    config: FuseConfig,
 ) -> Grouping:
     """Sort projections into groups and paths into groups or singles."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
@@ -147,7 +151,9 @@ def _tip_under(values: Values, target: Node, at: dict[Node, _Tip], started: set[
 
 
 def _shared(projection: Projection) -> Decline:
-    detail = f"{projection.weight.source} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
+    detail = (
+        f"{projection.weight.source} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
+    )
     return Decline(Reason.WEIGHT_SHARED, projection.node.name, detail)
 
 

@@ -114,9 +114,7 @@ def up_pack(name: str, layout: Layout, block: Block, config: FuseConfig) -> Pack
     rows, columns = _offsets(b.out_features for b in bases), _offsets(d.out_features for d in downs)
     row_of = {base.node: row for base, row in zip(bases, rows, strict=False)}
     column_of = {down.node: column for down, column in zip(downs, columns, strict=False)}
-    slices = tuple(
-        up_slice(w.path, row_of[w.base.node], column_of[w.path.down.node], config) for w in block.writes
-    )
+    slices = tuple(up_slice(w.path, row_of[w.base.node], column_of[w.path.down.node], config) for w in block.writes)
     like = block.writes[0].path.up.like or block.writes[0].path.up.weight
     return Pack(name, (rows[-1], columns[-1]), slices, ", ".join(d.node.name for d in downs), like.source)
 

@@ -1,8 +1,8 @@
 """Which values are changed in place, or have their memory layout read: those are left as they are.
 
-    y = linear(x, W); y += z        harmless where y is fresh and read by nothing else: the same as y + z
-    v = x.view(…); v.add_(1)        touches x, v and every other view of x
-    as_strided(y, …)                reads y's layout, which a slice of a pack does not have
+y = linear(x, W); y += z        harmless where y is fresh and read by nothing else: the same as y + z
+v = x.view(…); v.add_(1)        touches x, v and every other view of x
+as_strided(y, …)                reads y's layout, which a slice of a pack does not have
 """
 
 from __future__ import annotations
@@ -47,7 +47,14 @@ FRESH = {
     "clone",
     aten.clone.default,
 }
-LAYOUT_READERS = {aten.as_strided.default, torch.as_strided, "as_strided", "stride", "is_contiguous", "data_ptr"}
+LAYOUT_READERS = {
+    aten.as_strided.default,
+    torch.as_strided,
+    "as_strided",
+    "stride",
+    "is_contiguous",
+    "data_ptr",
+}
 
 
 class Effects:
@@ -125,7 +132,21 @@ def _written(node: Node, root: nn.Module) -> list[Node]:
     return written
 
 
-_INPLACE = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"}
+_INPLACE = {
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+}
 
 
 def may_alias(node: Node, root: nn.Module) -> bool:

@@ -1,8 +1,7 @@
-"""Names for new nodes that say what they are: ``layers_0_self_attn_qkv``. They are for readers; nothing relies on them."""
+"""Names for packs that say what they are (``layers_0_self_attn_qkv``), for readers: nothing relies on them."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 
@@ -11,7 +10,17 @@ from flora_fx.ir import Projection
 __all__ = ["Names"]
 
 # Parts of a qualified name that say nothing about the place in the model.
-_NOISE = {"base_model", "model", "base_layer", "weight", "default", "transformer", "module", "lora_A", "lora_B"}
+_NOISE = {
+    "base_model",
+    "model",
+    "base_layer",
+    "weight",
+    "default",
+    "transformer",
+    "module",
+    "lora_A",
+    "lora_B",
+}
 
 
 class Names:
@@ -38,7 +47,12 @@ class Names:
     def joined(sources: Sequence[str]) -> str:
         """Common path, then the leaves: single letters run together, words with underscores."""
         parts = [[p for p in source.split(".") if p not in _NOISE] or ["weight"] for source in sources]
-        common = os.path.commonprefix(parts) if len(parts) > 1 else parts[0][:-1]
+        shared = (
+            [len(set(level)) == 1 for level in zip(*parts, strict=False)]
+            if len(parts) > 1
+            else [True] * (len(parts[0]) - 1)
+        )
+        common = parts[0][: (*shared, False).index(False)]
         leaves = ["_".join(p[len(common) :]) for p in parts]
         short = [re.sub(r"_?(proj|lin|linear)$", "", leaf) for leaf in leaves] if len(leaves) > 1 else leaves
         if len(short) > 4:

@@ -88,8 +88,7 @@ def find_paths(
             declines.append(refusal_)
             continue
         absorbed.update(n for part in parts for n in part.chain)
-        for part in parts:
-            paths.append(LowRankPath(part.down, part.up, part.scale, part.factors, target, node))
+        paths.extend(LowRankPath(p.down, p.up, p.scale, p.factors, target, node) for p in parts)
     return tuple(reversed(paths)), tuple(reversed(declines))
 
 
@@ -132,9 +131,7 @@ class _Finder:
                 return None if one is None or two is None else one + two
         return None
 
-    def below(
-        self, up: Projection, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]
-    ) -> _Part | None:
+    def below(self, up: Projection, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> _Part | None:
         """The down-projection that an up-projection reads, through scales."""
         node = up.operand
         while True:
@@ -242,7 +239,9 @@ class _Finder:
             if obstacle := part.down.obstacle or part.up.obstacle:
                 return obstacle
             if part.dropout is not None:
-                detail = f"{part.down.weight.source} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
+                detail = (
+                    f"{part.down.weight.source} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
+                )
                 return Decline(Reason.DROPOUT_ACTIVE, add.name, detail)
             if not all(self.reaches_down(factor, part) for factor in part.factors):
                 detail = f"a factor has one number per token, in another shape than {part.down.node.name}"

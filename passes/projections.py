@@ -82,8 +82,9 @@ def _parts(program: Program, values: Values, node: Node) -> tuple[Node, Weight, 
         return _with_bias(program, values, x, weight, b)
     if kind in MATMULS and len(node.args) == 2:
         x, w = node.args
-        if isinstance(x, Node) and isinstance(w, Node) and values.weight(x) is None and (weight := values.weight(w)):
-            return x, _flip(weight), None
+        if isinstance(x, Node) and isinstance(w, Node) and values.weight(x) is None:
+            weight = _flip(values.weight(w))
+            return None if weight is None else (x, weight, None)
     return None
 
 

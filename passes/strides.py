@@ -1,13 +1,14 @@
 """Let readers of a packed value cope with its strides.
 
-    q = split(p)[0]            a slice of p: not contiguous
-    view(q, …)                 -> reshape(q, …)            a view may be impossible, a reshape never is
-    output(q), custom_op(q)    -> clone(q, contiguous)     whoever receives it may count on the layout it had
+q = split(p)[0]            a slice of p: not contiguous
+view(q, …)                 -> reshape(q, …)            a view may be impossible, a reshape never is
+output(q), custom_op(q)    -> clone(q, contiguous)     whoever receives it may count on the layout it had
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
@@ -22,7 +23,7 @@ __all__ = ["soften"]
 
 aten = torch.ops.aten
 
-RESHAPES = {
+RESHAPES: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     "view": "reshape",

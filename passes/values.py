@@ -240,9 +240,9 @@ class Values:
                 return None
             if operation(node) in (aten.dropout.default, aten.native_dropout.default):
                 return None
-        elif kind not in RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES | {operator.getitem}:
-            return None
-        elif kind is operator.getitem and operation(node.all_input_nodes[0]) not in SIZES:
+        elif kind not in RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES | {operator.getitem} or (
+            kind is operator.getitem and operation(node.all_input_nodes[0]) not in SIZES
+        ):
             return None
         try:
             key = (kind, _freeze(node.args, self.source), _freeze(node.kwargs, self.source))
@@ -256,7 +256,8 @@ class Values:
         if before is not None and after is not None:
             return bool(before) and bool(after) and _equal(before[-1], after[-1])
         if self.restores(node) is not None:
-            return self._out_features(node.all_input_nodes[0]) == node.args[1].args[1][0]  # type: ignore[union-attr,index]
+            (features,) = node.args[1].args[1]  # type: ignore[union-attr,misc]
+            return self._out_features(node.all_input_nodes[0]) == features
         # Without shapes: x.view(-1, x.size(-1)), as transformers' Conv1D begins.
         sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
         if len(sizes) != 2 or not isinstance(last := sizes[-1], Node):
@@ -292,7 +293,7 @@ class Values:
             return True
         if kind in (aten.permute.default, torch.permute, "permute"):
             order = dims[0] if dims and isinstance(dims[0], tuple | list) else dims
-            return tuple(order) in ((1, 0), (-1, -2))  # type: ignore[arg-type]
+            return tuple(order) in ((1, 0), (-1, -2))
         return tuple(dims) in ((0, 1), (1, 0), (-1, -2), (-2, -1))
 
 

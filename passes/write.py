@@ -1,18 +1,18 @@
 """Write groups and single paths into the graph: the only pass that changes it.
 
-    before                                            after (joined, block-diagonal)
-    q = linear(x, W_q)                                p = linear(x, [W_q; W_k; A_q; A_k])
-    k = linear(x, W_k)                                y, z = split(p)
-    z_q = linear(x, A_q)   u_q = linear(z_q, B_q)     y' = accumulate(y, z, [B_q 0; 0 B_k], s)
-    z_k = linear(x, A_k)   u_k = linear(z_k, B_k)     q', k' = split(y')
-    q' = q + s·u_q         k' = k + s·u_k
+before                                            after (joined, block-diagonal)
+q = linear(x, W_q)                                p = linear(x, [W_q; W_k; A_q; A_k])
+k = linear(x, W_k)                                y, z = split(p)
+z_q = linear(x, A_q)   u_q = linear(z_q, B_q)     y' = accumulate(y, z, [B_q 0; 0 B_k], s)
+z_k = linear(x, A_k)   u_k = linear(z_k, B_k)     q', k' = split(y')
+q' = q + s·u_q         k' = k + s·u_k
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate as running
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from torch.fx import Node
@@ -268,4 +268,4 @@ def _width(members: Sequence[Projection]) -> int:
 
 def _ranges(sizes: Iterable[int]) -> list[tuple[int, int]]:
     edges = list(running(sizes, initial=0))
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))

@@ -64,7 +64,9 @@ FORMS: dict[str, Callable[[Adapted, Tensor], Tensor]] = {
     "two adapters added first": _sum_of_two_into_one,
     "two adapters, scaled together": lambda m, x: m.w(x) + 0.3 * (m.b(m.a(x)) + m.b2(m.a2(x))),
     "one A, two B": lambda m, x: m.w(x) + 0.3 * m.b(m.a(x)) + 0.3 * F.linear(m.a(x), m.b2.weight[:, :RANK]),
-    "matmul base": lambda m, x: torch.matmul(x, m.w.weight.t()) + 0.3 * torch.matmul(x @ m.a.weight.t(), m.b.weight.t()),
+    "matmul base": lambda m, x: (
+        torch.matmul(x, m.w.weight.t()) + 0.3 * torch.matmul(x @ m.a.weight.t(), m.b.weight.t())
+    ),
     "identity and dropout": lambda m, x: m.w(m.drop(x)) + m.b(m.drop(m.a(m.drop(x)))) * 0.3,
 }
 """Each computes ``w x + s b a x`` (or two such terms)."""

@@ -34,7 +34,12 @@ MODELS: dict[str, Any] = {
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=48, n_layer=2, n_head=4, n_positions=128, **_IDS)),
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(
-            hidden_size=48, word_embed_proj_dim=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=4, **_IDS
+            hidden_size=48,
+            word_embed_proj_dim=48,
+            ffn_dim=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            **_IDS,
         )
     ),
     "bert": lambda: hf.BertModel(hf.BertConfig(**_SIZES)),

@@ -78,7 +78,9 @@ def test_a_llama_layer_costs_8_gemms_where_peft_costs_21_and_14_elementwise() ->
     (before_1, after_1), (before_3, after_3) = count(1), count(3)
     assert (before_3["gemm"] - before_1["gemm"]) / 2 == 21
     assert (after_3["gemm"] - after_1["gemm"]) / 2 == 8
-    saved = [(before["elementwise"] - after["elementwise"]) for before, after in ((before_1, after_1), (before_3, after_3))]
+    saved = [
+        (before["elementwise"] - after["elementwise"]) for before, after in ((before_1, after_1), (before_3, after_3))
+    ]
     assert saved == [14, 42]
 
 
@@ -133,10 +135,12 @@ def test_several_active_adapters_and_partial_targets() -> None:
     import peft
 
     model = peft.get_peft_model(
-        base_model("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        base_model("llama"),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
     )
     model.add_adapter(
-        "second", peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+        "second",
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "k_proj"], init_lora_weights=False),
     )
     model.base_model.set_adapter(["default", "second"])
     model = model.double().eval().requires_grad_(False)
@@ -151,7 +155,14 @@ def test_several_active_adapters_and_partial_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_rslora": True}, {"lora_bias": True}, {"use_dora": True}, {"bias": "all"}, {"fan_in_fan_out": False}]
+    "options",
+    [
+        {"use_rslora": True},
+        {"lora_bias": True},
+        {"use_dora": True},
+        {"bias": "all"},
+        {"fan_in_fan_out": False},
+    ],
 )
 def test_variants_of_lora_are_fused_or_declined_but_never_wrong(options: dict[str, bool]) -> None:
     import peft

@@ -77,10 +77,17 @@ def test_every_form_is_fused_and_exact(form: str, capture: Callable[..., Any]) -
 @pytest.mark.parametrize("capture", KINDS)
 @pytest.mark.parametrize("layout", ["joined", "beside"])
 @pytest.mark.parametrize("up", ["block_diagonal", "per_projection"])
-@pytest.mark.parametrize(("accumulate", "fold_scale"), [("addmm", False), ("addmm", True), ("add", True), ("add", False)])
+@pytest.mark.parametrize(
+    ("accumulate", "fold_scale"), [("addmm", False), ("addmm", True), ("add", True), ("add", False)]
+)
 @pytest.mark.parametrize("scales", [(0.7, 0.7), (0.7, 1.9)])
 def test_every_configuration_is_exact(
-    capture: Callable[..., Any], layout: Any, up: Any, accumulate: Any, fold_scale: bool, scales: tuple[float, float]
+    capture: Callable[..., Any],
+    layout: Any,
+    up: Any,
+    accumulate: Any,
+    fold_scale: bool,
+    scales: tuple[float, float],
 ) -> None:
     model = Siblings(scales).double().eval().requires_grad_(False)
     x = torch.randn(2, 5, D_IN, dtype=torch.float64)
