@@ -29,7 +29,7 @@ def torch_latency(
     """Time a prefill of the prompt and one decode step after it, both with a KV cache.
 
     The captured graphs are compared with each other, all run op by op without a compiler. The models as
-    transformers and PEFT run them stand beside them, because a capture alone already changes the latency.
+    transformers and PEFT run them (``live``) stand beside them, because a capture alone already changes the latency.
 
     Args:
         models: ``base`` and ``unmerged``, not captured. They are copied: a contender that shares its weights
@@ -38,8 +38,8 @@ def torch_latency(
         prompt: [1, tokens].
     """
     with torch.inference_mode():
-        steps = {f"{name}, not captured": CachedStep(copy.deepcopy(models[name])) for name in ("base", "unmerged")}
-        past = steps["base, not captured"](prompt)[1:]
+        steps = {f"{name}, live": CachedStep(copy.deepcopy(models[name])) for name in ("base", "unmerged")}
+        past = steps["base, live"](prompt)[1:]
         prefill: dict[str, nn.Module] = {name: pair[0] for name, pair in graphs.items()} | steps
         decode: dict[str, nn.Module] = {name: pair[1] for name, pair in graphs.items()} | steps
         half = partial(_half, progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,11 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
     console.print()
     for text in result["texts"]:
         equal = text["onnx"] == text["adapter"]
-        console.print(f"[bold]{escape(text['prompt'])}[/] …", highlight=False)
-        console.print(f"  base     {escape(_flat(text['base']))}", style="dim", highlight=False)
-        console.print(f"  adapter  {escape(_flat(text['adapter']))}", style="green", highlight=False)
-        console.print(f"  in ONNX  {'the same' if equal else escape(_flat(text['onnx']))}", highlight=False)
+        line = partial(console.print, highlight=False, no_wrap=True, overflow="ellipsis")
+        line(f"[bold]{escape(text['prompt'])}[/] …")
+        line(f"  base     {escape(_flat(text['base']))}", style="dim")
+        line(f"  adapter  {escape(_flat(text['adapter']))}", style="green")
+        line(f"  in ONNX  {'the same' if equal else escape(_flat(text['onnx']))}")
     console.print()
     console.print(_latency_table(result))
     console.print(f"{result['seconds']:.0f} s; pictures, checkpoints, exports and demo.json: {escape(str(output))}")
@@ -47,28 +49,32 @@ def show(result: Mapping[str, Any], output: Path, console: Console) -> None:
 def _latency_table(result: Mapping[str, Any]) -> Any:
     rich_table = require("rich.table", "cli")
     table = rich_table.Table(
-        title=f"Latency beside the base, {result['environment']['threads']} CPU threads, "
-        f"prompt of {result['model']['prompt_tokens']} tokens",
-        caption=f"medians of {result['rounds']} shuffled rounds; ratios within a round, with 95% intervals",
+        title=f"Latency beside the base; prompt of {result['model']['prompt_tokens']} tokens, "
+        f"{result['environment']['threads']} CPU threads",
+        caption=f"Medians of {result['rounds']} shuffled rounds; ratios within a round, with 95% intervals. "
+        "PyTorch runs captured graphs op by op; live is the model as transformers and PEFT run it.",
         title_justify="left",
         caption_justify="left",
+        box=require("rich.box", "cli").SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("")
     for phase in ("TTFT", "TPOT"):
-        table.add_column(f"{phase}, ms", justify="right")
-        table.add_column("× base", justify="right")
+        table.add_column(f"{phase}, ms", justify="right", no_wrap=True)
+        table.add_column("× base", justify="right", no_wrap=True)
     for runner, phases in result["latency"].items():
         table.add_section()
         table.add_row(f"[bold]{runner}[/]")
         for name in phases["TTFT"]:
             cells = (cell for phase in ("TTFT", "TPOT") for cell in _cells(phases[phase][name]))
-            table.add_row(f"  {name}", *cells, style="green" if name == "fused" else "")
+            table.add_row(f" {name}", *cells, style="green" if name == "fused" else "")
     return table
 
 
 def _cells(timing: Mapping[str, float]) -> tuple[str, str]:
-    interval = f"{timing['ratio']:.2f}  [{timing['low']:.2f}, {timing['high']:.2f}]"
-    return f"{timing['milliseconds']:.2f}", interval.replace("[", r"\[")
+    ratio, low, high = timing["ratio"], timing["low"], timing["high"]
+    interval = "" if low == high == 1 else f" ({low:.2f}–{high:.2f})"
+    return f"{timing['milliseconds']:.2f}", f"{ratio:.2f}{interval:<12}"
 
 
 def _flat(text: str) -> str:
