@@ -91,9 +91,7 @@ def load_model(
     adapter_directory = None if adapter is None else _resolve(adapter)
     tensors = {} if adapter_directory is None else _check_adapter_files(adapter_directory)
 
-    base = _load_base(
-        base_directory, dtype=dtype, causal=_is_causal(config) if task == "auto" else task == "causal-lm"
-    )
+    base = _load_base(base_directory, dtype=dtype, causal=_is_causal(config) if task == "auto" else task == "causal-lm")
     loaded = base if adapter_directory is None else _load_adapter(base, adapter_directory, tensors)
     return loaded.eval()
 
@@ -161,9 +159,7 @@ def _check_model_files(directory: Path) -> dict[str, Any]:
             raise CheckpointNotFoundError(
                 f"{directory} is an adapter, not a model; pass it as the adapter, with its base model"
             )
-        raise CheckpointNotFoundError(
-            f"{directory} has no config.json; pass a directory written by save_pretrained()"
-        )
+        raise CheckpointNotFoundError(f"{directory} has no config.json; pass a directory written by save_pretrained()")
     config = _read_json(directory / "config.json")
     for path in _weight_files(directory):
         _check_safetensors(path)
@@ -217,9 +213,7 @@ def _check_adapter_files(directory: Path) -> dict[str, Tensor]:
         raise AdapterError(f"{path} holds no tensors; save the adapter again")
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise AdapterError(
-                f"{path}: {key} holds NaN or Inf; its training diverged: take an earlier checkpoint"
-            )
+            raise AdapterError(f"{path}: {key} holds NaN or Inf; its training diverged: take an earlier checkpoint")
     return tensors
 
 
@@ -227,8 +221,7 @@ def _refuse_pickles(directory: Path, remedy: str) -> None:
     pickles = [path.name for pattern in _PICKLES for path in sorted(directory.glob(pattern))]
     if pickles:
         raise AdapterError(
-            f"{directory} holds its weights as pickles only{_examples(pickles)}; "
-            f"loading those can run code: {remedy}"
+            f"{directory} holds its weights as pickles only{_examples(pickles)}; loading those can run code: {remedy}"
         )
 
 
@@ -279,9 +272,7 @@ def _load_base(directory: Path, *, dtype: torch.dtype | None, causal: bool) -> n
             output_loading_info=True,
         )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise AdapterError(
-            f"{directory}: transformers cannot load this model ({_first_line(error)})"
-        ) from error
+        raise AdapterError(f"{directory}: transformers cannot load this model ({_first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing and all(key.startswith("pooler.") for key in missing):
         # An encoder trained without its pooler: a random one would be worse than none.
@@ -302,9 +293,7 @@ def _load_adapter(base: nn.Module, directory: Path, tensors: dict[str, Tensor]) 
         with warnings.catch_warnings():
             # Said better below, as an error.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = peft.PeftModel.from_pretrained(
-                base, directory, is_trainable=False, autocast_adapter_dtype=False
-            )
+            model = peft.PeftModel.from_pretrained(base, directory, is_trainable=False, autocast_adapter_dtype=False)
         # from_pretrained keeps what it could not place to itself; placing the tensors once more tells.
         placed = peft.set_peft_model_state_dict(model, tensors)
     except (ValueError, RuntimeError, KeyError) as error:

@@ -194,7 +194,15 @@ def generate(
     if prompt is not None and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer; pass --token-ids instead of --prompt")
     ids = _parse_ids(token_ids) if token_ids is not None else tokenizer(prompt)["input_ids"]
-    stream = runner.stream(torch.tensor([ids]), max_new_tokens=max_new_tokens, **sampling)
+    try:
+        stream = runner.stream(
+            torch.tensor([ids], dtype=torch.int64),
+            max_new_tokens=max_new_tokens,
+            do_sample=sampling["temperature"] > 0,
+            **sampling,
+        )
+    except ValueError as error:  # a token outside of the vocabulary, an empty prompt, a top_p of 0
+        raise FloraError(str(error)) from error
     new: list[int] = []
 
     def tokens() -> Iterator[int]:

@@ -78,7 +78,10 @@ def onnx_latency(
     """
     warm_up = 3
     half = partial(_half, progress)
-    streams = {name: runner.stream(prompt, max_new_tokens=rounds + warm_up + 1) for name, runner in runners.items()}
+    streams = {
+        name: runner.stream(prompt, max_new_tokens=rounds + warm_up + 1, eos_token_id=[])
+        for name, runner in runners.items()
+    }
     for stream in streams.values():
         next(stream)  # the prefill
     return {

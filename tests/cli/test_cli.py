@@ -134,6 +134,13 @@ def test_generate_token_ids_that_are_not_numbers(exported: Path) -> None:
     assert "'3,x'; pass whole numbers" in result.stderr
 
 
+def test_generate_token_outside_of_the_vocabulary(exported: Path) -> None:
+    result = invoke("generate", "--directory", exported, "--token-ids", "3,999999")
+    assert result.exit_code == 1
+    assert "999999" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
 def test_generate_from_a_missing_directory(tmp_path: Path) -> None:
     result = invoke("generate", "--directory", tmp_path / "gone", "--token-ids", "1")
     assert result.exit_code == 1
