@@ -123,16 +123,15 @@ def _train(
             "seconds": round(time.perf_counter() - started, 1),
         }
 
-    started = time.perf_counter()
-    recipe = base_recipe(fast=fast)
-    note(
-        "base",
-        train_base(prose(), tokenizer, output / "base", recipe, bar("train the base"), seed=seed),
-        started,
+    started, tick = time.perf_counter(), bar("train the base")
+    losses = train_base(
+        prose(), tokenizer, output / "base", base_recipe(fast=fast), tick, seed=seed, layers=2 if fast else 4
     )
-    started = time.perf_counter()
-    base, recipe, tick = load_model(output / "base"), adapter_recipe(fast=fast), bar("train the adapter")
-    note("adapter", train_adapter(base, zen(), tokenizer, output / "adapter", recipe, tick, seed=seed), started)
+    note("base", losses, started)
+    started, tick = time.perf_counter(), bar("train the adapter")
+    base = load_model(output / "base")
+    losses = train_adapter(base, zen(), tokenizer, output / "adapter", adapter_recipe(fast=fast), tick, seed=seed)
+    note("adapter", losses, started)
     return tokenizer, history
 
 

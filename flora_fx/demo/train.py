@@ -74,15 +74,16 @@ def train_base(
     progress: Progress,
     *,
     seed: int,
+    layers: int = 4,
 ) -> list[float]:
-    """Train a Llama of four layers on `text`, save it to `directory` and return the loss of every step."""
+    """Train a small Llama on `text`, save it to `directory` and return the loss of every step."""
     transformers = require("transformers", "hf")
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=192,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=512,
