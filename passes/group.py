@@ -96,7 +96,7 @@ def group(
             home[member.node] = len(groups)
         bases = tuple(m for m in private if m.node not in downs)
         groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs), ()))
-    writes, singles = _place(values, decisions.paths, groups, home)
+    writes, singles = _place(values, decisions, groups, home)
     declines.extend(_strangers(decisions.paths, groups, home))
     return Grouping(
         tuple(Group(g.reads, g.bases, g.downs, tuple(writes[i])) for i, g in enumerate(groups)),
@@ -115,17 +115,20 @@ class _Tip(NamedTuple):
 
 
 def _place(
-    values: Values, paths: tuple[LowRankPath, ...], groups: list[Group], home: dict[Node, int]
+    values: Values, decisions: Decisions, groups: list[Group], home: dict[Node, int]
 ) -> tuple[dict[int, list[Write]], list[LowRankPath]]:
     tips = {b.node: _Tip(i, b, b.node, ()) for i, g in enumerate(groups) for b in g.bases}
     at: dict[Node, _Tip] = dict(tips)
     started: set[Node] = set()
     writes: dict[int, list[Write]] = defaultdict(list)
     singles: list[LowRankPath] = []
-    for add, same in groupby(paths, key=lambda path: path.write):
+    for add, same in groupby(decisions.paths, key=lambda path: path.write):
         parts = tuple(same)
         tip = _tip_under(values, parts[0].target, at, started)
-        if tip is None or any(part.factors or home.get(part.down.node) != tip.group for part in parts):
+        outside = tip is None or any(
+            part.factors or part.up.node in decisions.shared or home.get(part.down.node) != tip.group for part in parts
+        )
+        if tip is None or outside:
             singles.extend(parts)
             continue
         writes[tip.group].extend(Write(tip.base, part, tip.chain) for part in parts)

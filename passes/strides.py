@@ -39,7 +39,7 @@ def soften(program: Program, slices: Iterable[Node]) -> None:
         while pending:
             node = pending.pop()
             for user in list(node.users):
-                strict = strict or _counts_on_layout(user)
+                strict = strict or _counts_on_layout(program, user)
                 if operation(user) in RESHAPES and not (user.op == "call_method" and _views_dtype(user)):
                     user.target = RESHAPES[operation(user)]
                 if user not in seen and user.op != "output" and may_alias(user, program.root):
@@ -58,8 +58,14 @@ def _views_dtype(node: Node) -> bool:
     return len(node.args) > 1 and isinstance(node.args[1], torch.dtype)
 
 
-def _counts_on_layout(user: Node) -> bool:
+def _counts_on_layout(program: Program, user: Node) -> bool:
     kind = operation(user)
-    foreign = isinstance(kind, OpOverload) and kind.namespace not in ("aten", "prims")
-    views_dtype = user.op == "call_method" and user.target == "view" and _views_dtype(user)
-    return user.op == "output" or kind in STRICT or foreign or isinstance(kind, HigherOrderOperator) or views_dtype
+    if user.op == "call_method":
+        return user.target == "view" and _views_dtype(user)
+    if user.op == "call_module":
+        return not type(program.attribute(str(user.target))).__module__.startswith("torch.nn")
+    if isinstance(kind, OpOverload):
+        return kind in STRICT or kind.namespace not in ("aten", "prims")
+    known = ("torch", "_operator", "builtins", "math", "flora_fx")
+    written_here = (getattr(kind, "__module__", None) or "torch").split(".")[0] not in known
+    return user.op == "output" or kind in STRICT or isinstance(kind, HigherOrderOperator) or written_here

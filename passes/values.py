@@ -171,6 +171,8 @@ class Values:
         inner = self._no_op(node)
         if inner is not None and inner not in self.effects.touched:
             return self.source(inner)
+        if not self.effects.touched.isdisjoint(node.all_input_nodes):
+            return node  # read once before and once after a change, the same operation gives two values
         if operation(node) in RESHAPES and (collapsed := self._collapse(node)) is not None:
             return collapsed
         key = self._key(node)

@@ -233,6 +233,56 @@ def test_values_changed_in_place_are_left_alone() -> None:
     assert not report.fused
 
 
+def test_the_same_operation_before_and_after_a_change_is_not_the_same_value() -> None:
+    def form(m: Adapted, x: Tensor) -> Tensor:
+        h = x * 1
+        y = m.w(torch.tanh(h))
+        h.add_(1.0)
+        return y + m.b(m.a(torch.tanh(h))) * 0.3
+
+    report = fuse_and_compare_exported(adapted(form), X)
+    assert reasons(report) == [Reason.READS_ANOTHER_VALUE]
+
+
+def test_adapters_that_share_their_up_projection() -> None:
+    """One B for two adapters: it cannot live in two packs, so it is read where it is."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(D_IN, D_OUT, bias=False) for _ in range(4))
+            self.qa, self.ka, self.va, self.oa = (nn.Linear(D_IN, RANK, bias=False) for _ in range(4))
+            self.b, self.b2 = nn.Linear(RANK, D_OUT, bias=False), nn.Linear(RANK, D_OUT, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.q(x) + self.b(self.qa(x)) * 0.3, self.k(x) + self.b(self.ka(x)) * 0.3
+            return q + k + self.v(x) + self.b2(self.va(x)) * 0.3 + torch.tanh(self.o(x) + self.b(self.oa(x)) * 0.3)
+
+    model = Shared().double().requires_grad_(False)
+    report = fuse_and_compare(model, X)
+    assert len(report.fused) == 4
+    assert not any("b.weight" in pack.members for pack in report.packs)
+
+
+def layout_bound(x: Tensor) -> Tensor:
+    return x.view(-1)
+
+
+fx.wrap("layout_bound")
+
+
+def test_code_that_is_not_torchs_gets_the_layout_it_had() -> None:
+    def form(m: Adapted, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = m.w(x)
+        return y + m.b(m.a(x)) * 0.3, layout_bound(y)
+
+    model = adapted(form)
+    graph = fx.symbolic_trace(model)
+    assert "layout_bound" in str(graph.graph)
+    for found, expected in zip(flora_fx.fuse(graph)(X), graph(X), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_an_in_place_add_that_others_see_is_left_alone() -> None:
     def form(m: Adapted, x: Tensor) -> tuple[Tensor, Tensor]:
         y = m.w(x)

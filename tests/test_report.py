@@ -1,0 +1,84 @@
+"""The report: for readers, for programs, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import D_IN, Siblings
+from torch import Tensor, fx, nn
+
+import flora_fx
+
+
+class Stack(nn.Module):
+    """Three like layers, and one decline: a delta that is returned as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Siblings() for _ in range(3))
+        self.w, self.a, self.b = nn.Linear(D_IN, 5), nn.Linear(D_IN, 2), nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for layer in self.layers:
+            x = layer(x)
+        delta = self.b(self.a(x)) * 0.5
+        return self.w(x) + delta, delta
+
+
+@pytest.fixture
+def report() -> flora_fx.FusionReport:
+    return flora_fx.report(flora_fx.fuse(flora_fx.capture(Stack().eval().requires_grad_(False), torch.randn(4, D_IN))))
+
+
+def test_the_table_names_packs_declines_and_counts(report: flora_fx.FusionReport) -> None:
+    text = str(report)
+    assert "9 adapters fused, 1 declined" in text
+    assert "layers_*_qvk " in text
+    assert "×3" in text
+    assert "3 base + 2 down" in text
+    assert "an intermediate value has another reader" in text
+    assert f"{report.ops_before['gemm']:>6}{report.ops_after['gemm']:>8}" in text
+
+
+def test_the_json_holds_everything(report: flora_fx.FusionReport) -> None:
+    data = json.loads(report.to_json())
+    assert data["ops_before"]["gemm"] == 3 * 10 + 3
+    assert data["ops_after"]["gemm"] == 3 * 4 + 3
+    assert data["declines"][0]["reason"] == "OTHER_READER"
+    pack = next(pack for pack in data["packs"] if pack["name"] == "layers_0_qvk")
+    assert [piece["role"] for piece in pack["slices"]] == ["base", "base", "base", "down", "down"]
+    assert [piece["rows"] for piece in pack["slices"]] == [[0, 10], [10, 18], [18, 24], [24, 27], [27, 32]]
+    assert set(data["seconds"]) == {
+        "effects", "values", "projections", "paths", "decide", "group", "write", "clean", "strides",
+    }  # fmt: skip
+
+
+def test_the_picture_is_svg_and_draws_like_layers_once(report: flora_fx.FusionReport, tmp_path: Path) -> None:
+    path = report.draw(tmp_path / "packs.svg")
+    root = ET.parse(path).getroot()
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert "layers_*_qvk ×3" in texts
+    assert "7 GEMMs, 4 elementwise  →  2 GEMMs" in texts
+    assert {"W q", "A q_a", "B q_b", "×0.7"} <= set(texts)
+
+
+def test_a_graph_without_adapters_has_a_report_and_a_picture_too(tmp_path: Path) -> None:
+    report = flora_fx.report(flora_fx.fuse(fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2)))))
+    assert "0 adapters fused, 0 declined" in str(report)
+    assert "nothing was fused" in report.draw(tmp_path / "empty.svg").read_text()
+
+
+def test_names_that_are_markup_are_escaped(tmp_path: Path) -> None:
+    from flora_fx.sketch import Sketch, draw
+
+    sketch = Sketch("<&>", "x", (("<w>", 3), ("v", 2)), (), (), 1, True)
+    ET.fromstring(draw([sketch], lambda name: name))
+
+
+def test_a_picture_that_cannot_be_written_raises(report: flora_fx.FusionReport, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"nowhere"):
+        report.draw(tmp_path / "nowhere" / "packs.svg")
