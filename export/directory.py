@@ -1,0 +1,145 @@
+"""Write a directory in one step: at every moment the old one, the new one, or none is there, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flora_fx.errors import ExportError
+
+__all__ = ["check_target", "staged"]
+
+
+def check_target(directory: Path, *, overwrite: bool, marker: str) -> None:
+    """Refuse a place that must not be written to.
+
+    Args:
+        directory: where to write.
+        overwrite: whether an earlier export may be replaced.
+        marker: the file that every export has; a directory without it is someone else's.
+
+    Raises:
+        ExportError: it exists and ``overwrite`` is False, or it is not an export.
+    """
+    if not directory.exists() and not directory.is_symlink():
+        return
+    if not directory.is_dir() or directory.is_symlink():
+        raise ExportError(f"{directory} exists and is not a directory; choose another place")
+    if not overwrite:
+        raise ExportError(f"{directory} exists; choose another place, or pass overwrite=True to replace an export")
+    if not (directory / marker).is_file():
+        raise ExportError(
+            f"{directory} has no {marker}, so it is not an export of flora_fx and is not overwritten; "
+            "choose another place, or delete it yourself"
+        )
+
+
+@contextmanager
+def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
+    """A temporary sibling of ``directory`` that takes its place when the block ends, and goes if the block fails.
+
+    Args:
+        directory, overwrite, marker: as for `check_target`, which is asked before and after the block.
+
+    Yields:
+        the empty sibling.
+
+    Raises:
+        ExportError: see `check_target`.
+
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     with staged(Path(root, "a"), overwrite=False, marker="mark") as place:
+    ...         _ = (place / "mark").write_text("whole")
+    ...     os.listdir(root)
+    ['a']
+    """
+    check_target(directory, overwrite=overwrite, marker=marker)
+    made = _make_parents(directory.parent)
+    staging: Path | None = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield staging
+        _sync(staging)
+        check_target(directory, overwrite=overwrite, marker=marker)
+        _put(staging, directory)
+    except BaseException:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # someone else's files may be in it by now
+                parent.rmdir()
+        raise
+    _sync_one(directory.parent)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create what is missing; returns what was, innermost first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+    return missing
+
+
+def _put(new: Path, target: Path) -> None:
+    if not target.exists():
+        new.rename(target)
+        return
+    if _exchange(new, target):
+        shutil.rmtree(new, ignore_errors=True)  # it holds the old one now
+        return
+    # No exchange on this system: for a moment the old one is only there under another name.
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    target.rename(old / "export")
+    try:
+        new.rename(target)
+    except BaseException:
+        (old / "export").rename(target)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2); False where there is no such thing."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    at_cwd, rename_exchange = -100, 2
+    done: int = renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), rename_exchange)
+    return done == 0
+
+
+def _sync(directory: Path) -> None:
+    for path in sorted(directory.rglob("*")):
+        _sync_one(path)
+    _sync_one(directory)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

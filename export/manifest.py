@@ -1,0 +1,195 @@
+"""``flora_fx.json``: what an exported directory holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from flora_fx.errors import ExportError, require
+
+from .source import Kind
+
+__all__ = ["DATA", "MANIFEST", "MODEL", "Manifest", "read_manifest", "versions", "write_manifest"]
+
+MANIFEST = "flora_fx.json"
+MODEL = "model.onnx"
+DATA = "model.onnx.data"
+_FORMAT = 1
+_AGAIN = "export the model again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of ``flora_fx.json``.
+
+    Attributes:
+        kind: ``"causal-lm"`` or ``"encoder"``.
+        architecture: the transformers class that was exported.
+        dtype: of the weights, as torch names it.
+        inputs, outputs: names, in the graph's order.
+        layers, kv_heads, head_dim: of the keys and values; 0 for encoders.
+        vocab_size, max_positions: 0 where the model has none.
+        eos_token_ids, pad_token_id: what `generate` stops at and fills up with.
+        versions: of the packages that made the directory.
+        fusion: `FusionReport.to_dict` of the fused graph.
+        check: what the export's check on ONNX Runtime found.
+        files: size and SHA-256 of every other file in the directory, by relative path.
+        format: of this file.
+    """
+
+    kind: Kind
+    architecture: str
+    dtype: str
+    inputs: list[str]
+    outputs: list[str]
+    layers: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    vocab_size: int = 0
+    max_positions: int = 0
+    eos_token_ids: list[int] = field(default_factory=list)
+    pad_token_id: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    fusion: dict[str, Any] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format: int = _FORMAT
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that an export depends on, as far as they are installed."""
+    found = {}
+    for name in ("flora-fx", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Write the manifest of all files in a directory.
+
+    Returns:
+        their sizes in bytes, by relative path.
+    """
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    files: dict[str, dict[str, Any]] = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in paths
+    }
+    content = {**asdict(manifest), "files": files}
+    (directory / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {name: entry["bytes"] for name, entry in files.items()}
+
+
+def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
+    """Read the manifest and check that the directory is what it says.
+
+    Args:
+        directory: an exported one.
+        verify: compare checksums too; sizes, and where the graph looks for its weights, always are.
+
+    Raises:
+        ExportError: the directory, the manifest or a file is missing, cut off, changed, or points elsewhere.
+    """
+    if not directory.is_dir():
+        raise ExportError(f"no directory {directory}; check the path, or write one with export_onnx")
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ExportError(f"{directory} has no {MANIFEST}, so it is not an export or not a whole one; {_AGAIN}")
+    manifest = _parse(path)
+    for name in (MODEL, *manifest.files):
+        if not _stays_inside(name):
+            raise ExportError(f"{path} lists {name!r}, which is outside the directory; do not trust it, {_AGAIN}")
+        if name not in manifest.files:
+            raise ExportError(f"{path} does not list {name}; {_AGAIN}")
+        _check_file(directory / name, manifest.files[name], verify=verify)
+    for location in _external_locations(directory / MODEL):
+        if not _stays_inside(location) or location not in manifest.files:
+            raise ExportError(
+                f"{directory / MODEL} reads its weights from {location!r}, which is not a file of this export; "
+                f"do not trust it, {_AGAIN}"
+            )
+    return manifest
+
+
+def _parse(path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ExportError(
+                f"{path} has format {content['format']}, this flora_fx reads {_FORMAT}; {_AGAIN} with this version"
+            )
+        known = {f.name for f in fields(Manifest)}
+        manifest = Manifest(**{key: value for key, value in content.items() if key in known})
+        if manifest.kind not in ("causal-lm", "encoder") or not isinstance(manifest.files, dict):
+            raise ValueError("kind or files")
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: also JSON and UTF-8
+        raise ExportError(f"{path} cannot be read ({error}); it is cut off or changed: {_AGAIN}") from error
+    return manifest
+
+
+def _check_file(path: Path, expected: Any, *, verify: bool) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise ExportError(f"{path} is missing; {_AGAIN}, or copy it again")
+    size = path.stat().st_size
+    try:
+        wanted, digest = expected["bytes"], expected["sha256"]
+    except (KeyError, TypeError):
+        raise ExportError(f"{path.parent / MANIFEST} says nothing of {path.name}; {_AGAIN}") from None
+    if size != wanted:
+        raise ExportError(f"{path} has {size} bytes instead of {wanted}; it is cut off or changed: copy it again")
+    if verify and _sha256(path) != digest:
+        raise ExportError(f"{path} is not what was exported (its SHA-256 differs); copy it again, or {_AGAIN}")
+
+
+def _stays_inside(name: str) -> bool:
+    """Whether a relative POSIX path names something below the directory it is relative to.
+
+    >>> [_stays_inside(name) for name in ("model.onnx.data", "/etc/passwd", "../x", "a\\\\b", "C:x", "")]
+    [True, False, False, False, False, False]
+    """
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and not set(name) & {"\\", ":", "\0"}
+
+
+def _external_locations(path: Path) -> set[str]:
+    """Where a graph says that its weights are."""
+    onnx = require("onnx", "onnx")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's own exceptions are not public
+        raise ExportError(f"{path} is not an ONNX model ({error}); copy it again, or {_AGAIN}") from error
+    locations = set()
+    nodes = [node for function in model.functions for node in function.node]
+    for tensor in (*_tensors(model.graph), *_tensors_of(nodes)):
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or entries:
+            locations.add(entries.get("location", ""))
+    return locations
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_of(graph.node)
+
+
+def _tensors_of(nodes: Iterable[Any]) -> Iterator[Any]:
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for graph in (attribute.g, *attribute.graphs):
+                yield from _tensors(graph)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,50 @@
+"""What `export_onnx` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flora_fx.fusion_report import FusionReport
+
+__all__ = ["ExportResult"]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export that was written, and that agreed with PyTorch on ONNX Runtime.
+
+    Attributes:
+        directory: where it is.
+        report: what was fused.
+        max_abs_error: largest difference to PyTorch's outputs (logits, or all outputs of an encoder).
+        max_rel_error: the same, over the largest magnitude of PyTorch's outputs.
+        greedy_tokens_equal: whether greedy generation took the same tokens; None for encoders. False only where
+            PyTorch's own logits of the two tokens were as close as the tolerance.
+        checked_on: the execution provider of the check.
+        files: sizes in bytes, by name.
+        seconds: time per stage.
+    """
+
+    directory: Path
+    report: FusionReport
+    max_abs_error: float
+    max_rel_error: float
+    greedy_tokens_equal: bool | None
+    checked_on: str
+    files: Mapping[str, int]
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        tokens = {True: "greedy tokens equal", False: "greedy tokens differ at a near tie", None: "no tokens"}
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        lines = [
+            f"exported to {self.directory}: {len(self.report.fused)} adapters fused, "
+            f"{len(self.report.declines)} declined",
+            f"check against PyTorch ({self.checked_on}): max abs error {self.max_abs_error:.1e}, "
+            f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}",
+            f"seconds: {stages}",
+        ]
+        width = max(map(len, self.files), default=0)
+        return "\n".join([*lines, *(f"  {name:<{width}} {size:>15,} bytes" for name, size in self.files.items())])

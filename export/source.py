@@ -1,0 +1,101 @@
+"""What is being exported: the transformers model inside, its kind, and a private copy to trace."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from flora_fx.errors import ExportError, require
+
+__all__ = ["DTYPES", "Kind", "kind_of", "private_copy", "unwrap"]
+
+Kind = Literal["causal-lm", "encoder"]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""The dtypes that ONNX Runtime computes in, by the names that manifests use."""
+
+_SUPPORTED = (
+    "export_onnx takes a transformers causal language model (Llama, Qwen, GPT-2, OPT, ...) "
+    "or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA adapters"
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model with its adapters in place: what a PEFT model wraps.
+
+    Raises:
+        ExportError: neither a transformers model nor a PEFT model with adapters inside the layers.
+    """
+    transformers = require("transformers", "hf")
+    peft: Any = sys.modules.get("peft")  # who holds a PEFT model has imported it
+    if peft is not None and isinstance(model, peft.PeftModel):
+        if model.active_peft_config.is_prompt_learning:
+            method = model.active_peft_config.peft_type.value
+            raise ExportError(f"{method} adds virtual tokens, which are not in the layers; {_SUPPORTED}")
+        model = model.base_model.model
+    if not isinstance(model, transformers.PreTrainedModel):
+        name = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise ExportError(f"{name} is not a transformers model; {_SUPPORTED}")
+    return model
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """Whether a transformers model generates tokens or encodes.
+
+    Raises:
+        ExportError: an encoder-decoder, a recurrent model, or one that is not a text decoder but generates.
+    """
+    config: Any = model.config
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ExportError(f"{name} is an encoder-decoder; {_SUPPORTED}")
+    if getattr(model, "_is_stateful", False):
+        raise ExportError(f"{name} keeps a recurrent state instead of keys and values; {_SUPPORTED}")
+    if not model.can_generate():  # type: ignore[operator]
+        return "encoder"
+    causal = require("transformers.models.auto.modeling_auto", "hf").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if name not in causal.values():
+        raise ExportError(f"{name} is no causal language model; {_SUPPORTED}")
+    return "causal-lm"
+
+
+def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of all but the weights, which are shared: whatever is done to it, ``model`` stays as it was.
+
+    Its Parameters are objects of their own on the same storage, frozen; its modules, configs and mode are its own.
+
+    Args:
+        model: in any mode, on any device.
+        dtype: cast the floating-point weights (then they are not shared). What is not in the state dict, such as
+            rotary frequencies, keeps its dtype, as it does in ``from_pretrained(dtype=...)``.
+
+    Returns:
+        the copy, in eval mode.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> twin = private_copy(layer)
+    >>> twin.weight.data_ptr() == layer.weight.data_ptr(), twin.training, layer.training
+    (True, False, True)
+    """
+    saved = set(model.state_dict())
+    memo: dict[int, Any] = {}
+    for name, tensor in itertools.chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        value = tensor.detach()
+        if dtype is not None and value.is_floating_point() and name in saved:
+            value = value.to(dtype)
+        memo.setdefault(id(tensor), _like(tensor, value))
+    twin = copy.deepcopy(model, memo).eval()
+    if dtype is not None and hasattr(twin, "config"):
+        twin.config.dtype = dtype
+    return twin
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
