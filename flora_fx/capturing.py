@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,10 +67,11 @@ def capture(
 
 def _register_caches(model: nn.Module) -> None:
     """KV caches are returned by transformers models; torch.export has to know how to take them apart."""
-    if "transformers" in sys.modules:
-        from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
+    if sys.modules.get("transformers") is not None:
+        with contextlib.suppress(ImportError):  # before 5.23 it has no exporters, and its models other caches
+            from transformers.exporters.exporter_dynamo import register_cache_pytrees_for_model
 
-        register_cache_pytrees_for_model(model)
+            register_cache_pytrees_for_model(model)
 
 
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
@@ -80,7 +81,7 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return [known[i] if i < len(known) else f"args_{i}" for i in range(len(args))] + list(kwargs)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int) -> Iterator[None]:
     """For the time of a trace, a forward that names what is passed.
 
