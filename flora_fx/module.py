@@ -50,6 +50,9 @@ class FusedGraphModule(fx.GraphModule):
 
     _owners: dict[str, tuple[dict[str, Any], str]]
     _stamps: dict[str, Stamp]
+    _places: list[tuple[Any, Any]]
+    _copied: list[tuple[Any, Any]]
+    _seen: list[int]
 
     @classmethod
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
@@ -105,6 +108,7 @@ class FusedGraphModule(fx.GraphModule):
                 continue  # tied at the next call, when the inputs are there
             store._buffers[pack.name] = tie(pack, resolve)
             self._stamps[pack.name] = stamp(pack, resolve)
+        self._seen = self._look(arguments)
 
     def _resolver(self, arguments: tuple[Any, ...] | None) -> Callable[[str | int], Tensor]:
         owners = self._owners
@@ -131,6 +135,19 @@ class FusedGraphModule(fx.GraphModule):
                     )
         self._owners = owners
         self._stamps = {}
+        slices = [piece for pack in self.fusion.packs for piece in pack.slices]
+        places = [owners.get(str(piece.source), (None, piece.source)) for piece in slices]
+        self._places = places
+        self._copied = [place for place, piece in zip(places, slices, strict=True) if not piece.view]
+        self._seen = []
+
+    def _look(self, arguments: tuple[Any, ...] | None) -> list[int]:
+        """All stamps at once: this runs before every call, so it does nothing else."""
+        if arguments is None and any(holder is None for holder, _ in self._places):
+            return []
+        seen = [(arguments if holder is None else holder)[key].data_ptr() for holder, key in self._places]
+        copied = ((arguments if holder is None else holder)[key] for holder, key in self._copied)
+        return seen + [0 if tensor.is_inference() else tensor._version for tensor in copied]
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Tie anew what was moved since the last call; refuse what this graph cannot do.
@@ -146,7 +163,16 @@ class FusedGraphModule(fx.GraphModule):
                     "Call .eval(), or fuse the graph again in training mode."
                 )
         resolve = self._resolver(arguments)
-        gradients = torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            for pack in self.fusion.packs:
+                if any(resolve(piece.source).requires_grad for piece in pack.slices):
+                    raise TieError(
+                        f"{pack.members[0]} or others packed with it require gradients, and this graph is fused for "
+                        "inference: its packed weights have none. Call it under torch.no_grad(), or call "
+                        "requires_grad_(False) on the model first."
+                    )
+        if self._look(arguments) == self._seen:
+            return
         moved, stale = [], []
         for pack in self.fusion.packs:
             known, present = self._stamps.get(pack.name), stamp(pack, resolve)
@@ -154,12 +180,6 @@ class FusedGraphModule(fx.GraphModule):
                 moved.append(pack)
             elif known.versions != present.versions:
                 stale.append(pack)
-            if gradients and any(resolve(piece.source).requires_grad for piece in pack.slices):
-                raise TieError(
-                    f"{pack.members[0]} or others packed with it require gradients, and this graph is fused for "
-                    "inference: its packed weights have none. Call it under torch.no_grad(), or call "
-                    "requires_grad_(False) on the model first."
-                )
         lost = [pack.name for pack in moved if pack.name in self._stamps]
         self.retie(arguments, moved + stale)
         if lost:
@@ -197,21 +217,13 @@ class FusedGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         rebuild, (body, imports) = super().__reduce__()
-        body = {key: value for key, value in body.items() if key not in ("_owners", "_stamps")}
+        body = {key: value for key, value in body.items() if key not in _WATCH}
         body["meta"] = {key: value for key, value in self.meta.items() if key != META}
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_OWN = (
-    "_modules",
-    "_graph",
-    "_code",
-    "_lineno_map",
-    "_prologue_start",
-    "_forward_pre_hooks",
-    "_stamps",
-    "_owners",
-)
+_WATCH = ("_owners", "_stamps", "_places", "_copied", "_seen")
+_OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", *_WATCH)
 
 
 def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:
