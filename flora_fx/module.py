@@ -141,7 +141,7 @@ class FusedGraphModule(fx.GraphModule):
         self._copied = [place for place, piece in zip(places, slices, strict=True) if not piece.view]
         self._seen = []
 
-    def _look(self, arguments: tuple[Any, ...] | None) -> list[int]:
+    def _look(self, arguments: Any) -> list[int]:
         """All stamps at once: this runs before every call, so it does nothing else."""
         if arguments is None and any(holder is None for holder, _ in self._places):
             return []

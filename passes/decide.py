@@ -21,7 +21,7 @@ from flora_fx.errors import AdapterError
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Weight
 from flora_fx.program import Program
 
-from .paths import ADDS
+from .paths import ADDS, live_users
 from .values import CASTS, Values, operation
 
 __all__ = ["Decisions", "decide"]
@@ -57,6 +57,7 @@ def decide(
         AdapterError: an adapter weight holds NaN or infinity.
     """
     by_node = {p.node: p for p in projections}
+    shared = _shared(program, values, projections)
     accepted: list[LowRankPath] = []
     downs: dict[Node, Projection] = {}
     declines: list[Decline] = []
@@ -68,7 +69,9 @@ def decide(
             accepted.append(path)
             downs.setdefault(path.down.node, path.down)
             continue
-        cast = _without_cast(values, by_node, path, wanted) if config.allow_cast else None
+        cast = None
+        if config.allow_cast and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
+            cast = _without_cast(values, path, base)
         if cast is not None:
             accepted.append(cast)
             downs.setdefault(cast.down.node, cast.down)
@@ -77,7 +80,6 @@ def decide(
         found = f"{path.up.weight.source} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
         remedy = "convert one of them, or pass FuseConfig(allow_cast=True)"
         declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{found}; {remedy}"))
-    shared = _shared(program, values, projections)
     return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
 
 
@@ -93,14 +95,12 @@ def _adapted(values: Values, by_node: dict[Node, Projection], node: Node) -> Pro
     return by_node.get(node)
 
 
-def _without_cast(
-    values: Values, by_node: dict[Node, Projection], path: LowRankPath, wanted: torch.dtype | None
-) -> LowRankPath | None:
+def _without_cast(values: Values, path: LowRankPath, base: Projection) -> LowRankPath | None:
     """The path reading the value before it was cast to the adapter's dtype, if that is what its base reads."""
-    read, base = path.down.reads, _adapted(values, by_node, path.target)
-    if base is None or base.dtype != wanted or operation(read) not in CASTS:
+    read = path.down.reads
+    if operation(read) not in CASTS or values.rows(read.all_input_nodes[0]) is not base.reads:
         return None
-    if path.factors or path.up.bias or path.down.bias or values.rows(read.all_input_nodes[0]) is not base.reads:
+    if path.factors or path.up.bias or path.down.bias or len(live_users(path.down.node)) > 1:
         return None
     down = replace(path.down, reads=base.reads, operand=base.operand, like=base.weight)
     return replace(path, down=down, up=replace(path.up, like=base.weight))
