@@ -47,25 +47,24 @@ class Encoder:
         """
         if unknown := inputs.keys() - self.session.inputs.keys():
             raise TypeError(f"unknown input {', '.join(sorted(unknown))}; this encoder takes {self._names()}")
-        filled = {**inputs}
-        ids = inputs.get("input_ids")
-        if isinstance(ids, Tensor):
+        filled = {name: self._checked(name, value) for name, value in inputs.items()}
+        ids = filled.get("input_ids")
+        if ids is not None:
             if "attention_mask" in self.session.inputs:
                 filled.setdefault("attention_mask", torch.ones_like(ids))
             if "token_type_ids" in self.session.inputs:
                 filled.setdefault("token_type_ids", torch.zeros_like(ids))
         if missing := self.session.inputs.keys() - filled.keys():
             raise TypeError(f"input {', '.join(sorted(missing))} is missing; this encoder takes {self._names()}")
-        checked = {name: self._checked(name, value) for name, value in filled.items()}
         sizes: dict[str, tuple[str, int]] = {}
-        for name, value in checked.items():
+        for name, value in filled.items():
             for axis, size in zip(self.session.inputs[name][0], value.shape, strict=True):
                 if isinstance(axis, str) and sizes.setdefault(axis, (name, size))[1] != size:
                     other, expected = sizes[axis]
                     raise ValueError(
                         f"{name} has shape {list(value.shape)}; its {axis} must be {expected}, as in {other}"
                     )
-        return self.session.run(dict(checked))
+        return self.session.run(filled)
 
     def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Encoders do not generate.
