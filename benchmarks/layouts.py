@@ -23,11 +23,18 @@ from .models import adapted_llama, step_inputs
 __all__ = ["measure"]
 
 
+FORMS = {
+    "layout": ("joined", "beside"),
+    "up": ("block_diagonal", "per_projection"),
+    "accumulate": ("addmm", "add"),
+}
+
+
 def measure(
     shape: str = "smollm-135m",
     layers: int = 4,
     rank: int = 16,
-    rounds: int = 40,
+    rounds: int = 30,
     runners: tuple[str, ...] = ("eager", "inductor"),
 ) -> dict[str, Any]:
     """Median ratio to the base without adapters, by runner, phase (prefill of 128, one token after 128) and variant."""
@@ -56,11 +63,11 @@ def _graphs(shape: str, layers: int, rank: int, inputs: tuple[Tensor, ...]) -> d
         "base": flora_fx.capture(adapted_llama(shape, layers, rank=None), *inputs),
         "peft": flora_fx.capture(adapted_llama(shape, layers, rank=rank), *inputs),
     }
-    for layout, up in itertools.product(("joined", "beside"), ("block_diagonal", "per_projection")):
+    for forms in itertools.product(*FORMS.values()):
         # A model of its own: two ways of fusing one model would take its weights from each other.
         graph = flora_fx.capture(adapted_llama(shape, layers, rank=rank), *inputs)
-        config = FuseConfig(layout=layout, up=up)  # type: ignore[arg-type]
-        graphs[f"{layout}, {up}"] = flora_fx.fuse(graph, config=config)
+        config = FuseConfig(**dict(zip(FORMS, forms, strict=True)))  # type: ignore[arg-type]
+        graphs[", ".join(forms)] = flora_fx.fuse(graph, config=config)
     return graphs
 
 
@@ -85,7 +92,7 @@ def table(result: dict[str, Any]) -> str:
     for (runner, phase), rows in itertools.groupby(result["ratios"], key=lambda row: (row["runner"], row["phase"])):
         lines.append(f"{runner}, {phase}")
         lines += [
-            f"  {row['variant']:<26}{row['ms']:>9.2f} ms  ×{row['ratio']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
+            f"  {row['variant']:<32}{row['ms']:>9.2f} ms  ×{row['ratio']:.3f}  [{row['low']:.3f}, {row['high']:.3f}]"
             for row in rows
         ]
     return "\n".join(lines)

@@ -313,6 +313,9 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     result = fx.Graph(owning_module=graph.owning_module, tracer_cls=graph._tracer_cls)
     mapping: dict[Node, Node] = {}
     returned = result.graph_copy(graph, mapping)
+    for old, new in mapping.items():
+        if new.name != old.name:  # inputs named like builtins ("input"); an export signature knows them by name
+            new.name = old.name
     result.output(returned).meta = copy.copy(graph.output_node().meta)
     result.set_codegen(copy.copy(graph._codegen))
     for node in result.find_nodes(op="placeholder"):

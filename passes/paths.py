@@ -2,15 +2,15 @@
 
     z = down(x);  y' = target + scale · up(z)
 
-Every order of the scale is taken (before, between or after the two GEMMs, as ``alpha`` of the add, left out), either
-order of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
+Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), either order
+of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -140,7 +140,7 @@ class _Finder:
                 down = self.by_node[source]
                 if down.out_features != up.in_features:
                     return None
-                return self.reading(down, _Part(down, up, scale, factors, chain, None))
+                return _Part(down, up, scale, factors, chain, self.active_dropout(down.reads))
             product = self.product(source)
             if product is None:
                 return None
@@ -158,16 +158,9 @@ class _Finder:
             elif up.bias is not None and number != 1:
                 return None
 
-    def reading(self, down: Projection, part: _Part) -> _Part:
-        """Constant scales in front of the down-projection join the others."""
-        source, scale = down.reads, part.scale
-        while down.bias is None and (product := self.product(source)) is not None and product[2] is None:
-            source, scale = self.values.rows(product[0]), scale * product[1]
-        dropout = down.reads if operation(down.reads) in DROPOUTS or self.is_dropout_module(down.reads) else None
-        if source is not down.reads and any(source is other.reads for other in self.by_node.values()):
-            down = replace(down, reads=source, operand=source)
-            return _Part(down, part.up, scale, part.factors, part.chain, dropout)
-        return _Part(down, part.up, part.scale, part.factors, part.chain, dropout)
+    def active_dropout(self, node: Node) -> Node | None:
+        """The node itself where it is a dropout; those that do nothing were seen through."""
+        return node if operation(node) in DROPOUTS or self.is_dropout_module(node) else None
 
     def is_dropout_module(self, node: Node) -> bool:
         if node.op != "call_module":

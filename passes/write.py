@@ -70,7 +70,7 @@ class Writer:
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
         with self.graph.inserting_before(first):
-            y, z = self.gemms(group.reads, bases, downs)
+            y, z = self.gemms(self.now(group.reads), bases, downs)
             together = y is not None and z is not None
             plain, written = self.accumulated(layout, y, z if together else None)
             lows = [] if z is None else self.cut(z, _width(downs), _ranges(down.out_features for down in downs))

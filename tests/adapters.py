@@ -48,7 +48,6 @@ FORMS: dict[str, Callable[[Adapted, Tensor], Tensor]] = {
     "loralib transpose()": lambda m, x: m.w(x) + (x @ m.a.weight.transpose(0, 1) @ m.b.weight.transpose(0, 1)) * 0.3,
     "torchtune": lambda m, x: m.w(x) + (8 / RANK) * m.b(m.a(m.drop(x))),
     "scale between": lambda m, x: m.w(x) + m.b(0.3 * m.a(x)),
-    "scale before": lambda m, x: m.w(x) + m.b(m.a(x * 0.3)),
     "two scales": lambda m, x: m.w(x) + 0.5 * m.b(m.a(x) * 3.0),
     "divided": lambda m, x: m.w(x) + m.b(m.a(x)) / 4,
     "no scale": lambda m, x: m.w(x) + m.b(m.a(x)),

@@ -64,8 +64,6 @@ def test_every_form_is_fused_and_exact(form: str, capture: Callable[..., Any]) -
     if form == "one A, two B":  # the second B is a slice of a weight, not a weight: not a path
         assert len(report.fused) == 1
         return
-    if form == "scale before" and capture is not captured:
-        assert len(report.fused) == 1
     assert len(report.fused) == paths, str(report)
     assert not report.declines, str(report)
     # One GEMM for W and the A's, one for each scale; nothing elementwise is left but a tensor scale.
@@ -257,3 +255,27 @@ def test_declined_reads_are_still_accumulated() -> None:
     assert [d.reason for d in report.declines] == [Reason.READS_ANOTHER_VALUE]
     assert report.ops_after["gemm"] == 3
     assert report.ops_after["elementwise"] == 1  # the up-projection's bias
+
+
+def test_a_scaled_read_is_another_value() -> None:
+    model = Adapted(lambda m, x: m.w(x) + m.b(m.a(x * 0.3))).double().eval().requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    fused = flora_fx.fuse(flora_fx.capture(model, x))
+    assert_exact(fused(x), model(x))
+    report = flora_fx.report(fused)
+    assert [decline.reason for decline in report.declines] == [Reason.READS_ANOTHER_VALUE]
+    assert (report.ops_after["gemm"], report.ops_after["elementwise"]) == (3, 1)
+
+
+def test_layers_that_read_each_other_directly_leave_nothing_behind() -> None:
+    """Without a norm in between, a group reads the very add that the group before it rewrote."""
+    layers = [Adapted(FORMS["peft"]).double().eval() for _ in range(3)]
+    for layer in layers[1:]:
+        layer.w, layer.a = nn.Linear(10, 10, bias=False).double(), nn.Linear(10, 3, bias=False).double()
+    model = nn.Sequential(*layers).eval().requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    for capture in KINDS:
+        fused = flora_fx.fuse(capture(model, x))
+        assert_exact(run(fused, x), model(x))
+        counts = flora_fx.report(fused).ops_after
+        assert (counts["gemm"], counts["elementwise"]) == (6, 0)
