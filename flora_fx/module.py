@@ -53,6 +53,7 @@ class FusedGraphModule(fx.GraphModule):
     _places: list[tuple[Any, Any]]
     _copied: list[tuple[Any, Any]]
     _seen: list[int]
+    _trainable: bool
 
     @classmethod
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
@@ -109,6 +110,7 @@ class FusedGraphModule(fx.GraphModule):
             store._buffers[pack.name] = tie(pack, resolve)
             self._stamps[pack.name] = stamp(pack, resolve)
         self._seen = self._look(arguments)
+        self._trainable = bool(self._seen) and self._wants_gradients(arguments)
 
     def _resolver(self, arguments: tuple[Any, ...] | None) -> Callable[[str | int], Tensor]:
         owners = self._owners
@@ -140,6 +142,10 @@ class FusedGraphModule(fx.GraphModule):
         self._places = places
         self._copied = [place for place, piece in zip(places, slices, strict=True) if not piece.view]
         self._seen = []
+        self._trainable = False
+
+    def _wants_gradients(self, arguments: Any) -> bool:
+        return any((arguments if holder is None else holder)[key].requires_grad for holder, key in self._places)
 
     def _look(self, arguments: Any) -> list[int]:
         """All stamps at once: this runs before every call, so it does nothing else."""
@@ -163,14 +169,8 @@ class FusedGraphModule(fx.GraphModule):
                     "Call .eval(), or fuse the graph again in training mode."
                 )
         resolve = self._resolver(arguments)
-        if torch.is_grad_enabled():
-            for pack in self.fusion.packs:
-                if any(resolve(piece.source).requires_grad for piece in pack.slices):
-                    raise TieError(
-                        f"{pack.members[0]} or others packed with it require gradients, and this graph is fused for "
-                        "inference: its packed weights have none. Call it under torch.no_grad(), or call "
-                        "requires_grad_(False) on the model first."
-                    )
+        if torch.is_grad_enabled() and self._wants_gradients(arguments):
+            raise TieError(_NO_GRADIENTS)
         if self._look(arguments) == self._seen:
             return
         moved, stale = [], []
@@ -222,14 +222,23 @@ class FusedGraphModule(fx.GraphModule):
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_WATCH = ("_owners", "_stamps", "_places", "_copied", "_seen")
+_WATCH = ("_owners", "_stamps", "_places", "_copied", "_seen", "_trainable")
 _OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", *_WATCH)
 
 
+_NO_GRADIENTS = (
+    "parameters packed in this graph require gradients, and the graph is fused for inference: its packed weights have "
+    "none. Call it under torch.no_grad(), or call requires_grad_(False) on the model first."
+)
+
+
 def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:
-    # Under a compiler the packs are inputs like any other; `retie` keeps them right after .to() and the like.
     if not torch.compiler.is_compiling():
         module.check(arguments)
+    elif torch.is_grad_enabled() and module._trainable:
+        # Under a compiler the packs are inputs like any other, and `retie` keeps them right after .to() and the like;
+        # only what would be missing without a word is asked for.
+        raise TieError(_NO_GRADIENTS)
 
 
 def _revive(plain: fx.GraphModule, fusion: Fusion) -> FusedGraphModule:

@@ -238,6 +238,15 @@ def test_gradients_are_refused_and_not_silently_missing(fused: FusedGraphModule)
         fused(X)
 
 
+def test_gradients_are_refused_under_a_compiler_too() -> None:
+    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().eval()))
+    compiled = torch.compile(fused, backend="eager")
+    with torch.no_grad():
+        compiled(X)
+    with pytest.raises(Exception, match=r"require gradients"):
+        compiled(X)
+
+
 def test_input_gradients_flow() -> None:
     model = Siblings().double().eval().requires_grad_(False)
     fused = flora_fx.fuse(fx.symbolic_trace(model))
