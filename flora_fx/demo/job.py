@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx.demo.step import CachedStep
@@ -19,7 +19,7 @@ __all__ = ["PROMPTS", "capture_and_fuse", "export_all", "write_texts"]
 
 PROMPTS = ("Beautiful is", "If the implementation", "Special cases")
 Progress = Callable[[int, int], None]
-Graphs = dict[str, tuple[nn.Module, nn.Module]]
+Graphs = dict[str, tuple[fx.GraphModule, fx.GraphModule]]
 
 
 def capture_and_fuse(
