@@ -28,6 +28,8 @@ _SMALL = 1024
 def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
     """Translate a program; its inputs and outputs get the names and axes of ``traced``.
 
+    The program's graph is used up: transformers' fixes for the translation are made in place.
+
     Raises:
         ExportError: an operator has no ONNX translation.
     """
