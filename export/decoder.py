@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flora_fx.errors import ExportError
+
 from .manifest import Manifest
 from .sampling import Sampling
 from .session import Session, Value
@@ -77,7 +79,15 @@ class Decoder:
         if past is None:
             past = [self.session.empty(name, {"batch": ids.shape[0], "past": 0}) for name in self._past]
         inputs = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past, past, strict=True))}
-        outputs = self.session.run(inputs, keep=self._present)
+        limit = self.manifest.max_positions
+        try:
+            outputs = self.session.run(inputs, keep=self._present)
+        except ExportError as error:
+            if limit and mask.shape[1] > limit:  # learned positions end there; rotary ones would go on
+                raise ValueError(
+                    f"the prompt and the new tokens are {mask.shape[1]} together; this model has {limit} positions"
+                ) from error
+            raise
         return outputs["logits"], [outputs[name] for name in self._present]
 
     def generate(

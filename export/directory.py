@@ -61,10 +61,10 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     ['a']
     """
     check_target(directory, overwrite=overwrite, marker=marker)
-    made = _make_parents(directory.parent)
+    made: list[Path] = []
     staging: Path | None = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+        staging = _open_staging(directory, made)
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         yield staging
         _sync(staging)
@@ -80,15 +80,17 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     _sync_one(directory.parent)
 
 
-def _make_parents(parent: Path) -> list[Path]:
-    """Create what is missing; returns what was, innermost first."""
-    missing = []
-    while not parent.exists():
-        missing.append(parent)
-        parent = parent.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-    return missing
+def _open_staging(directory: Path, made: list[Path]) -> Path:
+    """An empty sibling; the parents that had to be made are put into ``made``, innermost first."""
+    parent = directory.parent
+    missing = [path for path in (parent, *parent.parents) if not path.exists()]
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+        return Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=parent))
+    except OSError as error:
+        raise ExportError(f"{parent} cannot be written to ({error.strerror}); choose another place") from error
 
 
 def _put(new: Path, target: Path) -> None:

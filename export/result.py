@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,5 +47,7 @@ class ExportResult:
             f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}",
             f"seconds: {stages}",
         ]
+        reasons = Counter(decline.reason.value for decline in self.report.declines)
+        lines[1:1] = [f"  declined ×{count}: {reason}" for reason, count in reasons.items()]
         width = max(map(len, self.files), default=0)
         return "\n".join([*lines, *(f"  {name:<{width}} {size:>15,} bytes" for name, size in self.files.items())])

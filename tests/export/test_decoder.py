@@ -154,3 +154,8 @@ def test_other_integer_dtypes_are_taken(llama: Exported) -> None:
 def test_a_decoder_is_no_encoder(llama: Exported) -> None:
     assert not isinstance(llama.runner, Encoder)
     assert "LlamaForCausalLM" in repr(llama.runner)
+
+
+def test_more_tokens_than_positions(exported: Callable[[str], Exported]) -> None:
+    with pytest.raises(ValueError, match="are 260 together; this model has 256 positions"):
+        exported("gpt2").decoder(torch.ones(1, 260, dtype=torch.long))

@@ -86,6 +86,13 @@ def test_someone_else_was_faster(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "mark").read_text() == "early"
 
 
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written to"):
+        write(tmp_path / "file" / "x" / "y", "")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # --- loading ----------------------------------------------------------------------------------------------
 
 

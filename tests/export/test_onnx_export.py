@@ -169,6 +169,19 @@ def test_a_cast_export(tmp_path: Path, dtype: torch.dtype) -> None:
     assert runner.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=3, eos_token_id=[]).shape == (1, 6)
 
 
+@pytest.mark.slow
+def test_adapters_in_another_dtype_than_their_base(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(vocab_size=97, n_embd=24, n_layer=1, n_head=3)
+    base = transformers.GPT2LMHeadModel(config).half()
+    lora = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False, fan_in_fan_out=True)
+    model = peft.get_peft_model(base, lora)
+    assert {p.dtype for p in model.parameters()} == {torch.float16, torch.float32}, "PEFT's default"
+    as_is = export_onnx(model, tmp_path / "as-is")
+    assert not as_is.report.fused
+    assert "declined ×4: the adapter has another dtype" in str(as_is)
+    assert len(export_onnx(model, tmp_path / "cast", dtype=torch.float16).report.fused) == 4
+
+
 class Odd(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
