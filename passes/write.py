@@ -78,8 +78,10 @@ class Writer:
             self.replace(base.node, self.shaped(base, group.reads, value))
         for down, value in zip(downs, lows, strict=False):
             self.replace(down.node, self.shaped(down, group.reads, value))
-        gemms = (y is not None) + (z is not None) - (self.config.layout == "joined" and together)
-        self.sketches.append(_sketch(group, layout, gemms + len(layout.blocks), self.config.layout == "joined"))
+        joined = self.config.layout == "joined"
+        apart = (len(bases) if y is None else 1) + (len(downs) if z is None else 1)
+        ups = len(layout.blocks) if together else len(group.writes)
+        self.sketches.append(_sketch(group, layout, (1 if joined else apart) + ups, joined))
         if together:
             for base, value in written.items():
                 self.finish(group, [write for write in group.writes if write.base is base], value)
@@ -98,7 +100,7 @@ class Writer:
             return y, z
         alone = len(downs) == 1 and downs[0].like is None
         return (
-            self.packed(reads, bases, ()) if len(bases) > 1 else None,
+            self.packed(reads, bases, ()) if len(bases) > 1 and self.config.layout == "beside" else None,
             self.packed(reads, (), downs) if downs and not alone else None,
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 from exported_models import Exported, build
+
 from flora_fx.export import export_onnx, load
 
 

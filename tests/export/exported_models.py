@@ -10,8 +10,9 @@ from typing import Any
 import peft
 import torch
 import transformers
-from flora_fx.export import Decoder, Encoder, ExportResult
 from torch import nn
+
+from flora_fx.export import Decoder, Encoder, ExportResult
 
 VOCAB = 97
 _LLAMA = {

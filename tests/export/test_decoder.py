@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from exported_models import VOCAB, Exported
-from flora_fx.export import Encoder
 from torch import Tensor
+
+from flora_fx.export import Encoder
 
 PLAIN = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])
 PADDED = torch.tensor([[11, 23, 5, 40], [0, 0, 61, 8]])

@@ -11,11 +11,11 @@ from pathlib import Path
 import onnx
 import pytest
 from exported_models import Exported
+
+from flora_fx.errors import ExportError
 from flora_fx.export import directory as writing
 from flora_fx.export import load
 from flora_fx.export.directory import staged
-
-from flora_fx.errors import ExportError
 
 
 def write(target: Path, content: str, *, overwrite: bool = False) -> None:

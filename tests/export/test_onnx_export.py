@@ -14,11 +14,11 @@ import pytest
 import torch
 import transformers
 from exported_models import Exported, build
-from flora_fx.export import Decoder, ExportResult, export_onnx, exporting, load
 from torch import nn
 
 import flora_fx.errors
 from flora_fx.errors import AdapterError, ExportError, MissingExtraError
+from flora_fx.export import Decoder, ExportResult, export_onnx, exporting, load
 
 
 def fails(*args: Any, **kwargs: Any) -> Any:
