@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_type_hints
 
 __all__ = ["FuseConfig"]
 
-Layout = Literal["joined", "beside", "apart"]
+Layout = Literal["joined", "beside"]
 Up = Literal["block_diagonal", "per_projection"]
 Accumulate = Literal["addmm", "add"]
 
@@ -20,17 +20,15 @@ class FuseConfig:
     docs/benchmarks.md says which is fastest where.
 
     Attributes:
-        layout: what one GEMM computes. ``"joined"``: base weights and down-projections that read one value, the
-            latter as rows under the former. ``"beside"``: the base weights in one pack, the down-projections in
-            another. ``"apart"``: the down-projections in one pack, every base weight where it is: for runners in
-            which slicing a pack's output costs a copy.
+        layout: where the down-projections of a pack stand. ``"joined"``: as rows under the base weights, one GEMM for
+            both. ``"beside"``: in a pack of their own, two GEMMs and no slice between base and down rows.
         up: ``"block_diagonal"``: the up-projections that write into one pack are one block-diagonal GEMM (fewer
             launches, some zero work). ``"per_projection"``: one GEMM each (no zero work).
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is
             refreshed whenever B changes.
-        pack_base: also pack projections that read one value where no adapter sits (not with ``layout="apart"``).
+        pack_base: also pack projections that read one value where no adapter sits.
         allow_cast: join adapters of another dtype than their base by casting copies of them to the base's dtype.
             This changes rounding; without it such adapters pack among themselves only.
 

@@ -100,7 +100,7 @@ class Writer:
             return y, z
         alone = len(downs) == 1 and downs[0].like is None
         return (
-            self.packed(reads, bases, ()) if len(bases) > 1 and self.config.layout == "beside" else None,
+            self.packed(reads, bases, ()) if len(bases) > 1 else None,
             self.packed(reads, (), downs) if downs and not alone else None,
         )
 

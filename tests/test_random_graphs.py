@@ -16,7 +16,7 @@ from flora_fx import FuseConfig
 CONFIGS = [
     FuseConfig(layout=layout, up=up, accumulate=accumulate, fold_scale=fold, pack_base=base)  # type: ignore[arg-type]
     for layout, up, accumulate, fold, base in itertools.product(
-        ("joined", "beside", "apart"),
+        ("joined", "beside"),
         ("block_diagonal", "per_projection"),
         ("addmm", "add"),
         (False, True),
