@@ -1,5 +1,6 @@
 # make demo   the main job on a small model made on the spot      make test      what CI runs
 # make lint   ruff and mypy                                       make test-all  the slow checks too
+# make bench  measures and writes docs/benchmarks.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -27,6 +28,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks passes
 	$(BIN)/python -m benchmarks layouts
+	$(BIN)/python -m benchmarks page
 
 # The package's declared dependency (sentence-transformers) is not needed: only its model folder is.
 $(STAMP): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""``python -m benchmarks passes|layouts``: measure, print, and keep the JSON under benchmarks/results/."""
+"""``python -m benchmarks passes|layouts``: measure, print, keep the JSON; ``page``: write docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import flora_fx
 
 from . import layouts, passes
+from .page import write_page
 
 SUITES: dict[str, Any] = {"passes": passes, "layouts": layouts}
 
@@ -35,10 +36,13 @@ def environment(arguments: list[str]) -> dict[str, Any]:
 def main(arguments: list[str]) -> None:
     """Run one suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=[*SUITES, "page"])
     parser.add_argument("--rounds", type=int, help="rounds per variant")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="where the JSON goes")
     chosen = parser.parse_args(arguments)
+    if chosen.suite == "page":
+        print(f"written to {write_page()}")
+        return
     suite = SUITES[chosen.suite]
     result = suite.measure(**({"rounds": chosen.rounds} if chosen.rounds else {}))
     print(suite.table(result))
