@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .ir import Pack, Weight
 from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
@@ -101,7 +102,11 @@ class Program(ABC):
 
     def shaped_like(self, x: Node, like: Node) -> Node:
         """``x`` in the shape of ``like``, which has as many rows."""
-        if self.value(x) is None or self.value(like) is None or self.value(x).dim() == self.value(like).dim():
+        found, wanted = self.value(x), self.value(like)
+        if found is None or wanted is None:
+            return x
+        sizes = zip(found.shape, wanted.shape, strict=False)
+        if found.dim() == wanted.dim() and all(statically_known_true(a == b) for a, b in sizes):
             return x
         return self.call(self.ops.reshape, x, self.sizes(like))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, FORMS, TWO_ADAPTERS, Adapted, Siblings
+from adapters import D_IN, FORMS, TWO_ADAPTERS, Adapted, Siblings, linear
 from torch import Tensor, fx, nn
 
 import flora_fx
@@ -279,3 +279,23 @@ def test_layers_that_read_each_other_directly_leave_nothing_behind() -> None:
         assert_exact(run(fused, x), model(x))
         counts = flora_fx.report(fused).ops_after
         assert (counts["gemm"], counts["elementwise"]) == (6, 0)
+
+
+@pytest.mark.parametrize("accumulate", ["addmm", "add"])
+def test_a_path_whose_rows_are_regrouped_on_the_way(accumulate: Any) -> None:
+    """[6, 1, r] becomes [1, 6, n]: the same rows, in a shape that would broadcast instead of match."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.b = linear(D_IN, 10), linear(D_IN, 3), linear(3, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            low = self.a(torch.tanh(x).reshape(6, 1, D_IN))
+            return self.w(x).reshape(1, 6, 10) + self.b(low).reshape(1, 6, 10) * 0.3
+
+    model = Model().double().requires_grad_(False)
+    x = torch.randn(6, D_IN, dtype=torch.float64)
+    fused = flora_fx.fuse(flora_fx.capture(model, x), config=FuseConfig(accumulate=accumulate))
+    assert_exact(fused(x), model(x))
+    assert len(flora_fx.report(fused).fused) == 1
