@@ -137,6 +137,10 @@ class Program(ABC):
         self.annotate(node)
         return node
 
+    def rename(self, node: Node, name: str) -> None:
+        """Give a node a name for whoever prints the graph; a number is appended where it is taken."""
+        node._rename(name)
+
     def value(self, node: Node) -> Any:
         """The example (fake) value of a node, or None."""
         return node.meta.get("val", node.meta.get("example_value"))
@@ -197,7 +201,7 @@ class GraphModuleView(Program):
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
         # The attribute itself comes with `finish`.
-        node = self.graph.create_node("get_attr", f"{STORE}.{pack.name}", name=pack.name)
+        node = self.graph.create_node("get_attr", f"{STORE}.{pack.name}", name=f"{STORE}_{pack.name}")
         if (fake := self.fake(pack.shape, like)) is not None:
             node.meta[self.values_key] = fake
         return node

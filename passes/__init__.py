@@ -91,6 +91,9 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     with timed("strides"):
         alive = set(program.graph.nodes)
         soften(program, [node for node in writer.slices if node in alive])
+        for node, label in writer.labels.items():
+            if node in alive:
+                program.rename(node, label)
     return Outcome(
         tuple(writer.packs),
         tuple(str(path.up.weight.source) for path in decisions.paths),

@@ -37,6 +37,7 @@ class Writer:
         packs: the packs that the new nodes read.
         slices: new nodes that are strided slices of a packed value.
         replaced: old nodes that nothing should read any more.
+        labels: names for new nodes, to be given when the old ones are gone.
         sketches: what the report draws.
     """
 
@@ -49,6 +50,7 @@ class Writer:
         self.packs: list[Pack] = []
         self.slices: list[Node] = []
         self.replaced: list[Node] = []
+        self.labels: dict[Node, str] = {}
         self.sketches: list[Sketch] = []
         self._now: dict[Node, Node] = {}
         self._order = {node: index for index, node in enumerate(self.graph.nodes)}
@@ -110,7 +112,10 @@ class Writer:
         name = self.names.of(bases or downs, "" if bases else "_down")
         pack = rows_pack(name, bases, downs)
         bias = bias_pack(f"{name}_bias", pack, members)
-        return self.program.linear(x, self.read(pack, members[0]), self.read(bias, members[0]) if bias else None)
+        bias_node = self.read(bias, members[0]) if bias else None
+        node = self.program.linear(x, self.read(pack, members[0]), bias_node)
+        self.labels[node] = name
+        return node
 
     def read(self, pack: Pack, like: Projection) -> Node:
         self.packs.append(pack)
@@ -129,7 +134,10 @@ class Writer:
             runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
                 scale = 1.0 if self.config.fold_scale else block.scale
-                after[block.segment] = self.add(after[block.segment], low, self.block(layout, block), scale)
+                adapted = self.add(after[block.segment], low, self.block(layout, block), scale)
+                sources = [str(base.weight.source) for base in layout.segments[block.segment]]
+                self.labels[adapted] = f"{Names.joined(sources)}_adapted"
+                after[block.segment] = adapted
         return self.parts(layout, before), self.parts(layout, after)
 
     def parts(self, layout: Layout, values: list[Node]) -> dict[Projection, Node]:

@@ -117,6 +117,8 @@ def test_a_pack_holds_all_that_read_one_value_and_nothing_else() -> None:
     assert qkv.members == ("q.weight", "v.weight", "k.weight", "q_a.weight", "v_a.weight")
     assert [s.role.value for s in qkv.slices] == ["base"] * 3 + ["down"] * 2
     assert qkv.shape == (10 + 8 + 6 + 3 + 5, D_IN)
+    names = [node.name for node in fused.graph.nodes]
+    assert {"_flora_qvk", "qvk", "qv_adapted", "_flora_o", "o_adapted"} <= set(names), names
     assert [node.target for node in fused.graph.nodes if node.op == "call_module"] == []
 
 
