@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from .errors import TieError
 from .fusion_report import FusionReport
 from .ir import Pack
-from .pack import Stamp, stamp, tie
+from .pack import Stamp, stamp, tie, version
 
 __all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
 
@@ -144,16 +144,19 @@ class FusedGraphModule(fx.GraphModule):
         self._seen = []
         self._trainable = False
 
+    @staticmethod
+    def _live(places: list[tuple[Any, Any]], arguments: Any) -> list[Tensor]:
+        return [(arguments if holder is None else holder)[key] for holder, key in places]
+
     def _wants_gradients(self, arguments: Any) -> bool:
-        return any((arguments if holder is None else holder)[key].requires_grad for holder, key in self._places)
+        return any(tensor.requires_grad for tensor in self._live(self._places, arguments))
 
     def _look(self, arguments: Any) -> list[int]:
         """All stamps at once: this runs before every call, so it does nothing else."""
         if arguments is None and any(holder is None for holder, _ in self._places):
             return []
-        seen = [(arguments if holder is None else holder)[key].data_ptr() for holder, key in self._places]
-        copied = ((arguments if holder is None else holder)[key] for holder, key in self._copied)
-        return seen + [0 if tensor.is_inference() else tensor._version for tensor in copied]
+        seen = [tensor.data_ptr() for tensor in self._live(self._places, arguments)]
+        return seen + [version(tensor) for tensor in self._live(self._copied, arguments)]
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Tie anew what was moved since the last call; refuse what this graph cannot do.
@@ -168,11 +171,11 @@ class FusedGraphModule(fx.GraphModule):
                     f"{name} is in training mode, but the graph was fused in eval mode and has no dropout. "
                     "Call .eval(), or fuse the graph again in training mode."
                 )
-        resolve = self._resolver(arguments)
         if torch.is_grad_enabled() and self._wants_gradients(arguments):
             raise TieError(_NO_GRADIENTS)
         if self._look(arguments) == self._seen:
             return
+        resolve = self._resolver(arguments)
         moved, stale = [], []
         for pack in self.fusion.packs:
             known, present = self._stamps.get(pack.name), stamp(pack, resolve)

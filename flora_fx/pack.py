@@ -20,7 +20,7 @@ from torch import Tensor
 from .errors import TieError
 from .ir import Pack, Slice
 
-__all__ = ["Resolve", "Stamp", "stamp", "tie"]
+__all__ = ["Resolve", "Stamp", "stamp", "tie", "version"]
 
 Resolve = Callable[[str | int], Tensor]
 
@@ -139,5 +139,10 @@ def stamp(pack: Pack, resolve: Resolve) -> Stamp:
     copied = (tensor for piece, tensor in zip(pack.slices, tensors, strict=True) if not piece.view)
     return Stamp(
         tuple([tensor.data_ptr() for tensor in tensors]),
-        tuple([0 if tensor.is_inference() else tensor._version for tensor in copied]),
+        tuple([version(tensor) for tensor in copied]),
     )
+
+
+def version(tensor: Tensor) -> int:
+    """Counts the changes in place; tensors made in inference mode do not count them."""
+    return 0 if tensor.is_inference() else tensor._version

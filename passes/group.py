@@ -142,11 +142,12 @@ def _tip_under(values: Values, target: Node, at: dict[Node, _Tip], started: set[
     chain: list[Node] = []
     node = target
     while node not in at:
-        if not node.all_input_nodes or values.rows(node) is not values.rows(node.all_input_nodes[0]):
+        operand = values.transparent(node)
+        if operand is None:
             return None
         if operation(node) in RESHAPES:
             chain.append(node)
-        node = node.all_input_nodes[0]
+        node = operand
     tip = at[node]
     if node in started or (node is not tip.base.node and len(live_users(node)) != 1):
         return None

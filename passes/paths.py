@@ -11,18 +11,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
 from .mutation import IN_PLACE_ADDS, Effects
-from .values import Values, operation
+from .values import DROPOUTS, Values, operation, same_sizes
 
 __all__ = ["find_paths", "live_users"]
 
@@ -33,7 +33,6 @@ SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"}
 MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"}
 DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"}
 NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
-DROPOUTS = {aten.dropout.default, F.dropout, torch.dropout}
 NO_READERS = {aten._assert_tensor_metadata.default}
 
 
@@ -100,12 +99,10 @@ class _Finder:
 
     def at_add(self, node: Node) -> tuple[Node, list[_Part]] | None:
         """(target, what is added to it) where one operand of an add is a sum of low-rank paths."""
+        # Of two paths added to each other one has to be the target, and either will do.
         for target, added, sign in _operands(node):
-            parts = self.parts(added, sign, (), ())
-            if parts is None:
-                continue
-            # Two paths added to each other: one of them has to be the target, and either will do.
-            return target, parts
+            if (parts := self.parts(added, sign, (), ())) is not None:
+                return target, parts
         return None
 
     def parts(self, node: Node, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> list[_Part] | None:
@@ -114,7 +111,7 @@ class _Finder:
         if node in self.by_node:
             part = self.below(self.by_node[node], scale, factors, chain)
             return None if part is None else [part]
-        if (inner := self.transparent(node)) is not None:
+        if (inner := self.values.transparent(node)) is not None:
             return self.parts(inner, scale, factors, chain)
         if (product := self.product(node)) is not None:
             inner, number, factor = product
@@ -126,8 +123,10 @@ class _Finder:
             return None
         if operation(node) in ADDS | SUBTRACTS and not factors:
             for first, second, sign in _operands(node):
-                one = self.parts(first, scale, factors, chain)
-                two = self.parts(second, scale * sign, factors, chain) if one is not None else None
+                # A value with many readers is a residual stream, with all layers behind it: look there last.
+                signed = sorted(((first, 1.0), (second, sign)), key=lambda operand: len(operand[0].users))
+                one = self.parts(signed[0][0], scale * signed[0][1], factors, chain)
+                two = None if one is None else self.parts(signed[1][0], scale * signed[1][1], factors, chain)
                 return None if one is None or two is None else one + two
         return None
 
@@ -166,14 +165,6 @@ class _Finder:
         if node.op != "call_module":
             return False
         return isinstance(self.program.attribute(str(node.target)), torch.nn.Dropout)
-
-    def transparent(self, node: Node) -> Node | None:
-        """The operand of a no-op or of a reshape that keeps the last dimension."""
-        if not node.all_input_nodes:
-            return None
-        operand = node.all_input_nodes[0]
-        same = self.values.source(node) is self.values.source(operand)
-        return operand if same or self.values.rows(node) is self.values.rows(operand) else None
 
     def product(self, node: Node) -> tuple[Node, float, Node | None] | None:
         """(value, number, None) or (value, 1, tensor) for a value times a factor."""
@@ -217,14 +208,15 @@ class _Finder:
             return dtype is not None and dtype.is_floating_point
         if of is None or dtype != wanted or len(shape) > len(of) or shape[-1] != 1:
             return False
-        return all(a == 1 or a is b or a == b for a, b in zip(reversed(shape), reversed(of), strict=False))
+        tail = of[len(of) - len(shape) :]
+        return same_sizes([b if isinstance(a, int) and a == 1 else a for a, b in zip(shape, tail, strict=True)], tail)
 
     def reaches_down(self, factor: Node, part: _Part) -> bool:
         """Whether a factor found behind the up-projection fits the down-projection's output as well."""
         if len(self.values.shape(factor) or ()) < 2:
             return True
         low, high = self.values.shape(part.down.node), self.values.shape(part.chain[0])
-        return low is not None and high is not None and low[:-1] == high[:-1]
+        return low is not None and high is not None and same_sizes(low[:-1], high[:-1])
 
     def refuse(self, add: Node, target: Node, parts: list[_Part], effects: Effects) -> Decline | None:
         """Why the paths that end in an add must stay as they are; None if they need not."""
@@ -258,33 +250,37 @@ class _Finder:
         added = parts[0].chain[0]
         if self.values.shape(target) is not None and self.values.shape(added) is not None:
             return self.values.same_shape(target, added)
-        features = {part.up.out_features for part in parts}
-        return self.leading(target) is self.leading(added) and {self.features(target)} == features
+        if target not in self.shapeless or added not in self.shapeless:
+            return False
+        (leading, features), (other, _) = self.shapeless[target], self.shapeless[added]
+        return leading is other and {features} == {part.up.out_features for part in parts}
 
-    def leading(self, node: Node) -> Node:
-        """Where shapes are not known: the earliest node with the same leading dimensions."""
-        node = self.values.source(node)
-        if node in self.by_node:
-            return self.leading(self.by_node[node].operand)
-        if (restored := self.values.restores(node)) is not None:
-            return restored
-        if (product := self.product(node)) is not None and (product[2] is None or self.values.shape(product[2]) == ()):
-            return self.leading(product[0])
-        if operation(node) in ADDS:
-            found = {self.leading(operand) for operand in node.all_input_nodes}
-            return found.pop() if len(found) == 1 else node
-        return node
+    @cached_property
+    def shapeless(self) -> dict[Node, tuple[Node, int | None]]:
+        """For a graph without shapes: the earliest node with the same leading dimensions, and the last dimension.
 
-    def features(self, node: Node) -> int | None:
-        """Where shapes are not known: the size of the last dimension, as far as projections tell."""
-        node = self.values.rows(node)
-        if node in self.by_node:
-            return self.by_node[node].out_features
-        if operation(node) in ADDS:
-            found = {self.features(operand) for operand in node.all_input_nodes}
-            return found.pop() if len(found) == 1 else None
-        product = self.product(node)
-        return None if product is None else self.features(product[0])
+        In graph order, each from its operands: a recursion would walk a residual stream once per path through it.
+        """
+        known: dict[Node, tuple[Node, int | None]] = {}
+        for node in self.program.graph.nodes:
+            source, rows = self.values.source(node), self.values.rows(node)
+            leading, features = known.get(source, (source, None)), known.get(rows, (rows, None))[1]
+            operands = [known[operand] for operand in node.all_input_nodes]
+            product = self.product(node)
+            if source in self.by_node:
+                projection = self.by_node[source]
+                leading, features = known[projection.operand], projection.out_features
+            elif (restored := self.values.restores(node)) is not None:
+                leading = (restored, None)
+            elif product is not None:
+                features = known[product[0]][1]
+                if product[2] is None or self.values.shape(product[2]) == ():
+                    leading = known[product[0]]
+            elif operation(node) in ADDS and len({operand[0] for operand in operands}) == 1:
+                leading = operands[0]
+                features = operands[0][1] if len({operand[1] for operand in operands}) == 1 else None
+            known[node] = (leading[0], features)
+        return known
 
 
 def _is_low_rank(down: Projection, up: Projection) -> bool:

@@ -17,13 +17,13 @@ from torch.fx import Node
 from flora_fx.program import Program
 
 from .mutation import may_alias
-from .values import operation
+from .values import TORCHS_OWN, operation
 
 __all__ = ["soften"]
 
 aten = torch.ops.aten
 
-RESHAPES: dict[Any, Any] = {
+WITHOUT_STRIDES: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
     aten._unsafe_view.default: aten.reshape.default,
     "view": "reshape",
@@ -40,8 +40,8 @@ def soften(program: Program, slices: Iterable[Node]) -> None:
             node = pending.pop()
             for user in list(node.users):
                 strict = strict or _counts_on_layout(program, user)
-                if operation(user) in RESHAPES and not (user.op == "call_method" and _views_dtype(user)):
-                    user.target = RESHAPES[operation(user)]
+                if operation(user) in WITHOUT_STRIDES and not (user.op == "call_method" and _views_dtype(user)):
+                    user.target = WITHOUT_STRIDES[operation(user)]
                 if user not in seen and user.op != "output" and may_alias(user, program.root):
                     seen.add(user)
                     pending.append(user)
@@ -65,7 +65,7 @@ def _counts_on_layout(program: Program, user: Node) -> bool:
     if user.op == "call_module":
         return not type(program.attribute(str(user.target))).__module__.startswith("torch.nn")
     if isinstance(kind, OpOverload):
-        return kind in STRICT or kind.namespace not in ("aten", "prims")
+        return kind in STRICT or kind.namespace not in TORCHS_OWN
     known = ("torch", "_operator", "builtins", "math", "flora_fx")
     written_here = (getattr(kind, "__module__", None) or "torch").split(".")[0] not in known
     return user.op == "output" or kind in STRICT or isinstance(kind, HigherOrderOperator) or written_here

@@ -10,7 +10,7 @@ Values that are changed in place, or share memory with one that is, equal nothin
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from flora_fx.program import Program
 
 from .mutation import Effects
 
-__all__ = ["Values"]
+__all__ = ["DROPOUTS", "Values", "operation", "same_sizes"]
 
 aten = torch.ops.aten
 
@@ -79,6 +79,10 @@ TRANSPOSES = {
     "mT",
 }
 SIZES = {"size", "shape"}
+DROPOUTS = {aten.dropout.default, F.dropout, torch.dropout}
+SHOWS_A_WEIGHT = TRANSPOSES | EXPANDS | RESHAPES | CASTS | COPIES
+MERGED = RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES
+TORCHS_OWN = ("aten", "prims")
 
 
 def operation(node: Node) -> Any:
@@ -133,12 +137,14 @@ class Values:
     def same_shape(self, a: Node, b: Node) -> bool:
         """Whether two nodes are known to have one shape."""
         first, second = self.shape(a), self.shape(b)
-        return (
-            first is not None
-            and second is not None
-            and len(first) == len(second)
-            and all(_equal(x, y) for x, y in zip(first, second, strict=True))
-        )
+        return first is not None and second is not None and same_sizes(first, second)
+
+    def transparent(self, node: Node) -> Node | None:
+        """The operand of a no-op or of a reshape that keeps the last dimension; None for any other node."""
+        if not node.all_input_nodes:
+            return None
+        operand = node.all_input_nodes[0]
+        return operand if self.rows(node) is self.rows(operand) else None
 
     def weight(self, node: Node) -> Weight | None:
         """The parameter that a node reads as a matrix, through no-ops, transposes and expansion over a batch.
@@ -163,7 +169,7 @@ class Values:
 
     def is_weight_view(self, node: Node) -> bool:
         """Whether a node only shows a weight in another form."""
-        return operation(node) in TRANSPOSES | EXPANDS | RESHAPES | CASTS | COPIES
+        return operation(node) in SHOWS_A_WEIGHT
 
     def _represent(self, node: Node) -> Node:
         if node in self.effects.touched:
@@ -193,7 +199,7 @@ class Values:
         operand = node.all_input_nodes[0]
         if kind in COPIES:
             return operand
-        if kind in (aten.dropout.default, F.dropout, torch.dropout):
+        if kind in DROPOUTS:
             probability, training = _dropout_arguments(node)
             return operand if training is False or probability == 0 else None
         if kind in CASTS:
@@ -238,13 +244,15 @@ class Values:
         """Equal for nodes that compute the same from the same; None for those that may not be merged."""
         kind = operation(node)
         if isinstance(kind, torch._ops.OpOverload):
-            if kind._schema.is_mutable or torch.Tag.nondeterministic_seeded in kind.tags:
+            # Somebody's own operator may draw numbers or keep a state without saying so.
+            if kind._schema.is_mutable or kind.namespace not in TORCHS_OWN:
                 return None
-            if operation(node) in (aten.dropout.default, aten.native_dropout.default):
+            if torch.Tag.nondeterministic_seeded in kind.tags or kind in DROPOUTS:
                 return None
-        elif kind not in RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES | {operator.getitem} or (
-            kind is operator.getitem and operation(node.all_input_nodes[0]) not in SIZES
-        ):
+        elif kind is operator.getitem:
+            if operation(node.all_input_nodes[0]) not in SIZES:
+                return None
+        elif kind not in MERGED:
             return None
         try:
             key = (kind, _freeze(node.args, self.source), _freeze(node.kwargs, self.source))
@@ -315,6 +323,11 @@ def _freeze(value: Any, source: Callable[[Node], Node]) -> Hashable:
     if isinstance(value, slice):
         return ("slice", value.start, value.stop, value.step)
     return (type(value), value)
+
+
+def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether sizes are known to be equal, without a guard on those that are dynamic."""
+    return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -404,3 +404,25 @@ def test_wrong_configurations_are_refused() -> None:
         FuseConfig(pack_base=1)  # type: ignore[arg-type]  # noqa: RUF100
     with pytest.raises(TypeError, match=r"not a fused graph"):
         flora_fx.report(graph)
+
+
+@torch.library.custom_op("flora_tests::noise", mutates_args=())
+def noise(x: Tensor) -> Tensor:
+    """An operator of somebody's own that draws numbers and does not say so."""
+    return torch.rand_like(x)
+
+
+@noise.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def test_an_operator_that_is_not_torchs_is_never_taken_for_the_same_value_twice() -> None:
+    model = adapted(lambda m, x: m.w(noise(x)) + m.b(m.a(noise(x))) * 0.3)
+    graph = flora_fx.capture(model, X)
+    fused = flora_fx.fuse(graph)
+    torch.manual_seed(5)
+    expected = graph(X)
+    torch.manual_seed(5)
+    torch.testing.assert_close(fused(X), expected, rtol=1e-12, atol=1e-12)
+    assert [d.reason for d in flora_fx.report(fused).declines] == [Reason.READS_ANOTHER_VALUE]
