@@ -1,68 +1,90 @@
-"""Model shapes by name, with random weights and a PEFT LoRA on all seven projections."""
+"""The models that are compared: random weights, equal in all of them, in memory of their own."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["SHAPES", "adapted_llama", "step_inputs"]
+from .settings import SHAPES, Settings
 
-SHAPES: dict[str, dict[str, int]] = {
-    "smollm-135m": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 128,
-    },
-}
+__all__ = ["Adapted", "Weights", "make_model", "weights_of"]
+
+Adapted = Literal["base", "peft", "merged"]
 
 
-class Step(nn.Module):
-    """One forward over new tokens and past keys and values, all plain tensors."""
+def make_model(settings: Settings, adapted: Adapted, *, dtype: torch.dtype | None = None) -> nn.Module:
+    """A causal language model in eval mode, with random weights that depend on the settings alone.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    Args:
+        settings: shape, depth, adapter, device.
+        adapted: ``base`` has no adapter, ``peft`` an unmerged LoRA whose B is not zero, ``merged`` has it merged.
+        dtype: other than the settings', for a reference; weights are first rounded to the settings' dtype.
 
-    def forward(self, ids: Tensor, *past: Tensor) -> Tensor:
-        """ids [batch, new]; past: key and value per layer, [batch, heads, past, head_dim]; returns last logits."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer in range(len(past) // 2):
-            cache.update(past[2 * layer], past[2 * layer + 1], layer)
-        out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = out.logits
-        return logits
-
-
-def adapted_llama(shape: str, layers: int, *, rank: int | None) -> Step:
-    """A random Llama of a named shape in eval mode, with an unmerged LoRA unless rank is None."""
-    import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+    Returns:
+        a transformers model, or a PEFT model around one; nothing requires gradients.
+    """
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], num_hidden_layers=layers, tie_word_embeddings=True))
-    if rank is not None:
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, init_lora_weights=False)
-        model = peft.get_peft_model(model, config).base_model.model
-    return Step(model.eval().requires_grad_(False)).eval()
+    with torch.device(settings.device):
+        model = _build(settings, adapted)
+    model = model.to(settings.torch_dtype).eval().requires_grad_(False)
+    if adapted == "merged":
+        model = model.merge_and_unload()
+    return model.to(dtype)
 
 
-def step_inputs(shape: str, layers: int, new: int, past: int) -> tuple[Tensor, ...]:
-    """Token ids [1, new] and random past keys and values."""
-    sizes = SHAPES[shape]
-    head = sizes["hidden_size"] // sizes["num_attention_heads"]
-    caches = [torch.randn(1, sizes["num_key_value_heads"], past, head) for _ in range(2 * layers if past else 0)]
-    return (torch.randint(0, sizes["vocab_size"], (1, new)), *caches)
+def _build(settings: Settings, adapted: Adapted) -> Any:
+    import peft
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {**SHAPES[settings.shape], "num_hidden_layers": settings.depth, "tie_word_embeddings": True}
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    if adapted == "base":
+        return model
+    lora = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
+        target_modules=list(settings.targets),
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, lora)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a forward has to read, in elements.
+
+    Attributes:
+        layers: base projections and norms of the decoder layers.
+        head: the output projection, which is the embedding too.
+        adapter: all A and B.
+    """
+
+    layers: int
+    head: int
+    adapter: int
+
+    def floor(self, tokens: int) -> float:
+        """The least that unmerged adapters can cost, relative to the base: 1 + adapter / base.
+
+        One token reads every weight once, so this is bytes over bytes. A prompt is bound by arithmetic: every weight
+        of a layer is used for each token, the head for the last token only.
+        """
+        return 1 + tokens * self.adapter / (tokens * self.layers + self.head)
+
+    def bytes(self, dtype: torch.dtype, *, adapted: bool) -> int:
+        """What one decode step streams from memory."""
+        return (self.layers + self.head + (self.adapter if adapted else 0)) * dtype.itemsize
+
+
+def weights_of(settings: Settings) -> Weights:
+    """Count without allocating."""
+    with torch.device("meta"):
+        model = _build(settings, "peft")
+    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
+    adapter = sum(count for name, count in named if "lora_" in name)
+    head = sum(count for name, count in named if "embed_tokens" in name)
+    return Weights(sum(count for _, count in named) - adapter - head, head, adapter)

@@ -2,53 +2,106 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["write_page"]
+from .results import RECORD
+from .sheet import Sheet
 
-RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+__all__ = ["Chapter", "write_page"]
+
+PAGE = RECORD.parent.parent / "docs" / "benchmarks.md"
+
+_HEAD = """# Measured
+
+Written by `python -m benchmarks page` from `benchmarks/results/`; do not edit. Each chapter ends with the command that
+repeats it. `make bench` runs the reduced latency suite and the kernel counts anew (under ten minutes on 2 cores).
+
+How to read the tables:
+
+- **× base** is the median of ratios to the base *in the same round*, with a 95% bootstrap interval over generations and
+  processes; a shared machine moves milliseconds, not these.
+- **× own base** is the same to the base of the contender's own kind: `base (genai)` for `PEFT (genai)`.
+- **left** is the share of PEFT's overhead that is left, (ours − base) / (PEFT − base): 0 is the base, 1 is PEFT, above
+  1 is slower than PEFT. It means nothing where PEFT costs nothing.
+- **arithmetic floor** is what unmerged adapters cost if nothing but arithmetic cost anything: 1 + adapter bytes / base
+  bytes for a token, 1 + adapter FLOPs / base FLOPs for a prompt.
+- **of stream** is the weight-streaming limit (bytes of weights / measured bandwidth) as a fraction of TPOT.
+- *live* contenders are the model as transformers and PEFT run it; *captured* ones are graphs of `flora_fx.capture`, and
+  **fused** is the captured PEFT graph after `flora_fx.fuse`. *Refused* is a figure whose contender did not compute what
+  the float64 reference computes, or did not run compiled.
+- Contenders take turns token by token, each with weights of its own: the token before leaves none in a cache.
+"""
 
 
-def write_page() -> Path:
-    """Write the page and return its path."""
-    parts = ["# Measured\n\nWritten by `python -m benchmarks page` from `benchmarks/results/`; do not edit.\n"]
-    for name, section in (("layouts", _layouts), ("passes", _passes)):
-        result = json.loads((RESULTS / f"{name}.json").read_text())
-        parts.append(section(result) + _source(result["environment"]))
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(parts))
-    return PAGE
+@dataclass(frozen=True)
+class Chapter:
+    """One JSON file of record as a chapter of the page.
+
+    Attributes:
+        title: its heading.
+        text: what it shows.
+        sheets: its tables.
+        draw: its pictures, written beside the JSON.
+    """
+
+    title: str
+    text: str
+    sheets: Callable[[Mapping[str, Any]], Sequence[Sheet]]
+    draw: Callable[[Mapping[str, Any], Path], Sequence[Path]] = lambda result, path: ()
 
 
-def _source(environment: dict[str, Any]) -> str:
-    return (
-        f"\n{environment['date']}, {environment['machine']}, torch {environment['torch']}, "
-        f"Python {environment['python']}: `{environment['command']}`\n"
-    )
+def write_page(chapters: Mapping[str, Chapter], *, record: Path = RECORD, page: Path = PAGE) -> Path:
+    """Write the page.
+
+    Args:
+        chapters: by the name of their JSON file, in order; one that has no file yet is left out.
+        record: folder of the JSON files, and of the pictures.
+        page: to write.
+
+    Returns:
+        the page's path.
+    """
+    parts = [_HEAD]
+    for name, chapter in chapters.items():
+        file = record / f"{name}.json"
+        if file.exists():
+            parts.append(_chapter(chapter, json.loads(file.read_text()), record / name, page.parent))
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text("\n".join(parts))
+    return page
 
 
-def _layouts(result: dict[str, Any]) -> str:
+def _chapter(chapter: Chapter, result: Mapping[str, Any], path: Path, folder: Path) -> str:
+    pictures = [file for file in chapter.draw(result, path) if file.suffix == ".svg"]
+    lines = [f"## {chapter.title}", f"{chapter.text} {_setup(result)}"]
+    lines += [f"![{chapter.title}]({_relative(picture, folder)})" for picture in pictures]
+    lines += [sheet.markdown() for sheet in chapter.sheets(result)]
+    lines.append(_source(result["environment"]))
+    return "\n\n".join(lines) + "\n"
+
+
+def _relative(file: Path, folder: Path) -> str:
+    return Path("..", file.resolve().relative_to(folder.resolve().parent)).as_posix()
+
+
+def _setup(result: Mapping[str, Any]) -> str:
+    setup = result["settings"]
     text = (
-        f"## Forms of the fused graph\n\n{result['shape']} shape, {result['layers']} layers, float32, LoRA r="
-        f"{result['rank']} on all seven projections, one sequence: prefill of 128 tokens, and one token after 128. "
-        f"Every graph is captured with torch.export; ratios are to the base without adapters in the same round, "
-        f"medians of {result['rounds']} shuffled rounds with 95% intervals. Each variant has weights of its own.\n"
+        f"{setup['shape']} shape, {setup['layers']} layers, {setup['dtype']}, LoRA of rank {setup['rank']} on "
+        f"{', '.join(setup['targets'])}, batch {setup['batch']}, on {setup['device']} with {setup['threads']} threads."
     )
-    for (runner, phase), rows in itertools.groupby(result["ratios"], key=lambda row: (row["runner"], row["phase"])):
-        text += f"\n| {runner}, {phase} | ms | × base |\n|---|---|---|\n"
-        for row in rows:
-            interval = "" if row["variant"] == "base" else f" ({row['low']:.3f}–{row['high']:.3f})"
-            text += f"| {row['variant']} | {row['ms']:.2f} | {row['ratio']:.3f}{interval} |\n"
+    if "bandwidth" in result:
+        text += f" Weights stream at {result['bandwidth'] / 1e9:.1f} GB/s at best."
     return text
 
 
-def _passes(result: dict[str, Any]) -> str:
-    text = f"## Time to fuse\n\nLlama of the {result['shape']} shape, best of {result['rounds']}.\n\n"
-    text += "| layers | graph nodes | seconds | ms per layer |\n|---|---|---|---|\n"
-    for row in result["fuse"]:
-        text += f"| {row['layers']} | {row['nodes']} | {row['seconds']:.3f} | {row['ms_per_layer']:.1f} |\n"
-    return text
+def _source(environment: Mapping[str, Any]) -> str:
+    versions = ", ".join(
+        f"{name} {value}" for name, value in environment.items() if name not in ("date", "command", "machine", "gpu")
+    )
+    machine = environment["machine"] + (f", {environment['gpu']}" if "gpu" in environment else "")
+    return f"{environment['date']}, {machine}; {versions}: `{environment['command']}`"

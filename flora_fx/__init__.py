@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# In a checkout, passes/ and export/ stand beside this folder; installed, they are inside it (see pyproject.toml).
+# In a checkout, passes/, export/ and benchmarks/ stand beside this folder; installed, they are inside it
+# (see pyproject.toml).
 if not (Path(__file__).parent / "passes").is_dir():
     __path__.append(str(Path(__file__).parent.parent))
 

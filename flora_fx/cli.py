@@ -1,4 +1,4 @@
-"""flora-fx: inspect, export, generate, demo.
+"""flora-fx: inspect, export, generate, demo, bench.
 
 Results go to stdout, alone and as JSON with ``--json``; progress and errors go to stderr. What a user can
 repair is one red line and exit code 1; an extra that is not installed is exit code 2.
@@ -51,7 +51,7 @@ def build_app() -> "typer.Typer":
         MissingExtraError: typer or rich is not installed.
 
     >>> sorted(command.name for command in build_app().registered_commands)
-    ['demo', 'export', 'generate', 'inspect']
+    ['bench', 'demo', 'export', 'generate', 'inspect']
     """
     require("typer", "cli")
     require("rich", "cli")
@@ -134,6 +134,18 @@ def build_app() -> "typer.Typer":
     ) -> None:
         with _user_errors():
             demo(output, fast=fast, as_json=as_json)
+
+    @app.command(
+        "bench",
+        help="Measure TTFT, TPOT and total latency beside every peer: `python -m benchmarks latency`.",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        add_help_option=False,  # the options, and the help on them, are those of the benchmarks
+    )
+    def _bench(context: typer.Context) -> None:
+        with _user_errors():
+            from flora_fx.benchmarks.commands import main as benchmarks
+
+            benchmarks(["latency", *context.args])
 
     return app
 

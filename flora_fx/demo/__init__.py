@@ -7,24 +7,22 @@ Zen of Python, and everything after that is what a user does with their own chec
 from __future__ import annotations
 
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flora_fx.benchmarks.bars import draw_bars
+from flora_fx.benchmarks.method import pinned
+from flora_fx.benchmarks.results import environment
 from flora_fx.checkpoint import load_model
 from flora_fx.demo.contenders import onnx_latency, torch_latency
 from flora_fx.demo.job import capture_and_fuse, export_all, write_texts
-from flora_fx.demo.picture import draw_latency
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import adapter_recipe, base_recipe, build_tokenizer, train_adapter, train_base
-from flora_fx.errors import require
+from flora_fx.progress import Bar, bars
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +33,8 @@ __all__ = ["run"]
 THREADS = 2
 """Two, so that runs on different machines can be compared and a shared machine stays usable."""
 
-Bar = Callable[[str], Callable[[int, int], None]]
-"""Starts a progress bar with a label; what it returns is called with the steps done and in all."""
+COLOURS = {"unmerged": "#c9cdd3", "fused": "#2f7d5b", "merged": "#cfe0c4"}
+"""The picture's contenders."""
 
 
 def run(output: str | Path, *, fast: bool = False, seed: int = 0, console: Console | None = None) -> dict[str, Any]:
@@ -64,7 +62,7 @@ def run(output: str | Path, *, fast: bool = False, seed: int = 0, console: Conso
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     rounds = 6 if fast else 80
-    with _threads(THREADS), _bars(console) as bar:
+    with pinned(THREADS), bars(console) as bar:
         tokenizer, training = _train(output, fast=fast, seed=seed, bar=bar)
         models = _load(output)
         prompt = torch.tensor([tokenizer(prose()[:2000])["input_ids"][: 16 if fast else 64]])
@@ -80,15 +78,16 @@ def run(output: str | Path, *, fast: bool = False, seed: int = 0, console: Conso
         }
     parameters = sum(parameter.numel() for parameter in models["base"].parameters())
     rank = models["unmerged"].peft_config["default"].r
-    draw_latency(
+    draw_bars(
         latency,
+        COLOURS,
         output / "latency",
         title="What a LoRA on all seven projections costs",
         note=f"Llama of {parameters / 1e6:.1f} M parameters, rank {rank}, float32, {THREADS} CPU threads, "
         f"prompt of {prompt.shape[1]} tokens; medians of {rounds} paired rounds, 95% intervals",
     )
     result: dict[str, Any] = {
-        "environment": _environment(),
+        "environment": environment("flora-fx demo") | {"threads": THREADS},
         "model": {"parameters": parameters, "rank": rank, "prompt_tokens": prompt.shape[1]},
         "training": training,
         "report": json.loads(report.to_json()),
@@ -151,50 +150,3 @@ def _load(output: Path) -> dict[str, Any]:
         for parameter in model.requires_grad_(False).parameters():
             parameter.data = parameter.data.clone()
     return models
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "onnx", "onnxruntime", "onnxruntime-gpu")
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": THREADS,
-    }
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _bars(console: Console | None) -> Iterator[Bar]:
-    """Progress bars on the console, one below the other; without a console they count into the void."""
-    if console is None:
-        yield lambda label: lambda done, total: None
-        return
-    rich = require("rich.progress", "cli")
-    columns = (
-        rich.TextColumn("{task.description:<22}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-    )
-    with rich.Progress(*columns, console=console) as progress:
-
-        def bar(label: str) -> Callable[[int, int], None]:
-            task = progress.add_task(label, total=None)
-            return lambda done, total: progress.update(task, completed=done, total=total)
-
-        yield bar

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
-import pytest
 import torch
 from typer.testing import CliRunner
 
 from flora_fx import cli
-from flora_fx.demo.measure import Timing, compare, median_interval
-from flora_fx.demo.picture import draw_latency
 from flora_fx.demo.step import CachedStep
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import Recipe, build_tokenizer, train_base
@@ -72,45 +68,3 @@ def test_cached_step_equals_the_whole_sequence() -> None:
         whole = model(tokens).logits[:, -1:]
     torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
     assert [tuple(state.shape) for state in present] == [(1, 2, 6, 8)] * 4
-
-
-def test_compare_pairs_within_a_round() -> None:
-    calls: list[str] = []
-
-    def wait(name: str, seconds: float) -> None:
-        calls.append(name)
-        time.sleep(seconds)
-
-    timings = compare(
-        {"base": lambda: wait("base", 0.002), "slow": lambda: wait("slow", 0.006)},
-        reference="base",
-        rounds=8,
-        warm_up=1,
-    )
-    assert timings["base"] == Timing(timings["base"].milliseconds, 1.0, 1.0, 1.0)
-    assert 1.5 < timings["slow"].low <= timings["slow"].ratio <= timings["slow"].high
-    rounds = [calls[2:][i : i + 2] for i in range(0, 16, 2)]
-    assert all(sorted(order) == ["base", "slow"] for order in rounds)
-    assert len({tuple(order) for order in rounds}) == 2  # shuffled
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 6, 30])
-def test_interval_holds_the_median(count: int) -> None:
-    low, high = median_interval(range(count))
-    assert 0 <= low <= (count - 1) / 2 <= high <= count - 1
-
-
-def test_picture_is_the_same_for_the_same_numbers(tmp_path: Path) -> None:
-    row = {
-        "base": Timing(3, 1, 1, 1),
-        "fused": Timing(3.3, 1.1, 1.05, 1.12),
-        "merged": Timing(2.9, 0.98, 0.97, 1),
-    }
-    timings = {
-        "PyTorch": {"TTFT": row | {"unmerged": Timing(4, 1.3, 1.25, 1.4)}},
-        "ONNX Runtime": {"TTFT": row},
-    }
-    drawn = [draw_latency(timings, tmp_path / name, title="t", note="n") for name in ("one", "two")]
-    svg, png = drawn[0]
-    assert svg.read_bytes() == drawn[1][0].read_bytes()
-    assert png.read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,226 @@
+"""The command line of the suites; ``flora-fx bench`` is ``python -m benchmarks latency``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_fx.errors import MissingExtraError, require
+from flora_fx.progress import Bar, bars
+
+from . import fusing, gpu, kernels, latency, latency_view, scaling, training
+from .page import Chapter, write_page
+from .results import RECORD, save
+from .settings import DTYPES, PROJECTIONS, SHAPES, Settings
+from .sheet import Sheet
+from .torch_contenders import RUNNERS
+
+__all__ = ["chapters", "main", "parser"]
+
+Options = argparse.Namespace
+Result = dict[str, Any]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run one suite.
+
+    Args:
+        arguments: what was typed after ``python -m benchmarks``.
+
+    Raises:
+        SystemExit: 2 for arguments that make no sense, 1 for a GPU section that failed.
+    """
+    arguments_of = parser()
+    options = arguments_of.parse_args(arguments)
+    command = " ".join(["python -m benchmarks", *arguments])
+    if options.suite == "page":
+        print(f"written to {write_page(chapters(RECORD))}")
+        return
+    if options.suite == "gpu":
+        sys.exit(gpu.run(options.output, minutes=options.minutes, rehearse=options.rehearse))
+    try:
+        settings = Settings(
+            **{name: getattr(options, name) for name in ("shape", "layers", "dtype", "rank", "batch", "threads")},
+            targets=tuple(options.targets),
+            device=options.device,
+        )
+        _check(options)
+    except ValueError as error:
+        arguments_of.error(str(error))
+    console = require("rich.console", "cli").Console
+    with bars(console(stderr=True)) as bar:
+        result = _SUITES[options.suite](settings, options, bar)
+    name = options.name or options.suite
+    path = save(name, result, options.output, command)
+    for sheet in SHEETS[options.suite](result):
+        console(width=200).print(sheet.rich())
+    print(f"written to {path}")
+    try:
+        if draw := PICTURES.get(options.suite):
+            for picture in draw(result, options.output / name):
+                print(f"drawn to {picture}")
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
+
+
+def _latency(settings: Settings, options: Options, bar: Bar) -> Result:
+    return latency.measure(
+        settings,
+        runners=options.runners,
+        prompts=options.prompts,
+        new=options.new,
+        rounds=options.rounds,
+        processes=options.processes,
+        progress=bar,
+    )
+
+
+def _training(settings: Settings, options: Options, bar: Bar) -> Result:
+    return training.measure(settings, rounds=options.rounds, sequence=options.sequence, progress=bar("training"))
+
+
+def _scaling(settings: Settings, options: Options, bar: Bar) -> Result:
+    axes = {"rank": options.ranks, "batch": options.batches, "layers": options.depths}
+    result = scaling.measure(
+        settings,
+        runner=options.runner,
+        axes={axis: values for axis, values in axes.items() if values},
+        prompt=options.prompts[0],
+        new=options.new,
+        rounds=options.rounds,
+        progress=bar,
+    )
+    return result | fusing.measure(settings, progress=bar("fuse"))
+
+
+def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
+    return kernels.measure(settings, progress=bar("kernels"))
+
+
+_SUITES: dict[str, Callable[[Settings, Options, Bar], Result]] = {
+    "latency": _latency,
+    "layouts": _latency,
+    "training": _training,
+    "scaling": _scaling,
+    "kernels": _kernels,
+}
+
+SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
+    "latency": latency_view.sheets,
+    "layouts": latency_view.sheets,
+    "training": training.sheets,
+    "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
+    "kernels": kernels.sheets,
+}
+
+PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
+    "latency": latency_view.draw,
+    "scaling": scaling.draw,
+}
+
+TITLES = {
+    "latency": ("Latency", "TTFT, TPOT and total latency of every form of the model under every runner."),
+    "layouts": ("Forms of the fused graph", "Every form that `FuseConfig` can write; all graphs are captured."),
+    "training": ("Training step", "Forward, backward and AdamW on A and B; the same losses and gradients are checked."),
+    "scaling": ("Scaling", "TPOT with one setting varied at a time, and what `fuse` itself takes."),
+    "kernels": ("Kernels per decoder layer", "Counted, not timed: what one more layer adds to a call."),
+}
+
+
+def chapters(record: Path) -> dict[str, Chapter]:
+    """What the page is made of: the CPU suites, then what a GPU host left."""
+    names = [*TITLES, *sorted(file.stem for file in record.glob("gpu-*.json"))]
+    found = {}
+    for name in names:
+        suite = name.removeprefix("gpu-").split("-")[0]
+        title, text = TITLES[suite]
+        draw = PICTURES.get(suite, lambda result, path: ())
+        found[name] = Chapter(title if name in TITLES else f"GPU: {name[4:]}", text, SHEETS[suite], draw)
+    return found
+
+
+def _check(options: Options) -> None:
+    """Refuse what the settings do not cover.
+
+    Raises:
+        ValueError: an option makes no sense.
+    """
+    known = [*RUNNERS, "onnxruntime"]
+    for runner in (*getattr(options, "runners", ()), *filter(None, [getattr(options, "runner", None)])):
+        if runner not in known:
+            raise ValueError(f"unknown runner {runner!r}; it must be one of {', '.join(known)}")
+    for name in ("rounds", "processes", "new", "sequence"):
+        if getattr(options, name, 1) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
+    for name in ("runners", "prompts"):
+        if not getattr(options, name, True):
+            raise ValueError(f"--{name} names none")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The suites and their options."""
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    suites = top.add_subparsers(dest="suite", required=True)
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument(
+        "--output",
+        type=Path,
+        default=RECORD if RECORD.is_dir() else Path("flora-bench"),
+        help="folder for JSON and pictures (%(default)s)",
+    )
+    model = argparse.ArgumentParser(add_help=False, parents=[output])
+    model.add_argument("--name", help="of the JSON file; the suite's by default")
+    model.add_argument("--shape", default="smollm-135m", help=f"one of {', '.join(SHAPES)} (%(default)s)")
+    model.add_argument("--layers", type=int, default=0, help="cut to so many decoder layers")
+    model.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)} (%(default)s)")
+    model.add_argument("--rank", type=int, default=16, help="of the LoRA (%(default)s)")
+    model.add_argument("--targets", type=_names, default=PROJECTIONS, help="adapted projections, with commas (all)")
+    model.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+    model.add_argument("--threads", type=int, default=2, help="CPU threads and cores (%(default)s)")
+    model.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+
+    forms = [runner for runner in RUNNERS if runner.startswith("forms")]
+    for name, runners, text in (
+        ("latency", ["eager", "inductor", "onnxruntime"], "TTFT, TPOT and total latency beside every peer"),
+        ("layouts", forms, "the same for every form of a fused graph"),
+    ):
+        suite = suites.add_parser(name, parents=[model], help=text)
+        known = ", ".join([*RUNNERS, "onnxruntime"])
+        suite.add_argument("--runners", type=_names, default=runners, help=f"with commas, of: {known}")
+        suite.add_argument("--prompts", type=_numbers, default=[128, 1024], help="prompt lengths (128,1024)")
+        suite.add_argument("--new", type=int, default=64, help="tokens after the prompt (%(default)s)")
+        suite.add_argument("--rounds", type=int, default=30, help="generations by each contender (%(default)s)")
+        suite.add_argument("--processes", type=int, default=3, help="spread over so many processes (%(default)s)")
+
+    suite = suites.add_parser("training", parents=[model], help="time and peak memory of a training step")
+    suite.add_argument("--sequence", type=int, default=128, help="tokens per sequence (%(default)s)")
+    suite.add_argument("--rounds", type=int, default=30, help="steps by each contender (%(default)s)")
+
+    suite = suites.add_parser("scaling", parents=[model], help="cost against rank, batch and depth; fuse time")
+    suite.add_argument("--runner", default="eager", help="one of those of latency (%(default)s)")
+    suite.add_argument("--ranks", type=_numbers, default=scaling.AXES["rank"], help="with commas; empty for none")
+    suite.add_argument("--batches", type=_numbers, default=scaling.AXES["batch"], help="likewise")
+    suite.add_argument("--depths", type=_numbers, default=scaling.AXES["layers"], help="likewise")
+    suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
+    suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
+    suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
+
+    suites.add_parser("kernels", parents=[model], help="launches per decoder layer, counted")
+
+    suite = suites.add_parser("gpu", parents=[output], help="all that a GPU host should run")
+    suite.add_argument("--minutes", type=float, default=20.0, help="stop starting sections after this (%(default)s)")
+    suite.add_argument("--rehearse", action="store_true", help="the same sections, tiny and on the CPU")
+
+    suites.add_parser("page", help="write docs/benchmarks.md from the JSON of record")
+    return top
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in _names(text)]

@@ -1,0 +1,292 @@
+"""TTFT, TPOT and total latency of every form of a model under every runner.
+
+A pass is one generation by every contender: the prompt, then token after token, and all take turns at each of them. So
+a pass gives one paired TTFT, one paired total and as many paired TPOTs as there are new tokens. All are fed the same
+random tokens: what they would have chosen themselves does not matter, that their logits agree with float64 does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contender import Contender
+from .isolated import Progress, isolated
+from .method import Clock, Timing, bandwidth, difference, paired, take_turns, was_compiled
+from .models import Adapted, make_model, weights_of
+from .settings import Settings
+from .step import CachedStep, empty_cache
+from .torch_contenders import RUNNERS, available, make_contender
+
+__all__ = ["CHECKED", "METRICS", "TOLERANCE", "Job", "measure", "rows", "sample"]
+
+TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
+"""‖logits − float64 logits‖ / ‖float64 logits‖ that a contender may have; an adapter changes logits by about 1."""
+
+CHECKED = 4
+"""Tokens after the prompt whose logits are compared."""
+
+METRICS = ("ttft", "tpot", "total")
+
+Samples = dict[str, list[list[float]]]
+
+
+def measure(
+    settings: Settings,
+    *,
+    runners: Sequence[str] = ("eager", "inductor", "onnxruntime"),
+    prompts: Sequence[int] = (128, 1024),
+    new: int = 64,
+    rounds: int = 30,
+    processes: int = 3,
+    contenders: Sequence[str] = (),
+    progress: Any = lambda label: lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure every contender of every runner.
+
+    Args:
+        settings: model and device.
+        runners: keys of `RUNNERS`, or ``onnxruntime``.
+        prompts: lengths, in tokens.
+        new: tokens after the prompt.
+        rounds: passes in all, over the processes.
+        processes: how many times everything is built anew, in a process of its own.
+        contenders: names to measure, ``base`` among them; empty for all of a runner's.
+        progress: makes a progress callback from a label.
+
+    Returns:
+        ``{"settings", "bandwidth", "rows"}``; see `rows`. A runner that fails has one row that says why.
+    """
+    ceiling = bandwidth(settings.device, dtype=settings.torch_dtype)
+    result: dict[str, Any] = {
+        "settings": asdict(settings) | {"layers": settings.depth},
+        "new": new,
+        "rounds": rounds,
+        "processes": processes,
+        "bandwidth": ceiling,
+        "rows": [],
+    }
+    with tempfile.TemporaryDirectory() as place:
+        graphs: Mapping[str, Path | str] = {}
+        if "onnxruntime" in runners:
+            from .onnx_exports import write_graphs
+
+            graphs = write_graphs(settings, Path(place), progress("export to ONNX"), names=contenders)
+        for runner, prompt in itertools.product(runners, prompts):
+            tick = progress(f"{runner}, prompt of {prompt}")
+            job = Job(settings, runner, prompt, new, max(1, rounds // processes), graphs, tuple(contenders))
+            try:
+                groups = [
+                    isolated(sample, job, index, threads=settings.threads, progress=_part(tick, index, processes))
+                    for index in range(processes)
+                ]
+            except RuntimeError as error:
+                result["rows"].append({"runner": runner, "prompt": prompt, "variant": "all", "refused": str(error)})
+                continue
+            result["rows"] += rows(groups, job, ceiling)
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures.
+
+    Attributes:
+        settings: model and device.
+        runner: a key of `RUNNERS`, or ``onnxruntime``.
+        prompt: length in tokens.
+        new: tokens after it.
+        passes: generations that are measured.
+        graphs: for ``onnxruntime``, what `write_graphs` returned.
+        contenders: which; empty for all.
+    """
+
+    settings: Settings
+    runner: str
+    prompt: int
+    new: int
+    passes: int
+    graphs: Mapping[str, Path | str] = field(default_factory=dict)
+    contenders: tuple[str, ...] = ()
+
+
+def _part(progress: Progress, index: int, count: int) -> Progress:
+    """The progress of one of several equal parts."""
+    return lambda done, total: progress(index * total + done, count * total)
+
+
+def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
+    """Build the contenders of a runner, check them and let them take turns.
+
+    Returns:
+        ``samples``: metric -> contender -> milliseconds, a list of rounds per pass; ``refused``: contender -> why its
+        ratios must not be shown; ``unavailable``: contender -> why it could not be built.
+    """
+    drawn = torch.Generator().manual_seed(seed)
+    settings = job.settings
+
+    def text() -> tuple[Tensor, tuple[Tensor, ...]]:
+        size = (settings.batch, job.prompt + job.new)
+        tokens = torch.randint(settings.vocabulary, size, generator=drawn).to(settings.device)
+        return tokens[:, : job.prompt].contiguous(), tokens[:, job.prompt :].split(1, dim=1)
+
+    prompt, following = text()
+    built = _build(job, prompt)
+    contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
+    refused = _disagreements(contenders, settings, prompt, following[:CHECKED])
+    refused |= _not_compiled(contenders, prompt, following[0])
+    compiled_before = _compilations()
+
+    clock, order = Clock(settings.device), random.Random(seed)
+    samples: dict[str, Samples] = {metric: {name: [] for name in contenders} for metric in METRICS}
+    _generate(contenders, prompt, following, clock, order)  # warms up
+    for done in range(job.passes):
+        turns = _generate(contenders, *text(), clock, order)
+        for name in contenders:
+            first, *steps = (turn[name] for turn in turns)
+            samples["ttft"][name].append([first])
+            samples["tpot"][name].append(steps)
+            samples["total"][name].append([first + sum(steps)])
+        progress(done + 1, job.passes)
+    if _compilations() != compiled_before:
+        refused |= {name: "something was compiled while the clock ran" for name, c in contenders.items() if c.compiled}
+    unavailable = {name: why for name, why in built.items() if isinstance(why, str)}
+    return {"samples": samples, "refused": refused, "unavailable": unavailable}
+
+
+def _generate(
+    contenders: Mapping[str, Contender],
+    prompt: Tensor,
+    following: Sequence[Tensor],
+    clock: Clock,
+    order: random.Random,
+) -> list[dict[str, float]]:
+    """One generation by all contenders, in turns: milliseconds of the prompt, then of each token."""
+    return [
+        take_turns({name: partial(c.prefill, prompt) for name, c in contenders.items()}, clock, order),
+        *(
+            take_turns({name: partial(c.decode, token) for name, c in contenders.items()}, clock, order)
+            for token in following
+        ),
+    ]
+
+
+def _build(job: Job, prompt: Tensor) -> Mapping[str, Contender | str]:
+    """The contenders by name, or why there is none."""
+    if job.runner == "onnxruntime":
+        from .onnx_contenders import onnx_contenders
+
+        return onnx_contenders(job.settings, job.graphs)
+    return {
+        name: make_contender(form, job.settings, prompt, job.prompt + job.new)
+        for name, form in RUNNERS[job.runner].items()
+        if (not job.contenders or name in job.contenders) and available(form, job.settings.device)
+    }
+
+
+def _own_base(name: str) -> str:
+    """What a contender would be without an adapter: ``base (genai)`` for ``PEFT (genai)``; empty for a plain name."""
+    _, opened, way = name.partition(" (")
+    return f"base ({way}" if opened else ""
+
+
+def _adapted(name: str) -> Adapted:
+    return "base" if name.startswith("base") else "peft"
+
+
+@torch.no_grad()
+def _disagreements(
+    contenders: Mapping[str, Contender], settings: Settings, prompt: Tensor, following: Sequence[Tensor]
+) -> dict[str, str]:
+    """Contenders whose logits, of the prompt and of the tokens after it, are not those of the model in float64."""
+    tolerance = TOLERANCE[settings.dtype]
+    expected = {adapted: _reference(settings, adapted, prompt, following) for adapted in ("base", "peft")}
+    if difference(expected["base"][0], expected["peft"][0]) < 4 * tolerance:
+        raise RuntimeError("the adapter changes the logits too little for a check to tell base and adapter apart")
+    found = {}
+    for name, contender in contenders.items():
+        steps = [contender.prefill(prompt).cpu(), *(contender.decode(token).cpu() for token in following)]
+        worst = max(difference(*pair) for pair in zip(steps, expected[_adapted(name)], strict=True))
+        if not worst <= tolerance:  # NaN too
+            found[name] = f"its logits are off by {worst:.1e} of the float64 reference; {tolerance:.0e} is allowed"
+    return found
+
+
+def _reference(settings: Settings, adapted: Adapted, prompt: Tensor, following: Sequence[Tensor]) -> list[Tensor]:
+    step = CachedStep(make_model(settings, adapted, dtype=torch.float64)).eval()
+    cache = empty_cache(settings, prompt.shape[1] + len(following), dtype=torch.float64)
+    position = torch.zeros((), dtype=torch.int64, device=settings.device)
+    logits = [step(prompt, position, *cache).cpu()]
+    for index, token in enumerate(following):
+        logits.append(step(token, position.fill_(prompt.shape[1] + index), *cache).cpu())
+    return logits
+
+
+def _not_compiled(contenders: Mapping[str, Contender], prompt: Tensor, token: Tensor) -> dict[str, str]:
+    return {
+        name: "a profile shows that it did not run compiled"
+        for name, contender in contenders.items()
+        if contender.compiled
+        and not all(
+            was_compiled(call) for call in (partial(contender.prefill, prompt), partial(contender.decode, token))
+        )
+    }
+
+
+def _compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[dict[str, Any]]:
+    """What `sample` found in one or several processes, as one row per contender.
+
+    A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to ``base`` with its interval,
+    the arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
+    (``own``: ``base (genai)`` for ``PEFT (genai)``), for TPOT the fraction of the weight-streaming limit. A contender
+    that was refused has the reason instead.
+    """
+    weights, batch = weights_of(job.settings), job.settings.batch
+    floors = {"ttft": weights.floor(job.prompt * batch), "tpot": weights.floor(batch)}
+    refused = {name: why for group in groups for name, why in group["refused"].items()}
+    unavailable = {name: why for group in groups for name, why in group["unavailable"].items()}
+    found: list[dict[str, Any]] = []
+
+    def related(name: str, metric: str, to: str = "base") -> Timing:
+        passes = {n: [p for group in groups for p in group["samples"][metric][n]] for n in (name, to)}
+        return paired(passes[name], passes[to])
+
+    for name in groups[0]["samples"]["ttft"]:
+        row: dict[str, Any] = {"runner": job.runner, "prompt": job.prompt, "variant": name}
+        if why := refused.get(name) or refused.get("base"):
+            found.append(row | {"refused": why})
+            continue
+        adapted = _adapted(name) == "peft" and name != "merged"
+        for metric in METRICS:
+            timing = related(name, metric)
+            row[metric] = asdict(timing)
+            if (own := _own_base(name)) in groups[0]["samples"][metric] and own != name and own not in refused:
+                row[metric]["own"] = related(name, metric, own).ratio
+            if adapted and name != "PEFT" and "PEFT" in groups[0]["samples"][metric] and "PEFT" not in refused:
+                row[metric]["left"] = (timing.ratio - 1) / (related("PEFT", metric).ratio - 1)
+        if adapted:
+            once, each = (related("base", metric).milliseconds for metric in ("ttft", "tpot"))
+            parts = {"ttft": once, "tpot": job.new * each}
+            floors["total"] = sum(floors[part] * taken for part, taken in parts.items()) / sum(parts.values())
+            for metric, floor in floors.items():
+                row[metric]["floor"] = floor
+        limit = weights.bytes(job.settings.torch_dtype, adapted=adapted) / ceiling * 1e3
+        row["tpot"]["of_streaming_limit"] = limit / row["tpot"]["milliseconds"]
+        found.append(row)
+    found += [
+        {"runner": job.runner, "prompt": job.prompt, "variant": n, "refused": why} for n, why in unavailable.items()
+    ]
+    return found

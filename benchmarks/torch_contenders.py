@@ -1,0 +1,192 @@
+"""The forms of the model in PyTorch: live, captured, fused; eager, compiled, as CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+import flora_fx
+from flora_fx import FuseConfig
+
+from .models import Adapted, make_model
+from .settings import Settings
+from .step import CachedStep, empty_cache
+
+__all__ = ["RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
+
+Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora"]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one contender comes about.
+
+    Attributes:
+        adapted: which model.
+        way: op by op, compiled with defaults, with Inductor's ``freezing``, with CUDA graphs, or by our backend.
+        captured: as a graph from `flora_fx.capture`; otherwise the live model.
+        fuse: how the captured graph is fused; None leaves it as it is.
+    """
+
+    adapted: Adapted
+    way: Way
+    captured: bool = False
+    fuse: FuseConfig | None = None
+
+
+def _forms(way: Way, fuse: FuseConfig) -> dict[str, Form]:
+    return {
+        "base": Form("base", way),
+        "base (captured)": Form("base", way, captured=True),
+        "merged": Form("merged", way),
+        "PEFT": Form("peft", way),
+        "PEFT (captured)": Form("peft", way, captured=True),
+        "fused": Form("peft", way, captured=True, fuse=fuse),
+    }
+
+
+_ADD = FuseConfig(accumulate="add")  # Inductor fuses an add with its neighbours, an addmm it calls
+
+
+def _all_forms(way: Way) -> dict[str, Form]:
+    """Every form of a fused graph beside the captured base and the captured PEFT model."""
+    forms = {"base": Form("base", way, captured=True), "PEFT": Form("peft", way, captured=True)}
+    for layout, up, accumulate in itertools.product(*(get_args(get_type_hints(FuseConfig)[f]) for f in _CHOICES)):
+        config = FuseConfig(layout=layout, up=up, accumulate=accumulate)
+        forms[f"fused: {layout}, {up}, {accumulate}"] = Form("peft", way, captured=True, fuse=config)
+    return forms
+
+
+_CHOICES = ("layout", "up", "accumulate")
+
+RUNNERS: dict[str, dict[str, Form]] = {
+    "eager": _forms("eager", FuseConfig()),
+    "inductor": {
+        **_forms("inductor", _ADD),
+        "fused (flora backend)": Form("peft", "flora"),
+        "base (freezing)": Form("base", "freezing"),
+        "PEFT (freezing)": Form("peft", "freezing"),
+        "fused (freezing)": Form("peft", "freezing", captured=True, fuse=_ADD),
+    },
+    "reduce-overhead": _forms("reduce-overhead", _ADD),
+    "forms-eager": _all_forms("eager"),
+    "forms-inductor": _all_forms("inductor"),
+}
+"""What takes turns under each runner; ``base`` is what ratios are taken to. CUDA graphs need a GPU."""
+
+
+def available(form: Form, device: str) -> bool:
+    """Whether this installation can run a form at all."""
+    if form.way == "flora":
+        return "flora" in torch._dynamo.list_backends()
+    return form.way != "reduce-overhead" or device == "cuda"
+
+
+class TorchContender:
+    """One form, ready to generate; implements `Contender`.
+
+    Args:
+        prefill: called as ``(tokens, position, *cache)``, as `CachedStep` is.
+        decode: the same, for one token.
+        cache: see `empty_cache`.
+        compiled: whether Dynamo compiled both.
+    """
+
+    def __init__(
+        self,
+        prefill: Callable[..., Tensor],
+        decode: Callable[..., Tensor],
+        cache: list[Tensor],
+        *,
+        compiled: bool,
+    ) -> None:
+        self._prefill, self._decode, self._cache = prefill, decode, cache
+        self._position = torch.zeros((), dtype=torch.int64, device=cache[0].device)
+        self.compiled = compiled
+
+    @torch.no_grad()
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Start a new sequence: tokens [batch, prompt] -> logits [batch, vocabulary]."""
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = self._prefill(prompt, self._position.zero_(), *self._cache)
+        self._position.fill_(prompt.shape[1])
+        return logits
+
+    @torch.no_grad()
+    def decode(self, token: Tensor) -> Tensor:
+        """Go on by one token, [batch, 1] -> logits [batch, vocabulary]."""
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = self._decode(token, self._position, *self._cache)
+        self._position.add_(1)
+        return logits
+
+
+def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int) -> TorchContender:
+    """Build a form with weights of its own and run it once, so that what has to be compiled is.
+
+    Args:
+        form: a value of `RUNNERS`.
+        settings: model and device.
+        prompt: example tokens, [batch, prompt]; graphs are captured for this length.
+        capacity: of the KV cache, in tokens.
+
+    Raises:
+        torch._dynamo.exc.Unsupported: the model does not compile as one graph.
+    """
+    step = CachedStep(make_model(settings, form.adapted)).eval()
+    cache = empty_cache(settings, capacity)
+    if form.way == "reduce-overhead":
+        for tensor in cache:  # written in place; a CUDA graph wants them where they were
+            torch._dynamo.mark_static_address(tensor)
+    token = prompt[:, :1]
+    position = torch.zeros((), dtype=torch.int64, device=prompt.device)
+    with torch.no_grad():
+        prefill, decode = (built(form, step, tokens, position, *cache) for tokens in (prompt, token))
+    contender = TorchContender(prefill, decode, cache, compiled=form.way != "eager")
+    freezing = torch._inductor.config.patch(freezing=True) if form.way == "freezing" else contextlib.nullcontext()
+    with freezing:
+        contender.prefill(prompt)
+        contender.decode(token)
+    return contender
+
+
+def built(form: Form, module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
+    """Any module in a form: live, or captured on example inputs and fused; compiled at its first call.
+
+    Args:
+        form: its ``adapted`` is what the module is already.
+        module: called as ``module(*inputs)``.
+        inputs: an example.
+    """
+    if not form.captured:
+        return _compiled(module, form.way)
+    graph = flora_fx.capture(module, *inputs)
+    return _compiled(graph if form.fuse is None else flora_fx.fuse(graph, config=form.fuse), form.way)
+
+
+_COMPILE: dict[Way, dict[str, Any]] = {
+    "inductor": {"backend": "inductor"},
+    "freezing": {"backend": "inductor"},
+    "reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
+    "flora": {"backend": "flora"},
+}
+
+
+def _compiled(step: Callable[..., Tensor], way: Way) -> Callable[..., Tensor]:
+    if way == "eager":
+        return step
+
+    def call(*args: Tensor) -> Tensor:
+        return step(*args)
+
+    # A code object of its own: callables that share one share Dynamo's cache and its recompile limit.
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, **_COMPILE[way])
+    return compiled

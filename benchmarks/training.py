@@ -1,0 +1,273 @@
+"""Time and peak memory of a LoRA training step: forward, backward, AdamW on A and B, all else frozen.
+
+Every variant has weights of its own and trains on the same tokens. Before it is timed its gradients and its losses are
+compared with float64; one that disagrees, or that was to be compiled and is not, has no figures.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .isolated import Progress, isolated
+from .latency_view import cell
+from .memory import live_bytes, peak_bytes
+from .method import Timing, compare, difference, was_compiled
+from .models import make_model
+from .settings import SHAPES, Settings
+from .sheet import Sheet
+from .torch_contenders import RUNNERS, Form, available, built
+
+__all__ = ["TOLERANCE", "VARIANTS", "Training", "disagreement", "measure", "reference", "sample", "sheets"]
+
+VARIANTS: dict[str, Form] = {
+    "PEFT": RUNNERS["eager"]["PEFT"],
+    "PEFT (inductor)": RUNNERS["inductor"]["PEFT"],
+    "fused": RUNNERS["eager"]["fused"],
+    "fused (inductor)": RUNNERS["inductor"]["fused"],
+    "fused (flora backend)": RUNNERS["inductor"]["fused (flora backend)"],
+}
+"""What takes turns; ratios are to ``PEFT``."""
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
+"""‖gradient − float64 gradient‖ / ‖float64 gradient‖ that each A and B may have. PEFT's own were seen to have 2e-6 and
+0.04; what a scale or a factor of two gets wrong is far outside."""
+
+LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
+"""|loss − float64 loss| / float64 loss that each of the checked steps may have; a step changes it by some 2e-2."""
+
+STEPS = 3
+"""How many are checked."""
+
+LEARNING_RATE = 1e-3
+
+
+class Loss(nn.Module):
+    """The mean cross-entropy of each token after the ones before it: tokens [batch, sequence] -> scalar."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        return loss
+
+
+class Training:
+    """A model with a LoRA, in one form, and the optimizer of its A and B.
+
+    Args:
+        form: a value of `VARIANTS`.
+        settings: model and device.
+        tokens: what is trained on, [batch, sequence].
+        dtype: other than the settings', for a reference.
+
+    Raises:
+        RuntimeError: the form cannot be built.
+    """
+
+    def __init__(self, form: Form, settings: Settings, tokens: Tensor, *, dtype: torch.dtype | None = None) -> None:
+        model = make_model(settings, form.adapted, dtype=dtype).train()
+        self.adapters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+        for weight in self.adapters.values():
+            weight.requires_grad_()
+        # What transformers' Trainer uses.
+        self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE, fused=True)
+        self.compiled = form.way != "eager"
+        self._tokens = tokens
+        self._loss = built(form, Loss(model), tokens)
+
+    def forward(self) -> Tensor:
+        """The loss, ready for its backward."""
+        return self._loss(self._tokens)
+
+    def gradients(self) -> dict[str, Tensor | None]:
+        """The gradients of all A and B, by name, at the present weights."""
+        self.forward().backward()
+        found = {
+            name: None if weight.grad is None else weight.grad.detach().cpu() for name, weight in self.adapters.items()
+        }
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def step(self) -> Tensor:
+        """One step of training; the loss before it."""
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+
+Expected = tuple[dict[str, Tensor | None], list[float]]
+
+
+def reference(settings: Settings, tokens: Tensor) -> Expected:
+    """The gradients at the first step and the losses of `STEPS` steps, of PEFT in float64."""
+    training = Training(VARIANTS["PEFT"], settings, tokens, dtype=torch.float64)
+    gradients = training.gradients()
+    losses = [training.step().item() for _ in range(STEPS)]
+    moved = min(abs(a - b) / a for a, b in itertools.pairwise(losses))
+    if moved < 4 * LOSS_TOLERANCE[settings.dtype]:
+        raise RuntimeError("training changes the loss too little for a check to see whether a variant trains")
+    return gradients, losses
+
+
+def disagreement(training: Training, expected: Expected, dtype: str) -> str | None:
+    """Why a variant does not train as the float64 reference does; None if it does. It takes `STEPS` steps.
+
+    Args:
+        training: a variant at its first step.
+        expected: from `reference`.
+        dtype: a name of `settings.DTYPES`.
+    """
+    gradients, losses = expected
+    found = training.gradients()
+    if missing := [name for name in gradients if found[name] is None]:
+        return f"{len(missing)} of {len(gradients)} A and B get no gradient, {missing[0]} among them"
+    errors = {name: difference(found[name], gradient) for name, gradient in gradients.items()}  # type: ignore[arg-type]
+    worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN first
+    if not errors[worst] <= TOLERANCE[dtype]:
+        return f"the gradient of {worst} is off by {errors[worst]:.1e} of float64's; {TOLERANCE[dtype]:.0e} is allowed"
+    for index, loss in enumerate(losses):
+        own = training.step().item()
+        if not abs(own - loss) <= LOSS_TOLERANCE[dtype] * loss:
+            return f"its loss at step {index + 1} is {own:.6f}; float64's is {loss:.6f}"
+    return None
+
+
+def measure(
+    settings: Settings,
+    *,
+    rounds: int = 30,
+    sequence: int = 128,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure every variant that there is, in a process of its own.
+
+    Args:
+        settings: model and device.
+        rounds: steps of each variant, in turns.
+        sequence: tokens per sequence.
+        progress: called with the variants built and the rounds done, and how many of both there are.
+
+    Returns:
+        ``{"settings", "sequence", "rounds", "rows"}``. A row has ``variant`` and either ``milliseconds``, ``ratio``,
+        ``low``, ``high`` (see `method.Timing`) and ``peak_bytes`` (weights, gradients, optimizer state, activations),
+        or ``unavailable`` or ``refused``, the reason.
+
+    Raises:
+        ValueError: a dtype that a LoRA does not train in.
+    """
+    if settings.dtype not in TOLERANCE:
+        raise ValueError(
+            f"a LoRA does not train in pure {settings.dtype}: Adam's second moments underflow, and nothing here scales "
+            f"gradients; dtype must be one of {', '.join(TOLERANCE)}"
+        )
+    rows = isolated(sample, settings, rounds, sequence, threads=settings.threads, progress=progress)
+    setup = asdict(settings) | {"layers": settings.depth}
+    return {"settings": setup, "sequence": sequence, "rounds": rounds, "rows": rows}
+
+
+def sample(settings: Settings, rounds: int, sequence: int, progress: Progress) -> list[dict[str, Any]]:
+    """What `measure` does, in this process; returns its rows."""
+    drawn = torch.Generator().manual_seed(0)
+    vocabulary = int(str(SHAPES[settings.shape]["vocab_size"]))
+    tokens = torch.randint(vocabulary, (settings.batch, sequence), generator=drawn).to(settings.device)
+    expected = reference(settings, tokens)
+    rows: dict[str, dict[str, Any]] = {}
+    agreed: dict[str, Training] = {}
+    total = len(VARIANTS) + rounds
+    for name, form in VARIANTS.items():
+        row, training = _build(form, settings, tokens, expected)
+        rows[name] = {"variant": name} | row
+        if training is not None:
+            agreed[name] = training
+        progress(len(rows), total)
+    timings = _take_turns(agreed, settings, rounds, lambda done, _: progress(len(VARIANTS) + done, total))
+    for name, timing in timings.items():
+        rows[name] |= {"refused": timing} if isinstance(timing, str) else asdict(timing)
+    return list(rows.values())
+
+
+def _build(
+    form: Form, settings: Settings, tokens: Tensor, expected: Expected
+) -> tuple[dict[str, Any], Training | None]:
+    """What can be said of a variant before it is timed; the variant, if it may be."""
+    if not available(form, settings.device):
+        return {"unavailable": f"this version of flora_fx has no torch.compile backend {form.way!r}"}, None
+    before = live_bytes(settings.device)
+    try:
+        training = Training(form, settings, tokens)
+        why = disagreement(training, expected, settings.dtype)
+    except RuntimeError as error:  # flora_fx, Dynamo and CUDA (out of memory) all raise one
+        return {"unavailable": _reason(error)}, None
+    if why is None and training.compiled and not was_compiled(training.forward):
+        why = "a profile shows that it did not run compiled"
+    if why is not None:
+        return {"refused": why}, None
+    return {"peak_bytes": peak_bytes(training.step, settings.device) - before}, training
+
+
+def _reason(error: RuntimeError) -> str:
+    """What an error says, without what Dynamo writes around an error of the code that it traces.
+
+    >>> _reason(RuntimeError("Observed exception\\n  Debug context: raised exception TieError('no gradients')\\n"))
+    "TieError('no gradients')"
+    """
+    traced = re.search(r"raised exception (.+)", str(error))
+    return traced[1] if traced else f"{type(error).__name__}: {error}"
+
+
+def _take_turns(
+    agreed: Mapping[str, Training], settings: Settings, rounds: int, progress: Progress
+) -> Mapping[str, Timing | str]:
+    """Each variant's timing, or why it has none."""
+    if "PEFT" not in agreed:
+        return dict.fromkeys(agreed, "PEFT, which ratios are taken to, has no figures itself")
+    calls: dict[str, Callable[[], object]] = {name: training.step for name, training in agreed.items()}
+    graphs = _compilations()
+    timings = compare(calls, reference="PEFT", rounds=rounds, device=settings.device, progress=progress)
+    if _compilations() != graphs:
+        return dict.fromkeys(agreed, "something was compiled while the clock ran")
+    return timings
+
+
+def _compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def sheets(result: Mapping[str, Any]) -> list[Sheet]:
+    """One sheet: milliseconds and peak memory, both also relative to PEFT."""
+    rows: Sequence[Mapping[str, Any]] = result["rows"]
+    peaks = {row["variant"]: row["peak_bytes"] for row in rows if "ratio" in row}
+    body = []
+    for row in rows:
+        if "ratio" not in row:
+            body.append([row["variant"], "refused" if "refused" in row else "not available"])
+            continue
+        peak = row["peak_bytes"]
+        body.append(
+            [
+                row["variant"],
+                f"{row['milliseconds']:.1f}",
+                cell(row),
+                f"{peak / 2**20:.1f}",
+                f"{peak / peaks['PEFT']:.3f}",
+            ]
+        )
+    notes = [
+        f"{row['variant']} {kind}: {row[kind].splitlines()[0]}"
+        for row in rows
+        for kind in ("refused", "unavailable")
+        if kind in row
+    ]
+    title = f"Training step, {result['settings']['batch']} × {result['sequence']} tokens"
+    return [Sheet(title, ["", "ms", "× PEFT", "peak MiB", "× PEFT's"], body, notes)]

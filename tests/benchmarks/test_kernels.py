@@ -1,0 +1,128 @@
+"""Launches per decoder layer are counts, and the same by every way of counting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flora_fx.benchmarks import kernels, launches, onnx_exports
+from flora_fx.benchmarks.kernels import measure, sheets
+from flora_fx.benchmarks.settings import Settings
+
+SETTINGS = Settings("tiny", layers=4, rank=4)
+PACKS, UPS = 4, 4  # q k v | o | gate up | down, each with one block-diagonal (or only) up-projection
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return measure(SETTINGS, runners=("graph", "eager"), prompt=8)
+
+
+def gemms(result: dict[str, Any], runner: str, key: str = "per_layer") -> dict[tuple[str, str], int]:
+    return {(row["phase"], row["variant"]): row[key]["gemm"] for row in result["rows"] if row["runner"] == runner}
+
+
+@pytest.mark.parametrize("runner", ["graph", "eager"])
+def test_gemms_of_a_layer(result: dict[str, Any], runner: str) -> None:
+    expected = {"base": 7, "PEFT": 21, "fused": PACKS + UPS}
+    phases = ("prefill", "decode")
+    assert gemms(result, runner) == {(phase, name): count for phase in phases for name, count in expected.items()}
+
+
+def test_fused_has_no_elementwise_kernel_more_than_the_base(result: dict[str, Any]) -> None:
+    for runner in ("graph", "eager"):
+        found = {
+            row["variant"]: row["per_layer"]["elementwise"]
+            for row in result["rows"]
+            if row["runner"] == runner and row["phase"] == "decode"
+        }
+        assert found["fused"] == found["base"]
+        assert found["PEFT"] == found["base"] + 14  # a Mul and an Add per projection
+
+
+def test_total_is_what_a_model_of_that_depth_launches(result: dict[str, Any]) -> None:
+    runner = kernels.RUNNERS["eager"]
+    counted = kernels._count(runner, "fused", "decode", SETTINGS, 8)
+    [row] = [r for r in result["rows"] if (r["runner"], r["phase"], r["variant"]) == ("eager", "decode", "fused")]
+    assert row["total"] == kernels._kinds(counted)
+
+
+def test_only_what_launches_is_counted() -> None:
+    x = torch.ones(4, 6)
+    weight = torch.ones(3, 6)
+
+    def call() -> None:
+        y = torch.nn.functional.linear(x.view(2, 2, 6), weight).transpose(0, 1)[..., :2]
+        y.add_(1)
+        torch.empty(3)
+        torch.arange(3) + 1
+
+    assert launches.dispatched(call) == {
+        ("gemm", "aten.mm"): 1,
+        ("elementwise", "aten.add_"): 1,
+        ("other", "aten.arange"): 1,
+        ("other", "aten.add"): 1,  # of integers
+    }
+
+
+def test_inductors_calls_of_a_fused_layer() -> None:
+    runner = kernels.RUNNERS["inductor"]
+    counts = [kernels._count(runner, "fused", "decode", Settings("tiny", layers=depth), 8) for depth in kernels.DEPTHS]
+    row = kernels._row(counts, 4)
+    assert row["per_layer"]["gemm"] == PACKS + UPS
+    assert 0 < row["per_layer"]["generated"] < 8
+    assert row["per_layer"]["other"] == 1  # attention
+
+
+def test_onnx_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_graphs(settings: Settings, directory: Path, progress: Any = None) -> dict[str, Path | str]:
+        return {"fused": directory / str(settings.layers), "peer": "it does not run here"}
+
+    def count_nodes(directory: Path) -> dict[str, int]:
+        layers = int(directory.name)
+        return {"MatMul": 8 * layers + 1, "Add": 4 * layers, "Gather": 1}
+
+    monkeypatch.setattr(onnx_exports, "write_graphs", write_graphs)
+    monkeypatch.setattr(onnx_exports, "count_nodes", count_nodes)
+    result = measure(SETTINGS, runners=("onnxruntime",), prompt=8)
+    fused, peer = result["rows"]
+    assert fused["per_layer"] == {"gemm": 8, "elementwise": 4}
+    assert fused["names"] == {"MatMul": 8, "Add": 4}
+    assert fused["total"] == {"gemm": 33, "elementwise": 16, "other": 1}
+    assert peer["unavailable"] == "it does not run here"
+    [sheet] = sheets(result)
+    assert list(sheet.rows) == [["fused", "8", "4", "0", "12", "50"], ["peer", "not available"]]
+    assert "it does not run here" in sheet.notes[0]
+
+
+def test_gpu_kernels_are_counted_by_category(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = [
+        {"name": "nvjet_tst_64x8_64x16_1x4_h_bz_TNT", "cat": "kernel"},
+        {"name": "void at::native::vectorized_elementwise_kernel<4, …>", "cat": "kernel"},
+        {"name": "triton_red_fused_add_mean_0", "cat": "kernel"},
+        {"name": "pytorch_flash::flash_fwd_splitkv_kernel<…>", "cat": "kernel"},
+        {"name": "Memcpy HtoD", "cat": "gpu_memcpy"},
+        *[{"name": "cudaLaunchKernel", "cat": "cuda_runtime"}] * 3,
+        {"name": "cuLaunchKernelEx", "cat": "cuda_driver"},
+        {"name": "cudaDeviceSynchronize", "cat": "cuda_runtime"},
+        {"name": "aten::mm", "cat": "cpu_op"},
+        {"name": "process_name", "ph": "M"},
+    ]
+    monkeypatch.setattr(launches, "trace", lambda call, device: events)
+    kinds: Counter[str] = Counter()
+    for (kind, _), times in launches.device_kernels(lambda: None).items():
+        kinds[kind] += times
+    assert kinds == {"gemm": 1, "elementwise": 1, "generated": 1, "other": 1, "launch": 4}
+
+
+@pytest.mark.gpu
+def test_kernels_on_a_gpu() -> None:
+    settings = Settings("tiny", rank=4, device="cuda", dtype="bfloat16")
+    result = measure(settings, runners=("eager", "eager, profiled"), prompt=8)
+    dispatched, profiled = (gemms(result, runner) for runner in ("eager", "eager, profiled"))
+    assert profiled == dispatched
+    assert all(row["per_layer"]["launch"] > 0 for row in result["rows"] if row["runner"] == "eager, profiled")

@@ -1,0 +1,148 @@
+"""The latency suite refuses what disagrees and what did not compile, and its rows say what they must."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flora_fx.benchmarks import latency, latency_view, scaling
+from flora_fx.benchmarks.models import make_model, weights_of
+from flora_fx.benchmarks.settings import SHAPES, Settings
+from flora_fx.benchmarks.step import CachedStep, empty_cache
+from flora_fx.benchmarks.torch_contenders import RUNNERS, Form, TorchContender, make_contender
+
+TINY = Settings(shape="tiny", rank=4, threads=1)
+PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9]])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_builds(shape: str) -> None:
+    """And its weights are counted right: a rank-4 A and B have 4 · (in + out) elements."""
+    settings = Settings(shape=shape, layers=1, rank=4)
+    with torch.device("meta"):
+        counted = weights_of(settings)
+    sizes = {name: int(str(SHAPES[shape][name])) for name in ("hidden_size", "intermediate_size", "head_dim")}
+    hidden, wide, head = sizes.values()
+    queries, keys = (head * int(str(SHAPES[shape][name])) for name in ("num_attention_heads", "num_key_value_heads"))
+    dims = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden), *[(hidden, wide)] * 3]
+    assert counted.adapter == 4 * sum(i + o for i, o in dims)
+    assert counted.head == hidden * int(str(SHAPES[shape]["vocab_size"]))
+    assert 0 < counted.layers - sum(i * o for i, o in dims) < 4 * (hidden + head)  # norms
+
+
+def test_floor_is_bytes_for_a_token_and_flops_for_a_prompt() -> None:
+    weights = weights_of(TINY)
+    assert weights.floor(1) == 1 + weights.adapter / (weights.layers + weights.head)
+    assert weights.floor(10**9) == pytest.approx(1 + weights.adapter / weights.layers)
+    assert weights.bytes(torch.float16, adapted=True) == 2 * (weights.layers + weights.head + weights.adapter)
+
+
+@torch.no_grad()
+def test_static_step_equals_the_whole_sequence() -> None:
+    settings = Settings(shape="tiny", rank=4, batch=2)
+    step = CachedStep(make_model(settings, "peft", dtype=torch.float64))
+    tokens = torch.randint(128, (2, 7), generator=torch.Generator().manual_seed(0))
+    cache = empty_cache(settings, 12, dtype=torch.float64)
+    step(tokens[:, :6], torch.tensor(0), *cache)
+    last = step(tokens[:, 6:], torch.tensor(6), *cache)
+    torch.testing.assert_close(last, step.model(tokens).logits[:, -1], rtol=0, atol=1e-12)
+
+
+def test_models_of_one_settings_are_one_model() -> None:
+    """Merged equals unmerged, and neither is the base: otherwise no comparison means anything."""
+    logits = {name: make_model(TINY, name)(PROMPT).logits for name in ("base", "peft", "merged")}  # type: ignore[arg-type]
+    torch.testing.assert_close(logits["merged"], logits["peft"], rtol=1e-4, atol=1e-4)
+    assert (logits["base"] - logits["peft"]).norm() > 0.5 * logits["base"].norm()
+
+
+def _job(runner: str = "eager", **kwargs: object) -> latency.Job:
+    return latency.Job(TINY, runner, prompt=6, new=5, passes=3, **kwargs)  # type: ignore[arg-type]
+
+
+def test_rows_of_the_eager_runner() -> None:
+    job = _job()
+    group = latency.sample(job, 0, lambda done, total: None)
+    assert group["refused"] == {}
+    assert {name: [len(turns) for turns in passes] for name, passes in group["samples"]["tpot"].items()} == {
+        name: [5, 5, 5] for name in RUNNERS["eager"]
+    }
+    rows = {row["variant"]: row for row in latency.rows([group, group], job, ceiling=1e9)}
+    assert rows["base"]["tpot"]["ratio"] == 1.0
+    assert "floor" not in rows["base"]["ttft"]
+    assert "floor" not in rows["merged"]["ttft"]
+    fused = rows["fused"]
+    weights = weights_of(TINY)
+    assert fused["ttft"]["floor"] == weights.floor(6)
+    assert fused["tpot"]["floor"] == weights.floor(1)
+    assert fused["ttft"]["floor"] >= fused["total"]["floor"] >= fused["tpot"]["floor"]
+    left = (fused["tpot"]["ratio"] - 1) / (rows["PEFT"]["tpot"]["ratio"] - 1)
+    assert fused["tpot"]["left"] == pytest.approx(left)
+    limit = weights.bytes(torch.float32, adapted=True) / 1e9 * 1e3
+    assert fused["tpot"]["of_streaming_limit"] == pytest.approx(limit / fused["tpot"]["milliseconds"])
+    json.dumps(list(rows.values()))
+
+
+def test_a_contender_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base passed off as the merged model: faster, and wrong."""
+    monkeypatch.setitem(RUNNERS, "eager", {**RUNNERS["eager"], "merged": Form("base", "eager")})
+    job = _job(contenders=("base", "merged", "PEFT"))
+    group = latency.sample(job, 0, lambda done, total: None)
+    assert list(group["refused"]) == ["merged"]
+    assert "float64 reference" in group["refused"]["merged"]
+    rows = {row["variant"]: row for row in latency.rows([group], job, ceiling=1e9)}
+    assert "tpot" not in rows["merged"]
+    assert "tpot" in rows["PEFT"]
+    sheet = latency_view.sheets({"rows": list(rows.values()), "new": 5})[0]
+    assert ["merged", "refused"] in [list(row) for row in sheet.rows]
+    assert any("float64 reference" in note for note in sheet.notes)
+
+
+def test_a_contender_that_did_not_compile_is_refused() -> None:
+    """What claims to be compiled and runs in eager mode, as Dynamo lets it past its recompile limit."""
+    step = CachedStep(make_model(TINY, "base"))
+    contenders = {"base": TorchContender(step, step, empty_cache(TINY, 8), compiled=True)}
+    refused = latency._not_compiled(contenders, PROMPT, PROMPT[:, :1])
+    assert refused == {"base": "a profile shows that it did not run compiled"}
+
+
+def test_nothing_is_related_to_a_base_that_was_refused() -> None:
+    turns = {"base": [[1.0]], "PEFT": [[2.0]]}
+    group = {"samples": dict.fromkeys(latency.METRICS, turns), "refused": {"base": "wrong"}, "unavailable": {"x": "no"}}
+    rows = latency.rows([group], _job(), ceiling=1e9)
+    assert [(row["variant"], row["refused"]) for row in rows] == [("base", "wrong"), ("PEFT", "wrong"), ("x", "no")]
+
+
+def test_compiled_forms_agree_and_run_compiled() -> None:
+    forms = {name: RUNNERS["inductor"][name] for name in ("PEFT", "fused")}
+    contenders = {name: make_contender(form, TINY, PROMPT, 12) for name, form in forms.items()}
+    following: list[Tensor] = [PROMPT[:, i : i + 1] for i in range(3)]
+    assert latency._disagreements(contenders, TINY, PROMPT, following) == {}
+    assert latency._not_compiled(contenders, PROMPT, PROMPT[:, :1]) == {}
+
+
+def test_a_runner_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    result = latency.measure(TINY, runners=("no such runner", "eager"), prompts=(4,), new=2, rounds=2, processes=2)
+    failed, *rows = result["rows"]
+    assert "no such runner" in failed["refused"]
+    assert [row["variant"] for row in rows] == list(RUNNERS["eager"])
+    pictures = latency_view.draw(result, tmp_path / "latency")
+    assert [file.name for file in pictures] == ["latency-4.svg", "latency-4.png"]
+
+
+def test_scaling_varies_one_setting_at_a_time(tmp_path: Path) -> None:
+    result = scaling.measure(TINY, axes={"rank": (2, 8), "batch": (2,)}, prompt=4, new=2, rounds=2)
+    floors = [
+        row["tpot"]["floor"] for point in result["axes"]["rank"] for row in point["rows"] if row["variant"] == "fused"
+    ]
+    expected = [weights_of(Settings(shape="tiny", rank=rank)).floor(1) for rank in (2, 8)]
+    assert floors == expected
+    sheets = scaling.sheets(result)
+    assert [[row[0] for row in sheet.rows] for sheet in sheets] == [["2", "8"], ["2"]]
+    assert all(len(row) == 5 for sheet in sheets for row in sheet.rows)
+    svg, png = scaling.draw(result, tmp_path / "scaling")
+    assert svg.read_text().lstrip().startswith("<?xml")
+    assert png.read_bytes().startswith(b"\x89PNG")

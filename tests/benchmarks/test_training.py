@@ -1,0 +1,129 @@
+"""A training step is timed only for what trains as float64 does, and really runs compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flora_fx.benchmarks import training
+from flora_fx.benchmarks.memory import live_bytes
+from flora_fx.benchmarks.settings import Settings
+from flora_fx.benchmarks.torch_contenders import RUNNERS
+from flora_fx.benchmarks.training import Training, disagreement, reference, sample, sheets
+
+SETTINGS = Settings("tiny", rank=4)
+TOKENS = torch.arange(12).reshape(1, 12) * 7 % 128
+PEFT = RUNNERS["eager"]["PEFT"]
+
+Expected = tuple[dict[str, Tensor | None], list[float]]
+
+
+@pytest.fixture(scope="module")
+def expected() -> Expected:
+    return reference(SETTINGS, TOKENS)
+
+
+def test_reference_trains_every_a_and_b(expected: Expected) -> None:
+    gradients, losses = expected
+    assert len(gradients) == 2 * 7 * SETTINGS.depth
+    assert all(gradient is not None and gradient.dtype == torch.float64 for gradient in gradients.values())
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_peft_agrees_with_float64_and_its_base_stays(expected: Expected) -> None:
+    peft = Training(PEFT, SETTINGS, TOKENS)
+    assert disagreement(peft, expected, "float32") is None
+    assert not any(weight.grad is not None for weight in peft.adapters.values())
+    trained = {id(weight) for group in peft.optimizer.param_groups for weight in group["params"]}
+    assert trained == {id(weight) for weight in peft.adapters.values()}
+
+
+def test_wrong_gradient_is_refused(expected: Expected) -> None:
+    wrong = Training(PEFT, SETTINGS, TOKENS)
+    name, weight = next(iter(wrong.adapters.items()))
+    weight.register_hook(lambda gradient: gradient * 1.01)
+    assert str(disagreement(wrong, expected, "float32")).startswith(f"the gradient of {name} is off by 1.0e-02")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_gradient_that_is_no_number_or_zero_is_refused(expected: Expected, value: float) -> None:
+    wrong = Training(PEFT, SETTINGS, TOKENS)
+    *_, (name, weight) = wrong.adapters.items()
+    weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+    assert f"the gradient of {name} is off" in str(disagreement(wrong, expected, "float32"))
+
+
+def test_missing_gradient_is_refused(expected: Expected) -> None:
+    wrong = Training(PEFT, SETTINGS, TOKENS)
+    name, weight = next(iter(wrong.adapters.items()))
+    weight.requires_grad_(False)
+    assert disagreement(wrong, expected, "float32") == f"1 of 28 A and B get no gradient, {name} among them"
+
+
+def test_step_that_does_not_reach_the_weights_is_refused(expected: Expected) -> None:
+    stale = Training(PEFT, SETTINGS, TOKENS)
+    stale.optimizer.param_groups[0]["lr"] = 0.0
+    assert "its loss at step 2 is" in str(disagreement(stale, expected, "float32"))
+
+
+def test_rows_of_what_trains_and_of_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PEFT", "fused", "fused (flora backend)")
+    monkeypatch.setattr(training, "VARIANTS", {name: training.VARIANTS[name] for name in names})
+    seen: list[tuple[int, int]] = []
+    rows = {row["variant"]: row for row in sample(SETTINGS, 3, 12, lambda done, total: seen.append((done, total)))}
+    assert seen == [(done + 1, 6) for done in range(6)]
+    assert list(rows) == list(names)
+    assert rows["PEFT"]["ratio"] == 1
+    for row in rows.values():
+        assert ("ratio" in row) != ("unavailable" in row), row
+        assert ("peak_bytes" in row) == ("ratio" in row)
+    if "unavailable" in rows["fused"]:
+        assert rows["fused"]["unavailable"].startswith("TieError: ")
+    before = live_bytes("cpu")
+    peft = Training(PEFT, SETTINGS, TOKENS)
+    peft.step()
+    held = live_bytes("cpu") - before  # weights and the two moments
+    gradients = sum(weight.nbytes for weight in peft.adapters.values())
+    assert held + gradients < rows["PEFT"]["peak_bytes"] < 3 * held  # activations too
+    result = {"settings": {"batch": 1}, "sequence": 12, "rounds": 3, "rows": list(rows.values())}
+    [sheet] = sheets(result)
+    assert [row[0] for row in sheet.rows] == list(names)
+    assert len(sheet.notes) == sum("ratio" not in row for row in rows.values())
+
+
+def test_no_ratio_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VARIANTS", {"PEFT": PEFT, "again": PEFT})
+    verdicts: Any = iter(["it is wrong", None])
+    monkeypatch.setattr(training, "reference", lambda *_: None)
+    monkeypatch.setattr(training, "disagreement", lambda *_: next(verdicts))
+    first, second = sample(SETTINGS, 2, 12, lambda done, total: None)
+    assert first == {"variant": "PEFT", "refused": "it is wrong"}
+    assert "ratio" not in second
+    assert "PEFT" in second["refused"]
+
+
+def test_compiled_variant_that_runs_eager_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VARIANTS", {"PEFT": PEFT, "PEFT (inductor)": RUNNERS["inductor"]["PEFT"]})
+    with torch.compiler.set_stance("force_eager"):
+        peft, compiled = sample(SETTINGS, 2, 12, lambda done, total: None)
+    assert peft["ratio"] == 1
+    assert compiled["refused"] == "a profile shows that it did not run compiled"
+
+
+def test_compilation_while_the_clock_runs_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "VARIANTS", {"PEFT": PEFT})
+    compilations = iter(range(2))
+    monkeypatch.setattr(training, "reference", lambda *_: None)
+    monkeypatch.setattr(training, "disagreement", lambda *_: None)
+    monkeypatch.setattr(training, "_compilations", lambda: next(compilations))
+    [row] = sample(SETTINGS, 2, 12, lambda done, total: None)
+    assert row["refused"] == "something was compiled while the clock ran"
+    assert "ratio" not in row
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match="bfloat16"):
+        training.measure(Settings("tiny", dtype="float16"))
