@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .contender import Contender
 from .isolated import Progress, isolated
-from .method import Clock, Timing, bandwidth, difference, paired, take_turns, was_compiled
+from .method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
 from .models import Adapted, make_model, weights_of
 from .settings import Settings
 from .step import CachedStep, empty_cache
@@ -144,7 +144,7 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
     refused = _disagreements(contenders, settings, prompt, following[:CHECKED])
     refused |= _not_compiled(contenders, prompt, following[0])
-    compiled_before = _compilations()
+    compiled_before = compilations()
 
     clock, order = Clock(settings.device), random.Random(seed)
     samples: dict[str, Samples] = {metric: {name: [] for name in contenders} for metric in METRICS}
@@ -157,7 +157,7 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
             samples["tpot"][name].append(steps)
             samples["total"][name].append([first + sum(steps)])
         progress(done + 1, job.passes)
-    if _compilations() != compiled_before:
+    if compilations() != compiled_before:
         refused |= {name: "something was compiled while the clock ran" for name, c in contenders.items() if c.compiled}
     unavailable = {name: why for name, why in built.items() if isinstance(why, str)}
     return {"samples": samples, "refused": refused, "unavailable": unavailable}
@@ -193,10 +193,10 @@ def _build(job: Job, prompt: Tensor) -> Mapping[str, Contender | str]:
     }
 
 
-def _own_base(name: str) -> str:
-    """What a contender would be without an adapter: ``base (genai)`` for ``PEFT (genai)``; empty for a plain name."""
+def _kind(name: str) -> str:
+    """``(genai)`` of ``PEFT (genai)``, with the space before it: what ``base`` and ``PEFT`` of its own kind end with."""
     _, opened, way = name.partition(" (")
-    return f"base ({way}" if opened else ""
+    return opened + way
 
 
 def _adapted(name: str) -> Adapted:
@@ -242,17 +242,13 @@ def _not_compiled(contenders: Mapping[str, Contender], prompt: Tensor, token: Te
     }
 
 
-def _compilations() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
 def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[dict[str, Any]]:
     """What `sample` found in one or several processes, as one row per contender.
 
     A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to ``base`` with its interval,
     the arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
-    (``own``: ``base (genai)`` for ``PEFT (genai)``), for TPOT the fraction of the weight-streaming limit. A contender
-    that was refused has the reason instead.
+    (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is told among a kind too, where it has a PEFT), and for
+    TPOT the fraction of the weight-streaming limit. A contender that was refused has the reason instead.
     """
     weights, batch = weights_of(job.settings), job.settings.batch
     floors = {"ttft": weights.floor(job.prompt * batch), "tpot": weights.floor(batch)}
@@ -262,7 +258,7 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
 
     def related(name: str, metric: str, to: str = "base") -> Timing:
         passes = {n: [p for group in groups for p in group["samples"][metric][n]] for n in (name, to)}
-        return paired(passes[name], passes[to])
+        return paired(passes[name], passes[to], processes=len(groups))
 
     for name in groups[0]["samples"]["ttft"]:
         row: dict[str, Any] = {"runner": job.runner, "prompt": job.prompt, "variant": name}
@@ -273,10 +269,13 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
         for metric in METRICS:
             timing = related(name, metric)
             row[metric] = asdict(timing)
-            if (own := _own_base(name)) in groups[0]["samples"][metric] and own != name and own not in refused:
-                row[metric]["own"] = related(name, metric, own).ratio
-            if adapted and name != "PEFT" and "PEFT" in groups[0]["samples"][metric] and "PEFT" not in refused:
-                row[metric]["left"] = (timing.ratio - 1) / (related("PEFT", metric).ratio - 1)
+            shown = groups[0]["samples"][metric].keys() - refused.keys()
+            if (base := f"base{_kind(name)}") in shown - {name, "base"}:
+                row[metric]["own"] = related(name, metric, base).ratio
+            if {(peft := f"PEFT{_kind(name)}"), base} - shown:
+                peft, base = "PEFT", "base"
+            if adapted and name != peft and peft in shown:
+                row[metric]["left"] = (related(name, metric, base).ratio - 1) / (related(peft, metric, base).ratio - 1)
         if adapted:
             once, each = (related("base", metric).milliseconds for metric in ("ttft", "tpot"))
             parts = {"ttft": once, "tpot": job.new * each}

@@ -24,7 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "Timing", "bandwidth", "compare", "difference", "paired", "pinned", "take_turns", "was_compiled"]
+__all__ = [
+    "Clock",
+    "Timing",
+    "bandwidth",
+    "compare",
+    "compilations",
+    "difference",
+    "paired",
+    "pinned",
+    "take_turns",
+    "was_compiled",
+]
 
 Call = Callable[[], object]
 
@@ -85,12 +96,15 @@ def take_turns(calls: Mapping[str, Call], clock: Clock, order: random.Random) ->
     return {name: taken[name] for name in calls}
 
 
-def paired(samples: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], *, seed: int = 0) -> Timing:
+def paired(
+    samples: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], *, processes: int = 1, seed: int = 0
+) -> Timing:
     """Relate a contender to the reference, round by round.
 
     Args:
-        samples: milliseconds, a list of rounds per pass; passes are what the bootstrap draws.
+        samples: milliseconds, a list of rounds per pass. The bootstrap draws processes, then passes of each.
         reference: the same rounds of the reference.
+        processes: from how many the passes come, in equal parts, one after the other.
         seed: of the bootstrap.
 
     >>> paired([[2.0, 4.0], [6.0, 8.0]], [[1.0, 2.0], [3.0, 4.0]])
@@ -98,8 +112,10 @@ def paired(samples: Sequence[Sequence[float]], reference: Sequence[Sequence[floa
     """
     ratios = torch.tensor(samples, dtype=torch.float64) / torch.tensor(reference, dtype=torch.float64)
     draws = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(ratios), (1000, len(ratios)), generator=draws)
-    medians = torch.stack([ratios[rows].flatten().quantile(0.5) for rows in chosen])
+    passes = len(ratios) // processes
+    process = torch.randint(processes, (1000, processes, 1), generator=draws)
+    chosen = process * passes + torch.randint(passes, (1000, processes, passes), generator=draws)
+    medians = torch.stack([ratios[rows.flatten()].flatten().quantile(0.5) for rows in chosen])
     low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     middle = statistics.median(value for row in samples for value in row)
     return Timing(middle, ratios.flatten().quantile(0.5).item(), low, high)
@@ -183,6 +199,11 @@ def was_compiled(call: Call) -> bool:
     names = [event.key for event in profile.key_averages()]
     regions = [name for name in names if name.startswith("Torch-Compiled Region")]
     return len(regions) == 1 and "aten::linear" not in names
+
+
+def compilations() -> int:
+    """How many graphs Dynamo has compiled in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def bandwidth(device: str, *, dtype: torch.dtype = torch.float32) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .isolated import Progress, isolated
 from .latency_view import cell
 from .memory import live_bytes, peak_bytes
-from .method import Timing, compare, difference, was_compiled
+from .method import Timing, compare, compilations, difference, was_compiled
 from .models import make_model
 from .settings import SHAPES, Settings
 from .sheet import Sheet
@@ -233,15 +233,11 @@ def _take_turns(
     if "PEFT" not in agreed:
         return dict.fromkeys(agreed, "PEFT, which ratios are taken to, has no figures itself")
     calls: dict[str, Callable[[], object]] = {name: training.step for name, training in agreed.items()}
-    graphs = _compilations()
+    graphs = compilations()
     timings = compare(calls, reference="PEFT", rounds=rounds, device=settings.device, progress=progress)
-    if _compilations() != graphs:
+    if compilations() != graphs:
         return dict.fromkeys(agreed, "something was compiled while the clock ran")
     return timings
-
-
-def _compilations() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
