@@ -1,10 +1,11 @@
 # make demo   the main job on a small model made on the spot      make test      what CI runs
 # make lint   ruff and mypy                                       make test-all  the slow checks too
-# make bench  measures and writes docs/benchmarks.md
+# make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
 .PHONY: demo test test-all lint bench clean
 
@@ -26,8 +27,9 @@ lint: $(STAMP)
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p flora_fx
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks passes
-	$(BIN)/python -m benchmarks layouts
+	$(BIN)/python -m benchmarks latency $(REDUCED) --runners eager,inductor,onnxruntime \
+	  --contenders base merged PEFT fused "base (genai)" "PEFT (genai)" --name latency-reduced
+	$(BIN)/python -m benchmarks kernels --layers 4 --runners graph,eager,inductor --name kernels-reduced
 	$(BIN)/python -m benchmarks page
 
 # The package's declared dependency (sentence-transformers) is not needed: only its model folder is.

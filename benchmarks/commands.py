@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from flora_fx.errors import MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
 from . import fusing, gpu, kernels, latency, latency_view, scaling, training
+from .onnx_exports import GRAPHS
 from .page import Chapter, write_page
 from .results import RECORD, save
 from .settings import DTYPES, PROJECTIONS, SHAPES, Settings
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
     """
     arguments_of = parser()
     options = arguments_of.parse_args(arguments)
-    command = " ".join(["python -m benchmarks", *arguments])
+    command = f"python -m benchmarks {shlex.join(arguments)}"
     if options.suite == "page":
         print(f"written to {write_page(chapters(RECORD))}")
         return
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str]) -> None:
             device=options.device,
         )
         _check(options)
+        if options.suite == "training":
+            training.check(settings)
     except ValueError as error:
         arguments_of.error(str(error))
     console = require("rich.console", "cli").Console
@@ -74,6 +79,7 @@ def _latency(settings: Settings, options: Options, bar: Bar) -> Result:
         new=options.new,
         rounds=options.rounds,
         processes=options.processes,
+        contenders=options.contenders,
         progress=bar,
     )
 
@@ -97,7 +103,7 @@ def _scaling(settings: Settings, options: Options, bar: Bar) -> Result:
 
 
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
-    return kernels.measure(settings, progress=bar("kernels"))
+    return kernels.measure(settings, runners=options.runners, progress=bar("kernels"))
 
 
 _SUITES: dict[str, Callable[[Settings, Options, Bar], Result]] = {
@@ -131,14 +137,17 @@ TITLES = {
 
 
 def chapters(record: Path) -> dict[str, Chapter]:
-    """What the page is made of: the CPU suites, then what a GPU host left."""
-    names = [*TITLES, *sorted(file.stem for file in record.glob("gpu-*.json"))]
+    """What the page is made of: ``SUITE.json``, then ``SUITE-anything.json``, then what a GPU host left."""
     found = {}
-    for name in names:
-        suite = name.removeprefix("gpu-").split("-")[0]
+    for gpu_host, suite in itertools.product(("", "gpu-"), TITLES):
         title, text = TITLES[suite]
-        draw = PICTURES.get(suite, lambda result, path: ())
-        found[name] = Chapter(title if name in TITLES else f"GPU: {name[4:]}", text, SHEETS[suite], draw)
+        for name in (f"{gpu_host}{suite}", *sorted(file.stem for file in record.glob(f"{gpu_host}{suite}-*.json"))):
+            if detail := name.removeprefix(gpu_host).removeprefix(suite).replace("-", " "):
+                heading = f"{title}:{detail}"
+            else:
+                heading = title
+            draw = PICTURES.get(suite, lambda result, path: ())
+            found[name] = Chapter(f"GPU: {heading}" if gpu_host else heading, text, SHEETS[suite], draw)
     return found
 
 
@@ -148,10 +157,17 @@ def _check(options: Options) -> None:
     Raises:
         ValueError: an option makes no sense.
     """
-    known = [*RUNNERS, "onnxruntime"]
+    known = [*(kernels.RUNNERS if options.suite == "kernels" else RUNNERS), "onnxruntime"]
     for runner in (*getattr(options, "runners", ()), *filter(None, [getattr(options, "runner", None)])):
         if runner not in known:
             raise ValueError(f"unknown runner {runner!r}; it must be one of {', '.join(known)}")
+    contenders = getattr(options, "contenders", ())
+    named = {*GRAPHS, *itertools.chain(*RUNNERS.values())}
+    for contender in contenders:
+        if contender not in named:
+            raise ValueError(f"unknown contender {contender!r}; it must be one of {', '.join(sorted(named))}")
+    if contenders and "base" not in contenders:
+        raise ValueError("--contenders must have base among them: ratios are taken to it")
     for name in ("rounds", "processes", "new", "sequence"):
         if getattr(options, name, 1) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
@@ -190,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
         suite = suites.add_parser(name, parents=[model], help=text)
         known = ", ".join([*RUNNERS, "onnxruntime"])
         suite.add_argument("--runners", type=_names, default=runners, help=f"with commas, of: {known}")
+        suite.add_argument("--contenders", nargs="+", default=(), metavar="NAME", help="only these, base among them")
         suite.add_argument("--prompts", type=_numbers, default=[128, 1024], help="prompt lengths (128,1024)")
         suite.add_argument("--new", type=int, default=64, help="tokens after the prompt (%(default)s)")
         suite.add_argument("--rounds", type=int, default=30, help="generations by each contender (%(default)s)")
@@ -208,7 +225,9 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
 
-    suites.add_parser("kernels", parents=[model], help="launches per decoder layer, counted")
+    suite = suites.add_parser("kernels", parents=[model], help="launches per decoder layer, counted")
+    counted = [*kernels.RUNNERS, "onnxruntime"]
+    suite.add_argument("--runners", type=_names, default=counted, help=f"separated by commas, of: {', '.join(counted)}")
 
     suite = suites.add_parser("gpu", parents=[output], help="all that a GPU host should run")
     suite.add_argument("--minutes", type=float, default=20.0, help="stop starting sections after this (%(default)s)")

@@ -47,6 +47,8 @@ class Section:
 
 _1B = ("--shape", "llama-3.2-1b", "--device", "cuda", "--threads", "8")
 _3B = ("--shape", "llama-3.2-3b", "--device", "cuda", "--threads", "8")
+_COUNTED = "graph,eager,inductor,eager-profiled,inductor-profiled"
+_EXPORTS = ("base", "fused", "base (genai)", "PEFT (genai)", "PEFT (transformers, ort_fusions)")  # minutes each
 _AXES = ("--ranks", "8,32,128,512", "--batches", "1,8,64", "--depths", "2,8")
 _SHORT = ("--new", "32", "--rounds", "30", "--processes", "1")
 
@@ -56,21 +58,26 @@ SECTIONS: tuple[Section, ...] = (
         "latency-1b-bf16",
         "benchmarks",
         ("latency", *_1B, *_SHORT, "--dtype", "bfloat16", "--runners", "eager,reduce-overhead"),
-        5,
+        6,
     ),
+    Section(
+        "kernels-1b",
+        "benchmarks",
+        ("kernels", *_1B, "--dtype", "bfloat16", "--layers", "2", "--runners", _COUNTED),
+        4,
+    ),
+    Section("training-1b", "benchmarks", ("training", *_1B, "--dtype", "bfloat16", "--sequence", "512"), 4),
     Section(
         "latency-1b-onnx",
         "benchmarks",
-        ("latency", *_1B, *_SHORT, "--dtype", "float16", "--runners", "onnxruntime"),
-        5,
+        ("latency", *_1B, *_SHORT, "--dtype", "float16", "--runners", "onnxruntime", "--contenders", *_EXPORTS),
+        8,
     ),
-    Section("kernels-1b", "benchmarks", ("kernels", *_1B, "--dtype", "bfloat16", "--layers", "2"), 2),
-    Section("training-1b", "benchmarks", ("training", *_1B, "--dtype", "bfloat16", "--sequence", "512"), 3),
     Section(
         "latency-3b-bf16",
         "benchmarks",
         ("latency", *_3B, *_SHORT, "--dtype", "bfloat16", "--runners", "reduce-overhead", "--prompts", "128"),
-        5,
+        6,
     ),
     Section(
         "scaling-1b",
@@ -84,8 +91,21 @@ SECTIONS: tuple[Section, ...] = (
 _TINY = ["--shape", "tiny", "--layers", "0", "--device", "cpu", "--dtype", "float32", "--threads", "1"]
 _REHEARSAL = {
     "-q": ["--collect-only"],
-    "latency": [*_TINY, "--runners", "eager", "--prompts", "8", "--new", "4", "--rounds", "2"],
-    "kernels": [*_TINY, "--layers", "1"],
+    "latency": [
+        *_TINY,
+        "--runners",
+        "eager",
+        "--contenders",
+        "base",
+        "fused",
+        "--prompts",
+        "8",
+        "--new",
+        "4",
+        "--rounds",
+        "2",
+    ],
+    "kernels": [*_TINY, "--layers", "1", "--runners", "graph"],
     "training": [*_TINY, "--sequence", "8", "--rounds", "2"],
     "scaling": [*_TINY, "--runner", "eager", "--ranks", "2", "--batches", "", "--depths", "", "--rounds", "1"],
 }

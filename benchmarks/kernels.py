@@ -67,11 +67,11 @@ RUNNERS: dict[str, Runner] = {
     "graph": Runner(_nodes, "eager", _CAPTURED),
     "eager": Runner(_call(dispatched), "eager", _EAGER),
     "inductor": Runner(_call(generated), "inductor", _COMPILED),
-    "eager, profiled": Runner(_call(device_kernels), "eager", _EAGER, ("cuda",)),
-    "inductor, profiled": Runner(_call(device_kernels), "inductor", _COMPILED, ("cuda",)),
+    "eager-profiled": Runner(_call(device_kernels), "eager", _EAGER, ("cuda",)),
+    "inductor-profiled": Runner(_call(device_kernels), "inductor", _COMPILED, ("cuda",)),
 }
 """``graph``: nodes as captured; ``eager``: operators that are dispatched; ``inductor``: calls in the generated code;
-``profiled``: kernels that the GPU ran."""
+``-profiled``: kernels that the GPU ran."""
 
 
 def measure(

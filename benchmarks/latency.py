@@ -194,7 +194,7 @@ def _build(job: Job, prompt: Tensor) -> Mapping[str, Contender | str]:
 
 
 def _kind(name: str) -> str:
-    """``(genai)`` of ``PEFT (genai)``, with the space before it: what ``base`` and ``PEFT`` of its own kind end with."""
+    """`` (genai)`` of ``PEFT (genai)``: what ``base`` and ``PEFT`` of its own kind end with."""
     _, opened, way = name.partition(" (")
     return opened + way
 
@@ -247,7 +247,7 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
 
     A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to ``base`` with its interval,
     the arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
-    (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is told among a kind too, where it has a PEFT), and for
+    (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is among a kind too, if it has a PEFT), and for
     TPOT the fraction of the weight-streaming limit. A contender that was refused has the reason instead.
     """
     weights, batch = weights_of(job.settings), job.settings.batch

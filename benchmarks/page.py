@@ -26,7 +26,8 @@ How to read the tables:
   processes; a shared machine moves milliseconds, not these.
 - **× own base** is the same to the base of the contender's own kind: `base (genai)` for `PEFT (genai)`.
 - **left** is the share of PEFT's overhead that is left, (ours − base) / (PEFT − base): 0 is the base, 1 is PEFT, above
-  1 is slower than PEFT. It means nothing where PEFT costs nothing.
+  1 is slower than PEFT. It means nothing where PEFT costs nothing. `fused (freezing)` is related to `PEFT (freezing)`
+  and `base (freezing)`; under ONNX Runtime there is none, since no exporter's PEFT graph is *the* PEFT.
 - **arithmetic floor** is what unmerged adapters cost if nothing but arithmetic cost anything: 1 + adapter bytes / base
   bytes for a token, 1 + adapter FLOPs / base FLOPs for a prompt.
 - **of stream** is the weight-streaming limit (bytes of weights / measured bandwidth) as a fraction of TPOT.

@@ -24,7 +24,7 @@ from .settings import SHAPES, Settings
 from .sheet import Sheet
 from .torch_contenders import RUNNERS, Form, available, built
 
-__all__ = ["TOLERANCE", "VARIANTS", "Training", "disagreement", "measure", "reference", "sample", "sheets"]
+__all__ = ["TOLERANCE", "VARIANTS", "Training", "check", "disagreement", "measure", "reference", "sample", "sheets"]
 
 VARIANTS: dict[str, Form] = {
     "PEFT": RUNNERS["eager"]["PEFT"],
@@ -78,7 +78,6 @@ class Training:
         self.adapters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
         for weight in self.adapters.values():
             weight.requires_grad_()
-        # What transformers' Trainer uses.
         self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE, fused=True)
         self.compiled = form.way != "eager"
         self._tokens = tokens
@@ -143,6 +142,19 @@ def disagreement(training: Training, expected: Expected, dtype: str) -> str | No
     return None
 
 
+def check(settings: Settings) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ValueError: a dtype that a LoRA does not train in.
+    """
+    if settings.dtype not in TOLERANCE:
+        raise ValueError(
+            f"a LoRA does not train in pure {settings.dtype}: Adam's second moments underflow, and nothing here scales "
+            f"gradients; --dtype must be one of {', '.join(TOLERANCE)}"
+        )
+
+
 def measure(
     settings: Settings,
     *,
@@ -166,11 +178,7 @@ def measure(
     Raises:
         ValueError: a dtype that a LoRA does not train in.
     """
-    if settings.dtype not in TOLERANCE:
-        raise ValueError(
-            f"a LoRA does not train in pure {settings.dtype}: Adam's second moments underflow, and nothing here scales "
-            f"gradients; dtype must be one of {', '.join(TOLERANCE)}"
-        )
+    check(settings)
     rows = isolated(sample, settings, rounds, sequence, threads=settings.threads, progress=progress)
     setup = asdict(settings) | {"layers": settings.depth}
     return {"settings": setup, "sequence": sequence, "rounds": rounds, "rows": rows}

@@ -60,6 +60,10 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
         (["latency", "--runners", "tensorrt"], "unknown runner 'tensorrt'; it must be one of eager"),
         (["latency", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
         (["latency", "--prompts", ""], "--prompts names none"),
+        (["latency", "--contenders", "base", "vLLM"], "unknown contender 'vLLM'; it must be one of PEFT"),
+        (["latency", "--contenders", "fused"], "--contenders must have base among them"),
+        (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
+        (["training", "--dtype", "float16"], "does not train in pure float16"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
 )

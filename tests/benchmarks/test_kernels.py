@@ -122,7 +122,7 @@ def test_gpu_kernels_are_counted_by_category(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.gpu
 def test_kernels_on_a_gpu() -> None:
     settings = Settings("tiny", rank=4, device="cuda", dtype="bfloat16")
-    result = measure(settings, runners=("eager", "eager, profiled"), prompt=8)
-    dispatched, profiled = (gemms(result, runner) for runner in ("eager", "eager, profiled"))
+    result = measure(settings, runners=("eager", "eager-profiled"), prompt=8)
+    dispatched, profiled = (gemms(result, runner) for runner in ("eager", "eager-profiled"))
     assert profiled == dispatched
-    assert all(row["per_layer"]["launch"] > 0 for row in result["rows"] if row["runner"] == "eager, profiled")
+    assert all(row["per_layer"]["launch"] > 0 for row in result["rows"] if row["runner"] == "eager-profiled")
