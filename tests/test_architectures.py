@@ -36,6 +36,7 @@ def test_fused_equals_unfused(name: str) -> None:
     for dtype, tolerance in [(torch.float64, 1e-10), (torch.float32, 1e-5)]:
         model = model.to(dtype)
         inputs = example_inputs(name, dtype)
+        weights = {key: weight.clone() for key, weight in model.state_dict().items()}
         with torch.no_grad():
             expected = model(**inputs)
             graph = flora_fx.capture(model, **inputs)
@@ -45,7 +46,9 @@ def test_fused_equals_unfused(name: str) -> None:
             plain = flora_fx.fuse(flora_fx.capture(base_model(name).to(dtype), **inputs))
         assert type(found) is type(expected)
         assert (found[0] - expected[0]).abs().max() <= tolerance * expected[0].abs().max()
-        torch.testing.assert_close(again[0], expected[0], rtol=0, atol=0)
+        # The user's model has the same weights, as views of packs: BLAS may sum strided ones in another order.
+        torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+        assert (again[0] - expected[0]).abs().max() <= tolerance * expected[0].abs().max()
         report = flora_fx.report(fused)
         adapters = sum(1 for key in model.state_dict() if "lora_B" in key)
         assert len(report.fused) == adapters, str(report)

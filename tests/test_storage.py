@@ -19,12 +19,21 @@ import flora_fx
 from flora_fx import FuseConfig, TieError
 from flora_fx.module import FusedGraphModule
 
-X = torch.randn(2, 5, D_IN)
+X = torch.randn(2, 5, D_IN, dtype=torch.float64)
+
+
+def siblings() -> Siblings:
+    """A model to fuse, in float64: what differs from its reference then differs by more than rounding."""
+    return Siblings().double().eval().requires_grad_(False)
+
+
+def assert_equal(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(params=["traced", "captured", "program"])
 def fused(request: pytest.FixtureRequest) -> FusedGraphModule:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     if request.param == "traced":
         return flora_fx.fuse(fx.symbolic_trace(model))  # type: ignore[return-value]
     if request.param == "captured":
@@ -42,7 +51,7 @@ def reference(module: nn.Module, x: Tensor = X) -> Tensor:
 
 def assert_right(module: nn.Module, x: Tensor = X) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(module(x), reference(module, x), rtol=1e-5, atol=1e-5)
+        assert_equal(module(x), reference(module, x))
 
 
 def assert_tied(module: FusedGraphModule) -> None:
@@ -71,7 +80,7 @@ def test_parameters_are_views_of_their_pack(fused: FusedGraphModule) -> None:
 
 
 def test_state_dict_names_are_those_of_the_model(fused: FusedGraphModule) -> None:
-    assert set(fused.state_dict()) == set(Siblings().state_dict())
+    assert set(fused.state_dict()) == set(siblings().state_dict())
 
 
 def test_an_update_of_a_parameter_is_visible_at_once(fused: FusedGraphModule) -> None:
@@ -81,10 +90,10 @@ def test_an_update_of_a_parameter_is_visible_at_once(fused: FusedGraphModule) ->
 
 
 def test_the_users_own_model_shares_the_storage() -> None:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     fused = flora_fx.fuse(flora_fx.capture(model, X))
     randomize(model)
-    torch.testing.assert_close(fused(X), model(X), rtol=1e-5, atol=1e-5)
+    assert_equal(fused(X), model(X))
 
 
 def test_deepcopy(fused: FusedGraphModule) -> None:
@@ -92,14 +101,14 @@ def test_deepcopy(fused: FusedGraphModule) -> None:
     twin = copy.deepcopy(fused)
     assert_tied(twin)  # type: ignore[arg-type]
     randomize(fused)
-    torch.testing.assert_close(twin(X), before)
+    assert_equal(twin(X), before)
     assert_right(fused)
     randomize(twin)
     assert_right(twin)
     assert flora_fx.report(twin) == flora_fx.report(fused)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_to_dtype(fused: FusedGraphModule, dtype: torch.dtype) -> None:
     fused.to(dtype)
     assert_tied(fused)
@@ -108,7 +117,7 @@ def test_to_dtype(fused: FusedGraphModule, dtype: torch.dtype) -> None:
     if all(node.target != torch.ops.aten._assert_tensor_metadata.default for node in fused.graph.nodes):
         with torch.no_grad():
             out, expected = fused(x).double(), reference(fused.double(), x.double())
-            tolerance = {torch.float64: 1e-12, torch.bfloat16: 0.03}[dtype]
+            tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
             assert (out - expected).abs().max() <= tolerance * expected.abs().max()
 
 
@@ -119,7 +128,7 @@ def test_to_device(fused: FusedGraphModule) -> None:
 
 
 def test_state_dict_round_trip(fused: FusedGraphModule) -> None:
-    other = Siblings().state_dict()
+    other = siblings().state_dict()
     fused.load_state_dict(other)
     assert_tied(fused)
     assert_right(fused)
@@ -127,7 +136,7 @@ def test_state_dict_round_trip(fused: FusedGraphModule) -> None:
 
 
 def test_load_state_dict_with_assign(fused: FusedGraphModule) -> None:
-    other = {key: value.clone() for key, value in Siblings().state_dict().items()}
+    other = {key: value.clone() for key, value in siblings().state_dict().items()}
     fused.load_state_dict(other, assign=True)
     assert_tied(fused)
     assert_right(fused)
@@ -136,7 +145,7 @@ def test_load_state_dict_with_assign(fused: FusedGraphModule) -> None:
 
 
 def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_goes_stale(fused: FusedGraphModule) -> None:
-    other = {**Siblings().state_dict(), "q.weight": torch.zeros(3, 3)}
+    other = {**siblings().state_dict(), "q.weight": torch.zeros(3, 3, dtype=torch.float64)}
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=r"size mismatch for q.weight"):
             fused.load_state_dict(other, assign=assign)
@@ -145,20 +154,20 @@ def test_a_state_dict_that_does_not_fit_is_refused_and_nothing_goes_stale(fused:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().eval().requires_grad_(False)))
+    fused = flora_fx.fuse(fx.symbolic_trace(siblings()))
     before = fused(X)
     torch.save(fused, tmp_path / "fused.pt")
     loaded = torch.load(tmp_path / "fused.pt", weights_only=False)
     assert isinstance(loaded, FusedGraphModule)
     assert_tied(loaded)
-    torch.testing.assert_close(loaded(X), before)
+    assert_equal(loaded(X), before)
     randomize(loaded)
     assert_right(loaded)
     assert flora_fx.report(loaded) == flora_fx.report(fused)
 
 
 def test_what_torch_cannot_pickle_raises_and_stays_as_it_was(tmp_path: Path) -> None:
-    graph = flora_fx.capture(Siblings().eval().requires_grad_(False), X)
+    graph = flora_fx.capture(siblings(), X)
     fused = flora_fx.fuse(graph)
     for module in (graph, fused):
         with pytest.raises((AttributeError, pickle.PicklingError), match=r"lambda"):
@@ -167,7 +176,7 @@ def test_what_torch_cannot_pickle_raises_and_stays_as_it_was(tmp_path: Path) -> 
 
 
 def test_a_symbolic_trace_can_be_pickled() -> None:
-    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().eval().requires_grad_(False)))
+    fused = flora_fx.fuse(fx.symbolic_trace(siblings()))
     buffer = io.BytesIO()
     torch.save(fused, buffer)
     assert buffer.getbuffer().nbytes < 3 * sum(p.nbytes for p in fused.parameters()) + 40_000
@@ -183,7 +192,7 @@ def test_a_parameter_that_was_moved_is_noticed(fused: FusedGraphModule, replace:
         owner.weight = nn.Parameter(new, requires_grad=False)
     with pytest.warns(UserWarning, match=r"had lost the tie"):
         out = fused(X)
-    torch.testing.assert_close(out, reference(fused), rtol=1e-5, atol=1e-5)
+    assert_equal(out, reference(fused))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_right(fused)
@@ -191,31 +200,31 @@ def test_a_parameter_that_was_moved_is_noticed(fused: FusedGraphModule, replace:
 
 
 def test_a_parameter_of_another_shape_is_refused(fused: FusedGraphModule) -> None:
-    fused.get_submodule("q_a").weight = nn.Parameter(torch.randn(7, D_IN), requires_grad=False)
+    fused.get_submodule("q_a").weight = nn.Parameter(torch.randn(7, D_IN, dtype=torch.float64), requires_grad=False)
     with pytest.raises(TieError, match=r"q_a.weight has shape \[7, 12\] now; the graph was fused for \[3, 12\]"):
         fused(X)
 
 
 def test_a_part_in_another_dtype_is_refused(fused: FusedGraphModule) -> None:
-    fused.get_submodule("q_a").double()
+    fused.get_submodule("q_a").float()
     with pytest.raises(TieError, match=r"Convert the whole fused module"):
         fused(X)
 
 
 def test_two_captures_of_one_model_share_their_packs() -> None:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     one, two = (flora_fx.fuse(flora_fx.capture(model, X[:, :n])) for n in (1, 5))
     for name, packed in one.named_buffers():
         assert packed.data_ptr() == two.get_buffer(name).data_ptr(), name
     randomize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(one(X[:, :1]), model(X[:, :1]), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(two(X), model(X), rtol=1e-5, atol=1e-5)
+        assert_equal(one(X[:, :1]), model(X[:, :1]))
+        assert_equal(two(X), model(X))
 
 
 def test_two_ways_of_fusing_one_model_take_turns_and_stay_right() -> None:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     one = flora_fx.fuse(fx.symbolic_trace(model))
     two = flora_fx.fuse(fx.symbolic_trace(model), config=FuseConfig(layout="beside", up="per_projection"))
     for _ in range(2):
@@ -223,19 +232,19 @@ def test_two_ways_of_fusing_one_model_take_turns_and_stay_right() -> None:
             randomize(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                torch.testing.assert_close(fused(X), model(X), rtol=1e-5, atol=1e-5)
+                assert_equal(fused(X), model(X))
 
 
 def test_folded_copies_follow_their_parameters() -> None:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     fused = flora_fx.fuse(fx.symbolic_trace(model), config=FuseConfig(fold_scale=True, accumulate="add"))
     b = model.q_b.weight.clone()
-    torch.testing.assert_close(fused(X), model(X), rtol=1e-5, atol=1e-5)
+    assert_equal(fused(X), model(X))
     assert torch.equal(model.q_b.weight, b)  # scaled in a copy
     randomize(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.testing.assert_close(fused(X), model(X), rtol=1e-5, atol=1e-5)
+        assert_equal(fused(X), model(X))
 
 
 def test_gradients_are_refused_and_not_silently_missing(fused: FusedGraphModule) -> None:
@@ -247,7 +256,7 @@ def test_gradients_are_refused_and_not_silently_missing(fused: FusedGraphModule)
 
 
 def test_gradients_are_refused_under_a_compiler_too() -> None:
-    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().eval()))
+    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().double().eval()))
     compiled = torch.compile(fused, backend="eager")
     with torch.no_grad():
         compiled(X)
@@ -256,11 +265,11 @@ def test_gradients_are_refused_under_a_compiler_too() -> None:
 
 
 def test_input_gradients_flow() -> None:
-    model = Siblings().double().eval().requires_grad_(False)
+    model = siblings()
     fused = flora_fx.fuse(fx.symbolic_trace(model))
     grads = []
     for module in (model, fused):
-        x = X.double().clone().requires_grad_()
+        x = X.clone().requires_grad_()
         module(x).square().sum().backward()
         grads.append(x.grad)
     torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
@@ -297,24 +306,24 @@ def test_peak_memory_while_fusing_is_one_pack() -> None:
 
 def test_fused_programs_compile(fused: FusedGraphModule) -> None:
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(X), fused(X))
+    assert_equal(compiled(X), fused(X))
     randomize(fused)
-    torch.testing.assert_close(compiled(X), reference(fused), rtol=1e-5, atol=1e-5)
-    fused.to(torch.float64).to(torch.float32)
+    assert_equal(compiled(X), reference(fused))
+    fused.to(torch.float32).to(torch.float64)
     randomize(fused)
-    torch.testing.assert_close(compiled(X), reference(fused), rtol=1e-5, atol=1e-5)
+    assert_equal(compiled(X), reference(fused))
 
 
 def test_an_exported_program_keeps_its_state_and_survives_saving(tmp_path: Path) -> None:
-    model = Siblings().eval().requires_grad_(False)
+    model = siblings()
     program = torch.export.export(model, (X,))
     fused = flora_fx.fuse(program)
     assert isinstance(fused, torch.export.ExportedProgram)
     assert set(fused.state_dict) == set(program.state_dict)
     torch.export.save(fused, tmp_path / "fused.pt2")
     loaded = torch.export.load(tmp_path / "fused.pt2")
-    torch.testing.assert_close(loaded.module()(X), model(X))
-    torch.testing.assert_close(fused.run_decompositions().module()(X), model(X))
+    assert_equal(loaded.module()(X), model(X))
+    assert_equal(fused.run_decompositions().module()(X), model(X))
 
 
 def test_only_one_adapter_form_needs_no_up_pack() -> None:

@@ -115,10 +115,10 @@ def test_compiled_variant_that_runs_eager_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_compilation_while_the_clock_runs_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "VARIANTS", {"PEFT": PEFT})
-    compilations = iter(range(2))
+    compiled = iter(range(2))
     monkeypatch.setattr(training, "reference", lambda *_: None)
     monkeypatch.setattr(training, "disagreement", lambda *_: None)
-    monkeypatch.setattr(training, "_compilations", lambda: next(compilations))
+    monkeypatch.setattr(training, "compilations", lambda: next(compiled))
     [row] = sample(SETTINGS, 2, 12, lambda done, total: None)
     assert row["refused"] == "something was compiled while the clock ran"
     assert "ratio" not in row
