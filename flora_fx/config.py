@@ -27,10 +27,11 @@ class FuseConfig:
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is
-            refreshed whenever B changes.
+            refreshed whenever B changes. Where a B requires gradients nothing is folded.
         pack_base: also pack projections that read one value where no adapter sits.
         allow_cast: join adapters of another dtype than their base by casting copies of them to the base's dtype.
-            This changes rounding; without it such adapters pack among themselves only.
+            This changes rounding; without it, and where they require gradients, such adapters pack among themselves
+            only.
 
     >>> FuseConfig(layout="beside").layout
     'beside'

@@ -11,9 +11,9 @@ from .config import FuseConfig
 from .counting import count_ops
 from .fusion_report import FusionReport
 from .module import Fusion, fusion_of
-from .program import open_program
+from .program import Program, open_program
 
-__all__ = ["fuse", "report"]
+__all__ = ["fuse", "report", "rewrite"]
 
 
 @overload
@@ -27,8 +27,10 @@ def fuse(
 
     The result computes the same. Its packed weights share their storage with the original parameters, which become
     views of them: there is no second copy of the base, and ``state_dict()`` keeps its names. The graph given is left
-    as it was; a fused graph is returned as it is. The result is for inference: asking it for gradients of packed
-    parameters raises.
+    as it was; a fused graph is returned as it is.
+
+    Where a packed parameter requires gradients, the fused graph gives them, to it and to no frozen one: fuse a graph
+    module after its parameters' ``requires_grad`` are set. An `ExportedProgram` is fused for inference.
 
     Args:
         graph: from `torch.fx.symbolic_trace`, `torch.export.export` (with or without ``.module()``), Dynamo or
@@ -63,10 +65,19 @@ def fuse(
     program = open_program(graph)
     if fusion_of(graph) is not None:
         return graph
+    return program.finish(rewrite(program, config or FuseConfig()))
+
+
+def rewrite(program: Program, config: FuseConfig) -> Fusion:
+    """Run the passes on a private view of a graph; what was done is told, the program is still to be finished.
+
+    Raises:
+        AdapterError: an adapter weight holds NaN or infinity.
+    """
     from .passes import run  # the passes import this package's vocabulary
 
     ops_before = count_ops(program)
-    outcome = run(program, config or FuseConfig())
+    outcome = run(program, config)
     result = FusionReport(
         packs=outcome.packs,
         fused=outcome.fused,
@@ -76,7 +87,7 @@ def fuse(
         seconds=outcome.seconds,
         sketches=outcome.sketches,
     )
-    return program.finish(Fusion(outcome.packs, outcome.eval_only, result))
+    return Fusion(outcome.packs, outcome.eval_only, result)
 
 
 def report(fused: fx.GraphModule | ExportedProgram) -> FusionReport:

@@ -35,6 +35,7 @@ class Reason(Enum):
     OTHER_READER = "an intermediate value has another reader"
     READS_ANOTHER_VALUE = "the adapter reads another value than the projection it adapts"
     MUTATED = "a value is changed in place, or its memory layout is read"
+    OTHER_MODE = "autocast or the recording of gradients is switched in between"
     SHAPE_UNKNOWN = "the shapes are not known to agree"
 
 
@@ -60,12 +61,19 @@ class Weight:
         tensor: the live tensor.
         node: the node that reads it in the graph; None while it is hidden in a module that the graph calls.
         transposed: stored as [in, out] (transformers' Conv1D) instead of [out, in].
+        label: its name for readers, where the source is none.
     """
 
     source: str | int
     tensor: torch.Tensor
     node: Node | None
     transposed: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """How readers know it."""
+        return self.label or str(self.source)
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -132,7 +140,7 @@ class Slice:
     """The part of a pack that one parameter owns: ``pack[rows, columns] = factor · parameter``.
 
     A slice is a view (the parameter's storage is the pack's) unless it is scaled or cast: then it is a copy that is
-    refreshed when the parameter changes.
+    refreshed when the parameter changes. The label is what readers know the parameter by, where its source is no name.
     """
 
     source: str | int
@@ -142,6 +150,7 @@ class Slice:
     transposed: bool = False
     factor: float = 1.0
     cast: bool = False
+    label: str = ""
 
     @property
     def view(self) -> bool:
@@ -157,6 +166,7 @@ class Pack:
         name: its name under ``_flora`` in the fused graph.
         reads: the name of the value that all members read.
         like: the source of the parameter whose dtype and device the pack has.
+        trains: whether gradients reach the parameters (those that require them) through the nodes that read it.
     """
 
     name: str
@@ -164,8 +174,9 @@ class Pack:
     slices: tuple[Slice, ...]
     reads: str
     like: str | int
+    trains: bool = False
 
     @property
     def members(self) -> tuple[str, ...]:
         """The names of the parameters stored here, in order."""
-        return tuple(str(s.source) for s in self.slices)
+        return tuple(piece.label or str(piece.source) for piece in self.slices)

@@ -51,9 +51,10 @@ class FusedGraphModule(fx.GraphModule):
     _owners: dict[str, tuple[dict[str, Any], str]]
     _stamps: dict[str, Stamp]
     _places: list[tuple[Any, Any]]
+    _untrained: list[tuple[Any, Any]]
     _copied: list[tuple[Any, Any]]
     _seen: list[int]
-    _trainable: bool
+    _loses_gradients: bool
 
     @classmethod
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
@@ -110,7 +111,7 @@ class FusedGraphModule(fx.GraphModule):
             store._buffers[pack.name] = tie(pack, resolve)
             self._stamps[pack.name] = stamp(pack, resolve)
         self._seen = self._look(arguments)
-        self._trainable = bool(self._seen) and self._wants_gradients(arguments)
+        self._loses_gradients = bool(self._seen) and self._wants_gradients(arguments)
 
     def _resolver(self, arguments: tuple[Any, ...] | None) -> Callable[[str | int], Tensor]:
         owners = self._owners
@@ -139,17 +140,19 @@ class FusedGraphModule(fx.GraphModule):
         self._stamps = {}
         slices = [piece for pack in self.fusion.packs for piece in pack.slices]
         places = [owners.get(str(piece.source), (None, piece.source)) for piece in slices]
+        trains = [pack.trains for pack in self.fusion.packs for _ in pack.slices]
         self._places = places
+        self._untrained = [place for place, trained in zip(places, trains, strict=True) if not trained]
         self._copied = [place for place, piece in zip(places, slices, strict=True) if not piece.view]
         self._seen = []
-        self._trainable = False
+        self._loses_gradients = False
 
     @staticmethod
     def _live(places: list[tuple[Any, Any]], arguments: Any) -> list[Tensor]:
         return [(arguments if holder is None else holder)[key] for holder, key in places]
 
     def _wants_gradients(self, arguments: Any) -> bool:
-        return any(tensor.requires_grad for tensor in self._live(self._places, arguments))
+        return any(tensor.requires_grad for tensor in self._live(self._untrained, arguments))
 
     def _look(self, arguments: Any) -> list[int]:
         """All stamps at once: this runs before every call, so it does nothing else."""
@@ -225,20 +228,21 @@ class FusedGraphModule(fx.GraphModule):
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_WATCH = ("_owners", "_stamps", "_places", "_copied", "_seen", "_trainable")
+_WATCH = ("_owners", "_stamps", "_places", "_untrained", "_copied", "_seen", "_loses_gradients")
 _OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", *_WATCH)
 
 
 _NO_GRADIENTS = (
-    "parameters packed in this graph require gradients, and the graph is fused for inference: its packed weights have "
-    "none. Call it under torch.no_grad(), or call requires_grad_(False) on the model first."
+    "parameters packed in this graph require gradients, and it was fused without: it has none to give. Call it under "
+    "torch.no_grad(), call requires_grad_(False) on the model, or fuse the graph again now that they do (of an "
+    "ExportedProgram its module())."
 )
 
 
 def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:
     if not torch.compiler.is_compiling():
         module.check(arguments)
-    elif torch.is_grad_enabled() and module._trainable:
+    elif torch.is_grad_enabled() and module._loses_gradients:
         # Under a compiler the packs are inputs like any other, and `retie` keeps them right after .to() and the like;
         # only what would be missing without a word is asked for.
         raise TieError(_NO_GRADIENTS)

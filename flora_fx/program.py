@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -63,6 +64,10 @@ class Program(ABC):
     @abstractmethod
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
         """A node that reads a pack with the dtype and device of ``like``."""
+
+    @abstractmethod
+    def trains(self, weights: Iterable[Weight]) -> bool:
+        """Whether gradients of any of these weights are wanted, and this kind of graph can give them."""
 
     @abstractmethod
     def weight_node(self, weight: Weight) -> Node:
@@ -153,7 +158,9 @@ class Program(ABC):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         with mode, torch.no_grad():
-            node.meta[self.values_key] = node.target(*args, **kwargs)  # type: ignore[operator]
+            function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+            rest = args[1:] if node.op == "call_method" else args
+            node.meta[self.values_key] = function(*rest, **kwargs)
 
     @cached_property
     def fake_mode(self) -> FakeTensorMode | None:
@@ -196,7 +203,8 @@ class GraphModuleView(Program):
         if node.op == "placeholder":
             # Dynamo leaves the real Parameter here while its backend runs (seen in torch 2.11 to 2.13).
             tensor = getattr(node.meta.get("grapharg"), "example", None)
-            return Weight(self._inputs[node], tensor, node) if isinstance(tensor, nn.Parameter) else None
+            if isinstance(tensor, nn.Parameter):
+                return Weight(self._inputs[node], tensor, node, label=_qualified_name(node))
         return None
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
@@ -205,6 +213,9 @@ class GraphModuleView(Program):
         if (fake := self.fake(pack.shape, like)) is not None:
             node.meta[self.values_key] = fake
         return node
+
+    def trains(self, weights: Iterable[Weight]) -> bool:
+        return any(weight.tensor.requires_grad for weight in weights)
 
     def weight_node(self, weight: Weight) -> Node:
         if isinstance(weight.source, int):
@@ -270,6 +281,9 @@ class ExportedProgramView(Program):
         self._packs[target] = pack
         return node
 
+    def trains(self, weights: Iterable[Weight]) -> bool:
+        return False  # its operators are ATen's; `module()` of the program it was made from is what trains
+
     def weight_node(self, weight: Weight) -> Node:
         assert weight.node is not None  # an exported program calls no modules
         return weight.node
@@ -314,6 +328,13 @@ class ExportedProgramView(Program):
         return result
 
 
+def _qualified_name(node: Node) -> str:
+    """``layers.0.weight`` for an input that Dynamo found at ``L['self']._modules['layers']._modules['0']…``."""
+    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", source if isinstance(source, str) else source())
+    return ".".join(parts) or node.name
+
+
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")
 
 
@@ -323,6 +344,8 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     mapping: dict[Node, Node] = {}
     returned = result.graph_copy(graph, mapping)
     for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
         if new.name != old.name:  # inputs named like builtins ("input"); an export signature knows them by name
             new.name = old.name
     result.output(returned).meta = copy.copy(graph.output_node().meta)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flora_fx.config import FuseConfig
 from flora_fx.ir import Decline, Pack
@@ -83,6 +83,8 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         decisions = decide(program, values, projections, paths, config)
     with timed("group"):
         grouping = group(program, values, projections, decisions, config)
+    if program.trains(path.up.weight for path in decisions.paths):
+        config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step
     writer = Writer(program, values, config)
     with timed("write"):
         writer.write(grouping)
@@ -96,7 +98,7 @@ def run(program: Program, config: FuseConfig) -> Outcome:
                 program.rename(node, label)
     return Outcome(
         tuple(writer.packs),
-        tuple(str(path.up.weight.source) for path in decisions.paths),
+        tuple(path.up.weight.name for path in decisions.paths),
         tuple(dict.fromkeys((*refused, *decisions.declines, *grouping.declines))),
         tuple(sorted(values.eval_only)),
         seconds,

@@ -65,19 +65,21 @@ def decide(
         _require_finite(path)
         base = _adapted(values, by_node, path.target)
         wanted = values.dtype(path.target) or (base.dtype if base else None)
-        if path.up.dtype == path.down.dtype == wanted:
+        computed = {values.dtype(part.node) or part.dtype for part in (path.up, path.down)}
+        if path.up.dtype == path.down.dtype and computed == {wanted}:
             accepted.append(path)
             downs.setdefault(path.down.node, path.down)
             continue
         cast = None
-        if config.allow_cast and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
+        trains = program.trains([path.up.weight, path.down.weight])  # a copy would go stale with the next step
+        if config.allow_cast and not trains and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
             cast = _without_cast(values, path, base)
         if cast is not None:
             accepted.append(cast)
             downs.setdefault(cast.down.node, cast.down)
             continue
         downs.setdefault(path.down.node, path.down)
-        found = f"{path.up.weight.source} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
+        found = f"{path.up.weight.name} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
         remedy = "convert one of them, or pass FuseConfig(allow_cast=True)"
         declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{found}; {remedy}"))
     return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
@@ -113,7 +115,7 @@ def _require_finite(path: LowRankPath) -> None:
             continue
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise AdapterError(
-                f"the adapter weight {weight.source} holds NaN or infinity. "
+                f"the adapter weight {weight.name} holds NaN or infinity. "
                 "Load a sound checkpoint of this adapter; the model is as it was."
             )
 

@@ -22,6 +22,7 @@ from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
 from .decide import Decisions
+from .modes import find_regions
 from .paths import live_users
 from .values import RESHAPES, Values, operation
 
@@ -73,11 +74,13 @@ def group(
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     ups = {path.up.node for path in decisions.paths}
     downs = {down.node: down for down in decisions.downs}
-    buckets: dict[tuple[Node, torch.dtype, torch.device], list[Projection]] = defaultdict(list)
+    regions = find_regions(program.graph)
+    buckets: dict[tuple[Node, int, torch.dtype, torch.device], list[Projection]] = defaultdict(list)
     for projection in projections:
         if projection.node not in ups:
             member = downs.get(projection.node, projection)
-            buckets[member.reads, member.dtype, member.weight.tensor.device].append(member)
+            key = (member.reads, regions[member.node], member.dtype, member.weight.tensor.device)
+            buckets[key].append(member)
     declines: list[Decline] = []
     groups: list[Group] = []
     home: dict[Node, int] = {}
@@ -156,7 +159,7 @@ def _tip_under(values: Values, target: Node, at: dict[Node, _Tip], started: set[
 
 def _shared(projection: Projection) -> Decline:
     detail = (
-        f"{projection.weight.source} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
+        f"{projection.weight.name} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
     )
     return Decline(Reason.WEIGHT_SHARED, projection.node.name, detail)
 
@@ -168,7 +171,7 @@ def _strangers(paths: tuple[LowRankPath, ...], groups: list[Group], home: dict[N
         index = home.get(path.down.node)
         if index is None or not groups[index].bases:
             detail = (
-                f"no projection shares what {path.down.weight.source} reads ({path.down.reads.name}): it stays a GEMM "
+                f"no projection shares what {path.down.weight.name} reads ({path.down.reads.name}): it stays a GEMM "
                 "of its own, its up-projection accumulates"
             )
             declines[path.down.node] = Decline(Reason.READS_ANOTHER_VALUE, path.write.name, detail)

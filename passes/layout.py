@@ -91,6 +91,7 @@ def rows_pack(name: str, bases: Sequence[Projection], downs: Sequence[Projection
             (rows[index], rows[index + 1]),
             transposed=member.weight.transposed,
             cast=member.like is not None,
+            label=member.weight.label,
         )
         for index, member in enumerate(members)
     )
@@ -101,7 +102,7 @@ def rows_pack(name: str, bases: Sequence[Projection], downs: Sequence[Projection
 def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack | None:
     """The members' biases beside their `rows_pack`, zero where a member has none; None if none has."""
     slices = tuple(
-        Slice(member.bias.source, piece.role, piece.rows, cast=piece.cast)
+        Slice(member.bias.source, piece.role, piece.rows, cast=piece.cast, label=member.bias.label)
         for piece, member in zip(weights.slices, members, strict=True)
         if member.bias is not None
     )
@@ -129,6 +130,7 @@ def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Sl
         path.up.weight.transposed,
         path.scale if config.fold_scale else 1.0,
         path.up.like is not None,
+        path.up.weight.label,
     )
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from flora_fx.ops import accumulate
+from flora_fx.ops import accumulate, packed_accumulate, packed_projection
 
 __all__ = ["Effects", "find_effects", "is_in_place_add", "may_alias"]
 
@@ -25,26 +25,44 @@ IN_PLACE_ADDS = {operator.iadd, aten.add_.Tensor, "add_"}
 # Results that never share memory with an operand. Whatever is not known to be here is taken for a possible view.
 FRESH = {
     accumulate,
-    F.linear,
+    packed_accumulate,
+    packed_projection,
+    F.cross_entropy,
+    F.embedding,
     F.gelu,
     F.layer_norm,
+    F.linear,
+    F.relu,
+    F.rms_norm,
+    F.scaled_dot_product_attention,
+    F.silu,
     F.softmax,
-    torch.addmm,
     torch.add,
+    torch.addmm,
     torch.bmm,
+    torch.cat,
     torch.matmul,
     torch.mm,
     torch.mul,
+    torch.rsqrt,
+    torch.sigmoid,
+    torch.softmax,
+    torch.tanh,
     operator.add,
     operator.matmul,
     operator.mul,
+    operator.neg,
     operator.sub,
     operator.truediv,
     "add",
+    "clone",
+    "cos",
     "matmul",
+    "mean",
     "mm",
     "mul",
-    "clone",
+    "pow",
+    "sin",
     aten.clone.default,
 }
 LAYOUT_READERS = {
@@ -124,8 +142,9 @@ def _written(node: Node, root: nn.Module) -> list[Node]:
                     written.append(value)
         return written
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-    in_place_name = name.endswith("_") and not name.endswith("__")
-    in_place_operator = getattr(kind, "__module__", "") == "_operator" and name.startswith("i") and name[1:] in _INPLACE
+    of_operator = getattr(kind, "__module__", "") == "_operator"
+    in_place_name = name.endswith("_") and not name.endswith("__") and not of_operator  # operator.and_ is none
+    in_place_operator = of_operator and name.startswith("i") and name[1:] in _INPLACE
     in_place_flag = node.kwargs.get("inplace") is True or (kind is F.dropout and node.args[3:4] == (True,))
     if in_place_name or in_place_operator or in_place_flag or kind is operator.setitem:
         written.extend(node.all_input_nodes[:1])

@@ -35,7 +35,7 @@ class Names:
         >>> Names.joined(["model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"])
         'layers_0_mlp_gate_up'
         """
-        name = self.joined([str(member.weight.source) for member in members]) + suffix
+        name = self.joined([member.weight.name for member in members]) + suffix
         unique, count = name, 1
         while unique in self._taken:
             count += 1

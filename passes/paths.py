@@ -21,6 +21,7 @@ from torch.fx import Node
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
+from .modes import find_regions
 from .mutation import IN_PLACE_ADDS, Effects
 from .values import DROPOUTS, Values, operation, same_sizes
 
@@ -66,7 +67,7 @@ def find_paths(
     program: Program, values: Values, effects: Effects, projections: tuple[Projection, ...]
 ) -> tuple[tuple[LowRankPath, ...], tuple[Decline, ...]]:
     """All low-rank paths, in the order of their adds, and those that must stay as they are."""
-    finder = _Finder(program, values, {p.node: p for p in projections})
+    finder = _Finder(program, values, {p.node: p for p in projections}, find_regions(program.graph))
     paths: list[LowRankPath] = []
     declines: list[Decline] = []
     absorbed: set[Node] = set()
@@ -92,10 +93,13 @@ def find_paths(
 
 
 class _Finder:
-    def __init__(self, program: Program, values: Values, by_node: dict[Node, Projection]) -> None:
+    def __init__(
+        self, program: Program, values: Values, by_node: dict[Node, Projection], regions: dict[Node, int]
+    ) -> None:
         self.program = program
         self.values = values
         self.by_node = by_node
+        self.regions = regions
 
     def at_add(self, node: Node) -> tuple[Node, list[_Part]] | None:
         """(target, what is added to it) where one operand of an add is a sum of low-rank paths."""
@@ -158,8 +162,10 @@ class _Finder:
                 return None
 
     def active_dropout(self, node: Node) -> Node | None:
-        """The node itself where it is a dropout; those that do nothing were seen through."""
-        return node if operation(node) in DROPOUTS or self.is_dropout_module(node) else None
+        """The node itself where it is a dropout of the adapter's own; those that do nothing were seen through."""
+        if operation(node) not in DROPOUTS and not self.is_dropout_module(node):
+            return None
+        return node if len(live_users(node)) == 1 else None  # what others read too is one mask for all
 
     def is_dropout_module(self, node: Node) -> bool:
         if node.op != "call_module":
@@ -223,9 +229,12 @@ class _Finder:
         for part in parts:
             if obstacle := part.down.obstacle or part.up.obstacle:
                 return obstacle
+            if len({self.regions[node] for node in (add, *part.chain, part.down.node)}) > 1:
+                detail = f"{part.down.node.name} and {add.name} run in different modes"
+                return Decline(Reason.OTHER_MODE, add.name, detail)
             if part.dropout is not None:
                 detail = (
-                    f"{part.down.weight.source} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
+                    f"{part.down.weight.name} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
                 )
                 return Decline(Reason.DROPOUT_ACTIVE, add.name, detail)
             if not all(self.reaches_down(factor, part) for factor in part.factors):

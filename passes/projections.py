@@ -9,6 +9,7 @@ rewritten (quantized, changed in place) carries the obstacle.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from flora_fx.ir import Decline, Projection, Reason, Weight
 from flora_fx.program import Program
 
 from .mutation import Effects
-from .values import Values, operation
+from .values import CASTS, Values, operation
 
 __all__ = ["find_projections"]
 
@@ -49,15 +50,27 @@ def find_projections(program: Program, values: Values, effects: Effects) -> tupl
         parts = _parts(program, values, node)
         if parts is not None:
             operand, weight, bias = parts
+            operand = _before_autocast(values, node, operand)
             obstacle = _obstacle(node, operand, weight, bias, effects)
             found.append(Projection(node, values.rows(operand), operand, weight, bias, obstacle=obstacle))
     return tuple(found)
 
 
+def _before_autocast(values: Values, node: Node, operand: Node) -> Node:
+    """Autocast undoes a widening: ``linear(to(x, float32), W)`` in bfloat16 reads x, if that is bfloat16."""
+    source = values.source(operand)
+    if operation(source) in CASTS and values.dtype(source) != values.dtype(node):
+        narrow = source.all_input_nodes[0]
+        dtypes = [values.dtype(found) for found in (narrow, node, source)]
+        if None not in dtypes and dtypes[0] == dtypes[1] and torch.promote_types(dtypes[0], dtypes[2]) == dtypes[2]:  # type: ignore[arg-type]
+            return narrow
+    return operand
+
+
 def _obstacle(node: Node, operand: Node, weight: Weight, bias: Weight | None, effects: Effects) -> Decline | None:
     dense = [weight.tensor] if bias is None else [weight.tensor, bias.tensor]
     if not all(_is_dense(tensor) for tensor in dense):
-        detail = f"{weight.source} is a {type(weight.tensor).__name__} of {weight.tensor.dtype}; it stays where it is"
+        detail = f"{weight.name} is a {type(weight.tensor).__name__} of {weight.tensor.dtype}; it stays where it is"
         return Decline(Reason.WEIGHT_NOT_DENSE, node.name, detail)
     if {node, operand, weight.node, bias.node if bias else None} & effects.touched:
         detail = f"what {node.name} reads or computes is changed in place, or its memory layout is read"
@@ -117,7 +130,7 @@ def _with_bias(
 
 def _flip(weight: Weight | None) -> Weight | None:
     """From the operand of ``x @ w`` ([in, out]) to the weight of a projection ([out, in])."""
-    return weight and Weight(weight.source, weight.tensor, weight.node, not weight.transposed)
+    return weight and replace(weight, transposed=not weight.transposed)
 
 
 def _arguments(node: Node, names: tuple[str, str, str]) -> tuple[Any, Any, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,15 +54,12 @@ CASTS = {
 }
 COPIES = {
     aten.alias.default,
-    aten.detach.default,
     aten.clone.default,
     aten.contiguous.default,
     aten.lift_fresh_copy.default,
     torch.clone,
-    torch.detach,
     "clone",
     "contiguous",
-    "detach",
 }
 EXPANDS = {aten.expand.default, "expand"}
 TRANSPOSES = {
@@ -159,7 +157,7 @@ class Values:
         kind = operation(node)
         if kind in TRANSPOSES and self._swaps_last_two(node):
             inner = self.weight(node.all_input_nodes[0])
-            return Weight(inner.source, inner.tensor, inner.node, not inner.transposed) if inner else None
+            return replace(inner, transposed=not inner.transposed) if inner else None
         if kind in EXPANDS or kind in RESHAPES:
             inner = self.weight(node.all_input_nodes[0])
             shape = self.shape(node)

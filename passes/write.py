@@ -10,15 +10,18 @@ q' = q + s·u_q         k' = k + s·u_k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate as running
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Weight
+from flora_fx.ops import Cell, packed_accumulate, packed_projection
 from flora_fx.program import Program
 from flora_fx.sketch import Sketch, SketchWrite
 
@@ -28,6 +31,20 @@ from .names import Names
 from .values import Values
 
 __all__ = ["Writer"]
+
+
+class Matrix(NamedTuple):
+    """An up-projection as nodes.
+
+    Attributes:
+        node: the matrix, [out, rank]: a pack, or a parameter, whose gradient autograd finds by itself.
+        cells: where the members of a pack stand in it.
+        trained: the members, if gradients of them are wanted.
+    """
+
+    node: Node
+    cells: tuple[Cell, ...] = ()
+    trained: tuple[Node, ...] = ()
 
 
 class Writer:
@@ -112,13 +129,23 @@ class Writer:
         name = self.names.of(bases or downs, "" if bases else "_down")
         pack = rows_pack(name, bases, downs)
         bias = bias_pack(f"{name}_bias", pack, members)
-        bias_node = self.read(bias, members[0]) if bias else None
-        node = self.program.linear(x, self.read(pack, members[0]), bias_node)
+        biases = [member.bias for member in members if member.bias is not None]
+        weights = [*(member.weight for member in members), *biases]
+        trains = self.program.trains(weights)
+        weight_node = self.read(pack, members[0], trains=trains)
+        bias_node = self.read(bias, members[0], trains=trains) if bias else None
+        if trains:
+            cells = (*_cells(pack), *(_cells(bias) if bias else ()))
+            trained = map(self.program.weight_node, weights)
+            node = self.program.call(packed_projection, x, weight_node, bias_node, cells, *trained)
+        else:
+            node = self.program.linear(x, weight_node, bias_node)
         self.labels[node] = name
         return node
 
-    def read(self, pack: Pack, like: Projection) -> Node:
-        self.packs.append(pack)
+    def read(self, pack: Pack, like: Projection, *, trains: bool = False) -> Node:
+        """A node for a pack."""
+        self.packs.append(replace(pack, trains=trains))
         return self.program.packed_weight(pack, (like.like or like.weight).tensor)
 
     def accumulated(
@@ -135,7 +162,7 @@ class Writer:
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
                 scale = 1.0 if self.config.fold_scale else block.scale
                 adapted = self.add(after[block.segment], low, self.block(layout, block), scale)
-                sources = [str(base.weight.source) for base in layout.segments[block.segment]]
+                sources = [base.weight.name for base in layout.segments[block.segment]]
                 self.labels[adapted] = f"{Names.joined(sources)}_adapted"
                 after[block.segment] = adapted
         return self.parts(layout, before), self.parts(layout, after)
@@ -148,30 +175,40 @@ class Writer:
             found.update(zip(segment, slices, strict=True))
         return found
 
-    def block(self, layout: Layout, block: Block) -> Node:
+    def block(self, layout: Layout, block: Block) -> Matrix:
         """The matrix of a block: a parameter as it is where it is the only one, a pack otherwise."""
         alone = len(block.writes) == 1 and len(layout.segments[block.segment]) == 1
         if alone and block.columns[1] - block.columns[0] == 1:
             return self.up(block.writes[0].path)
-        name = self.names.of([write.path.up for write in block.writes], "_up")
-        return self.read(up_pack(name, layout, block, self.config), block.writes[0].path.up)
+        ups = [write.path.up for write in block.writes]
+        pack = up_pack(self.names.of(ups, "_up"), layout, block, self.config)
+        weights = [up.weight for up in ups]
+        trains = self.program.trains(weights)
+        node = self.read(pack, ups[0], trains=trains)
+        return Matrix(node, tuple(_cells(pack)), tuple(map(self.program.weight_node, weights)) if trains else ())
 
-    def up(self, path: LowRankPath) -> Node:
+    def up(self, path: LowRankPath) -> Matrix:
         """The up-projection of one path, [out, rank]."""
         piece = up_slice(path, 0, 0, self.config)
         if piece.view:
             node = self.program.weight_node(path.up.weight)
-            return self.program.call(self.program.ops.transpose, node) if path.up.weight.transposed else node
+            stored = path.up.weight.transposed
+            return Matrix(self.program.call(self.program.ops.transpose, node) if stored else node)
         like: Weight = path.up.like or path.up.weight
         shape = (path.up.out_features, path.up.in_features)
         pack = Pack(self.names.of([path.up], "_up"), shape, (piece,), path.down.node.name, like.source)
-        return self.read(pack, path.up)
+        return Matrix(self.read(pack, path.up))
 
-    def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+    def add(self, y: Node, z: Node, up: Matrix, scale: float) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
-            return self.program.accumulate(y, z, up, scale)
-        delta = self.program.linear(z, up, None)
+            if up.trained:
+                return self.program.call(packed_accumulate, y, z, up.node, scale, up.cells, *up.trained)
+            return self.program.accumulate(y, z, up.node, scale)
+        if up.trained:
+            delta = self.program.call(packed_projection, z, up.node, None, up.cells, *up.trained)
+        else:
+            delta = self.program.linear(z, up.node, None)
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
         return self.program.call(self.program.ops.add, y, self.program.shaped_like(delta, y))
@@ -259,17 +296,24 @@ def _sketch(group: Group, layout: Layout, gemms: int, joined: bool) -> Sketch:
     row = {base.node: index for index, base in enumerate(bases)}
     low = {down.node: index for index, down in enumerate(downs)}
     return Sketch(
-        Names.joined([str(member.weight.source) for member in bases or downs]),
+        Names.joined([member.weight.name for member in bases or downs]),
         group.reads.name,
-        tuple((str(base.weight.source), base.out_features) for base in bases),
-        tuple((str(down.weight.source), down.out_features) for down in downs),
+        tuple((base.weight.name, base.out_features) for base in bases),
+        tuple((down.weight.name, down.out_features) for down in downs),
         tuple(
-            SketchWrite(row[w.base.node], low[w.path.down.node], str(w.path.up.weight.source), w.path.scale)
+            SketchWrite(row[w.base.node], low[w.path.down.node], w.path.up.weight.name, w.path.scale)
             for w in group.writes
         ),
         gemms,
         joined,
     )
+
+
+def _cells(pack: Pack) -> Iterator[Cell]:
+    """Where the members of a pack stand, for the operations that train them."""
+    for piece in pack.slices:
+        whole = None if len(pack.shape) == 1 else (0, pack.shape[1])
+        yield piece.rows, piece.columns or whole, piece.transposed
 
 
 def _width(members: Sequence[Projection]) -> int:

@@ -256,8 +256,10 @@ def test_gradients_are_refused_and_not_silently_missing(fused: FusedGraphModule)
 
 
 def test_gradients_are_refused_under_a_compiler_too() -> None:
-    fused = flora_fx.fuse(fx.symbolic_trace(Siblings().double().eval()))
+    fused = flora_fx.fuse(fx.symbolic_trace(siblings()))
     compiled = torch.compile(fused, backend="eager")
+    fused.requires_grad_(True)
+    fused.retie()
     with torch.no_grad():
         compiled(X)
     with pytest.raises(Exception, match=r"require gradients"):

@@ -1,0 +1,133 @@
+"""``torch.compile(model, backend="flora")``: Dynamo's graphs, fused, then compiled by Inductor.
+
+    model (PEFT) ── Dynamo ── graph ── flora_fx ── fused graph ── AOTAutograd, Inductor
+                       └ guards: requires_grad, train/eval, active adapters, merged or not; a change compiles anew
+
+Found by its name through the entry point ``torch_dynamo_backends``; nothing of this package has to be imported. This is
+the one module that touches what torch keeps private about backends (seen in torch 2.11 to 2.13).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from .config import FuseConfig
+from .errors import AdapterError
+from .fusing import rewrite
+from .fusion_report import FusionReport
+from .lifting import LiftedView, PackedCall
+
+__all__ = ["INNER", "flora", "last_report"]
+
+log = logging.getLogger(__name__)
+
+INNER = ("inductor", "aot_eager", "eager")
+"""What may compile the fused graph; the last two are for debugging."""
+
+_DEFAULTS: dict[str, Any] = {"up": "per_projection", "accumulate": "add"}
+"""Where Inductor is faster than with `FuseConfig`'s own (docs/benchmarks.md); B's stay their own parameters, too."""
+
+_CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
+
+_last: FusionReport | None = None
+
+
+def flora(
+    graph: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """A backend of `torch.compile` that fuses low-rank adapters, for inference and for training.
+
+    Args:
+        graph: from Dynamo.
+        example_inputs: from Dynamo.
+        mode: of `torch.compile`, for Inductor.
+        options: of `torch.compile`: ``"flora.inner"``, one of `INNER`; ``"flora.layout"``, ``"flora.up"``,
+            ``"flora.accumulate"``, ``"flora.pack_base"`` as in `flora_fx.FuseConfig`; all others go to Inductor.
+
+    Returns:
+        what Dynamo calls instead of the graph.
+
+    Raises:
+        ValueError: an unknown option, or Inductor's ``freezing``, under which weights are constants.
+
+    >>> import torch
+    >>> class Lora(torch.nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.w, self.a, self.b = (torch.nn.Linear(i, o, bias=False) for i, o in [(6, 5), (6, 2), (2, 5)])
+    ...     def forward(self, x):
+    ...         return self.w(x) + 0.5 * self.b(self.a(x))
+    >>> model, x = Lora(), torch.randn(3, 6)
+    >>> compiled = torch.compile(model, backend="flora", options={"flora.inner": "aot_eager"})
+    >>> torch.testing.assert_close(compiled(x), model(x))
+    >>> last_report().fused
+    ('b.weight',)
+    """
+    inner, config, passed = _read(options or {})
+    compile_ = _compiler(inner, mode, passed)
+    view = LiftedView(graph)
+    try:
+        fusion = rewrite(view, config)
+    except AdapterError as error:
+        log.warning("compiled without fusing: %s", error)
+        return compile_(graph, example_inputs)
+    _remember(fusion.report)
+    if not fusion.packs and not fusion.report.fused:
+        return compile_(graph, example_inputs)
+    kept = view.drop_unread()
+    compiled = compile_(view.finish(fusion), view.examples(example_inputs, kept))
+    return PackedCall(compiled, fusion.packs, kept)
+
+
+def last_report() -> FusionReport | None:
+    """What was fused and declined in the graph that this backend saw last; None before the first one.
+
+    Every report is logged, too: ``TORCH_LOGS="flora_fx"`` shows them.
+    """
+    return _last
+
+
+def _remember(report: FusionReport) -> None:
+    global _last
+    _last = report
+    log.info("%s", report)
+
+
+def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
+    """(what compiles behind, how to fuse, the options of what compiles behind)."""
+    own = {name.removeprefix("flora."): value for name, value in options.items() if name.startswith("flora.")}
+    passed = {name: value for name, value in options.items() if not name.startswith("flora.")}
+    inner = own.pop("inner", "inductor")
+    if inner not in INNER:
+        raise ValueError(f"option 'flora.inner' is {inner!r}; it must be one of {', '.join(INNER)}")
+    for name in own:
+        if name not in _CHOICES:
+            known = ", ".join(f"flora.{choice}" for choice in ("inner", *sorted(_CHOICES)))
+            raise ValueError(f"unknown option 'flora.{name}'; it must be one of {known}")
+    if passed.get("freezing"):
+        raise ValueError(
+            "Inductor's 'freezing' turns weights into constants, and this backend keeps them live. Leave it out, or "
+            "capture, fuse and freeze: torch.compile(flora_fx.fuse(flora_fx.capture(model, *inputs)), "
+            "options={'freezing': True})."
+        )
+    if passed and inner != "inductor":
+        raise ValueError(f"options {', '.join(sorted(passed))} are Inductor's, and 'flora.inner' is {inner!r}")
+    return inner, FuseConfig(**{**_DEFAULTS, **own}), passed
+
+
+def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+    if inner != "inductor":
+        compile_: Callable[..., Any] = lookup_backend(inner)
+        return compile_
+    return torch._TorchCompileInductorWrapper(mode, options, None)

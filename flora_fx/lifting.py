@@ -1,0 +1,166 @@
+"""Dynamo's graphs with their packs as inputs, and the call that keeps those tied.
+
+    before   graph(x, W_q, W_k, A_q, …)                         weights come in as inputs, guarded by Dynamo
+    after    graph(x, A_q, …, pack)                             what nothing reads any more is not passed on
+             call(*args) = graph(*args[kept], *packs)           packs are tied to the arguments, checked at each call
+
+Packs are inputs, not attributes: so the compiler behind takes them as it takes parameters (never copied, never folded,
+of static address), and another pack needs no other graph. They are tied at the first call, not while Dynamo's backend
+runs: Dynamo still holds the parameters' old strides and storage offsets then (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from .errors import TieError
+from .ir import Pack
+from .module import Fusion
+from .pack import tie, version
+from .program import GraphModuleView
+
+__all__ = ["LiftedView", "PackedCall"]
+
+log = logging.getLogger(__name__)
+
+
+class LiftedView(GraphModuleView):
+    """A graph of Dynamo's, for the passes; its packs become inputs behind those that it has."""
+
+    def __init__(self, root: fx.GraphModule) -> None:
+        super().__init__(root)
+        self._lifted: list[Node] = []
+
+    def packed_weight(self, pack: Pack, like: Tensor) -> Node:
+        *_, last = (*self._inputs, *self._lifted)
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"flora_{pack.name}")
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.meta[self.values_key] = self.fake(pack.shape, like)
+        self._lifted.append(node)
+        return node
+
+    def finish(self, fusion: Fusion) -> fx.GraphModule:
+        """The graph module that was opened, with the rewritten graph."""
+        self.graph.lint()
+        self.root.graph = self.graph
+        return self.root
+
+    def drop_unread(self) -> list[int]:
+        """Take out the weights that nothing reads any more; the indices of the inputs that stay."""
+        kept = []
+        for node, index in self._inputs.items():
+            if node.users or self.weight(node) is None:
+                kept.append(index)
+            else:
+                self.graph.erase_node(node)
+        return kept
+
+    def examples(self, inputs: Sequence[Any], kept: Sequence[int]) -> list[Any]:
+        """Example inputs of the rewritten graph, for the compiler behind."""
+        return [*(inputs[index] for index in kept), *(self.value(node) for node in self._lifted)]
+
+
+_calls: weakref.WeakSet[PackedCall] = weakref.WeakSet()
+
+
+class PackedCall:
+    """A compiled graph, called as Dynamo calls it, with its packs tied.
+
+    Args:
+        compiled: what the compiler behind made of the rewritten graph.
+        packs: in the order of the graph's last inputs.
+        kept: the indices of the arguments that are passed on.
+    """
+
+    def __init__(self, compiled: Callable[..., Any], packs: Sequence[Pack], kept: Sequence[int]) -> None:
+        self._compiled = compiled
+        self._packs = packs
+        self._tensors: list[Tensor | None] = [None] * len(packs)
+        self._members: list[list[weakref.ref[Tensor]]] = [[] for _ in packs]
+        sources = dict.fromkeys(piece.source for pack in packs for piece in pack.slices)
+        self._sources = [int(source) for source in sources]
+        self._watched = _getter(self._sources)
+        self._kept = _getter(kept)
+        self._seen: list[int] = []
+        self._trains = any(pack.trains for pack in packs)
+        _calls.add(self)
+
+    def __call__(self, *args: Any) -> Any:
+        watched = self._watched(args)
+        # Microseconds: this runs before each call.
+        if [*map(Tensor.data_ptr, watched)] != self._seen:
+            self._tie(args)
+        outputs = self._compiled(*self._kept(args), *self._tensors)
+        if self._trains and torch.is_grad_enabled():
+            self._guard(outputs, watched)
+        return outputs
+
+    def _tie(self, args: Sequence[Any]) -> None:
+        """Make the packs hold the arguments' present values, and the arguments views of them."""
+        known = {_storage(packed) for call in _calls for packed in call._tensors if packed is not None}
+        left: set[int] = set()
+        for index, pack in enumerate(self._packs):
+            members = [args[piece.source] for piece in pack.slices]  # type: ignore[index]
+            before = {_storage(member) for member in members}
+            packed = tie(pack, lambda source: args[source])  # type: ignore[index]
+            if self._tensors[index] is not None and self._tensors[index] is not packed:
+                log.info("the parameters of %s had been moved; they are packed anew", pack.name)
+            self._tensors[index] = packed
+            self._members[index] = [weakref.ref(member) for member in members]
+            left |= before & known - {_storage(packed)}
+        for call in list(_calls):
+            call._forget(left)
+        self._seen = [*map(Tensor.data_ptr, self._watched(args))]
+
+    def _forget(self, storages: set[int]) -> None:
+        """Let go of packs that parameters have left for another one, so that no weight stays stored twice."""
+        for index, packed in enumerate(self._tensors):
+            if packed is None or _storage(packed) not in storages:
+                continue
+            for reference in self._members[index]:
+                member = reference()
+                if member is not None and _storage(member) == _storage(packed):
+                    member.data = member.detach().clone()
+            self._tensors[index] = None
+            self._seen = []
+
+    def _guard(self, outputs: Any, watched: Sequence[Tensor]) -> None:
+        """Refuse a backward through packs whose parameters were changed since, as autograd does for other weights."""
+        versions = [*map(version, watched)]
+
+        def check(_: Any) -> None:
+            if [*map(version, watched)] != versions:
+                raise TieError(
+                    "a parameter that the backward needs was changed in place after the forward. "
+                    "Call backward() before the optimizer's step()."
+                )
+
+        functions = {output.grad_fn for output in _tensors(outputs) if output.grad_fn is not None}
+        for function in functions:
+            function.register_prehook(check)
+
+
+def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """``operator.itemgetter`` that gives a tuple for any number of indices."""
+    if len(indices) < 2:
+        return lambda args: tuple(args[index] for index in indices)
+    return operator.itemgetter(*indices)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    found = outputs if isinstance(outputs, tuple | list) else [outputs]
+    return [output for output in found if isinstance(output, Tensor)]
