@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import FuseConfig
+from flora_fx.backend import flora
 
 from .models import Adapted, make_model
 from .settings import Settings
@@ -84,8 +85,6 @@ RUNNERS: dict[str, dict[str, Form]] = {
 
 def available(form: Form, device: str) -> bool:
     """Whether this installation can run a form at all."""
-    if form.way == "flora":
-        return "flora" in torch._dynamo.list_backends()
     return form.way != "reduce-overhead" or device == "cuda"
 
 
@@ -175,7 +174,7 @@ _COMPILE: dict[Way, dict[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "freezing": {"backend": "inductor"},
     "reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
-    "flora": {"backend": "flora"},
+    "flora": {"backend": flora},  # not by its name: that takes an installation
 }
 
 

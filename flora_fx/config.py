@@ -23,7 +23,8 @@ class FuseConfig:
         layout: where the down-projections of a pack stand. ``"joined"``: as rows under the base weights, one GEMM for
             both. ``"beside"``: in a pack of their own, two GEMMs and no slice between base and down rows.
         up: ``"block_diagonal"``: the up-projections that write into one pack are one block-diagonal GEMM (fewer
-            launches, some zero work). ``"per_projection"``: one GEMM each (no zero work).
+            launches, some zero work). ``"per_projection"``: one GEMM each (no zero work); always so where an
+            up-projection requires gradients.
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is

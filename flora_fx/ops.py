@@ -2,7 +2,7 @@
 
     y = linear(x, pack)                    one GEMM for all members of a pack
     dx = dy @ pack                         one GEMM back
-    dW_i = dy[:, rows_i]ᵀ @ x[:, cols_i]   for the members that require gradients; the others have no gradient at all
+    dW_i = dy[:, rows_i]ᵀ @ x              for the members that require gradients; the others have no gradient at all
 
 So the gradient mask is by construction: a frozen member gets neither a gradient nor an optimizer state nor a decay. The
 members themselves are arguments: that is how autograd knows where the gradients belong, and how it notices a member that
@@ -24,16 +24,13 @@ __all__ = [
     "Cell",
     "accumulate",
     "accumulate_reference",
-    "packed_accumulate",
     "packed_projection",
     "packed_projection_reference",
 ]
 
 
-Range = tuple[int, int]
-Cell = tuple[Range, Range | None, bool]
-"""The place of a member in its pack: rows, columns (None for a bias), and whether the transpose stands there. A plain
-tuple, so that a graph can hold it."""
+Rows = tuple[int, int, bool]
+"""The place of a member in its pack: first row, the row after its last, and whether its transpose stands there."""
 
 
 def accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
@@ -69,15 +66,16 @@ def accumulate_reference(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -
     return y + (z.reshape(*y.shape[:-1], z.shape[-1]) @ up.transpose(0, 1)) * scale
 
 
-def packed_projection(x: Tensor, pack: Tensor, bias: Tensor | None, cells: Sequence[Cell], *members: Tensor) -> Tensor:
+def packed_projection(x: Tensor, pack: Tensor, bias: Tensor | None, rows: Sequence[Rows], *members: Tensor) -> Tensor:
     """``x @ packᵀ + bias``, with the gradients of the pack's members.
 
     Args:
         x: [..., in].
-        pack: [out, in], which the members' values are in already; what no cell covers is zero.
+        pack: [out, in], which the members' values are in already.
         bias: [out] or None.
-        cells: where each member stands.
-        members: the parameters, in the cells' order; those that require gradients get them.
+        rows: where each member stands.
+        members: the parameters, in the same order, matrices and biases (of one dimension); those that require
+            gradients get them.
 
     Returns:
         [..., out]. Under autocast it computes in the autocast dtype, as `torch.nn.functional.linear` does.
@@ -86,16 +84,16 @@ def packed_projection(x: Tensor, pack: Tensor, bias: Tensor | None, cells: Seque
 
     >>> w, a = torch.randn(4, 3), torch.randn(2, 3, requires_grad=True)
     >>> x, pack = torch.randn(5, 3), torch.cat([w, a.detach()])
-    >>> y = packed_projection(x, pack, None, [((0, 4), (0, 3), False), ((4, 6), (0, 3), False)], w, a)
+    >>> y = packed_projection(x, pack, None, [(0, 4, False), (4, 6, False)], w, a)
     >>> y.sum().backward()
     >>> torch.testing.assert_close(a.grad, x.sum(0).expand(2, 3))
     """
     if has_torch_function((x, pack, *members)):
-        return handle_torch_function(packed_projection, (x, pack, *members), x, pack, bias, cells, *members)
+        return handle_torch_function(packed_projection, (x, pack, *members), x, pack, bias, rows, *members)
     if not torch.is_grad_enabled():
         return F.linear(x, pack, bias)
     x, pack = _autocast(x), _autocast(pack)
-    result: Tensor = _PackedProjection.apply(x, pack, None if bias is None else _autocast(bias), cells, *members)
+    result: Tensor = _PackedProjection.apply(x, pack, None if bias is None else _autocast(bias), rows, *members)
     return result
 
 
@@ -109,31 +107,12 @@ def packed_projection_reference(x: Tensor, weights: Sequence[Tensor], biases: Se
     return torch.cat([F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1)
 
 
-def packed_accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float, cells: Sequence[Cell], *members: Tensor) -> Tensor:
-    """`accumulate` with a pack of up-projections, and the gradients of its members.
-
-    Args:
-        y, z, up, scale: as for `accumulate`; ``up`` is the pack.
-        cells: the `Cell` of each member in ``up``.
-        members: the up-projections' parameters, in the cells' order.
-
-    >>> b = torch.randn(3, 2, requires_grad=True)
-    >>> y, z = torch.randn(5, 3), torch.randn(5, 2)
-    >>> packed_accumulate(y, z, b.detach().clone(), 0.5, [((0, 3), (0, 2), False)], b).sum().backward()
-    >>> torch.testing.assert_close(b.grad, 0.5 * z.sum(0).expand(3, 2))
-    """
-    if has_torch_function((y, z, up, *members)):
-        return handle_torch_function(packed_accumulate, (y, z, up, *members), y, z, up, scale, cells, *members)
-    if not torch.is_grad_enabled():
-        return accumulate(y, z, up, scale)
-    result: Tensor = _PackedAccumulate.apply(_autocast(y), _autocast(z), _autocast(up), scale, cells, *members)
-    return result
-
-
 class _PackedProjection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pack: Tensor, bias: Tensor | None, cells: Sequence[Cell], *members: Tensor) -> Tensor:
-        ctx.cells = cells
+    def forward(
+        ctx: Any, x: Tensor, pack: Tensor, bias: Tensor | None, rows: Sequence[Rows], *members: Tensor
+    ) -> Tensor:
+        ctx.rows = rows
         ctx.save_for_backward(x, pack, *members)
         return F.linear(x, pack, bias)
 
@@ -143,59 +122,33 @@ class _PackedProjection(torch.autograd.Function):
         x, pack, *members = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         dx = dy @ pack if wanted[0] else None
-        return dx, None, None, None, *_member_gradients(dy, x, ctx.cells, members, wanted[4:])
-
-
-class _PackedAccumulate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, z: Tensor, up: Tensor, scale: float, cells: Sequence[Cell], *members: Tensor) -> Tensor:
-        ctx.scale, ctx.cells = scale, cells
-        ctx.save_for_backward(z, up, *members)
-        return accumulate(y, z, up, scale)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, up, *members = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        scaled = dy * ctx.scale
-        dz = (scaled @ up).reshape(z.shape) if wanted[1] else None
-        found = _member_gradients(scaled, z, ctx.cells, members, wanted[5:])
-        return dy if wanted[0] else None, dz, None, None, None, *found
+        return dx, None, None, None, *_member_gradients(dy, x, ctx.rows, members, wanted[4:])
 
 
 def _member_gradients(
-    dy: Tensor, x: Tensor, cells: Sequence[Cell], members: Sequence[Tensor], wanted: Sequence[bool]
+    dy: Tensor, x: Tensor, rows: Sequence[Rows], members: Sequence[Tensor], wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """``dy[:, rows]ᵀ @ x[:, columns]`` for what is wanted: one GEMM for members that stand under each other."""
+    """``dy[:, rows]ᵀ @ x`` for what is wanted: one GEMM for members that stand under each other."""
     found: list[Tensor | None] = [None] * len(members)
-    if not any(wanted):
-        return found
-    rows_of_dy, rows_of_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    for run in _runs(cells, wanted):
-        (first, _), columns, transposed = cells[run[0]]
-        last = cells[run[-1]][0][1]
-        left = rows_of_dy[:, first:last]
-        if columns is None:
-            whole = left.sum(0)
-        elif transposed:
-            whole = rows_of_x[:, slice(*columns)].t() @ left
-        else:
-            whole = left.t() @ rows_of_x[:, slice(*columns)]
+    dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    for run in _runs(rows, members, wanted):
+        first, last = rows[run[0]][0], rows[run[-1]][1]
+        left = dy[:, first:last]
+        whole = left.sum(0) if members[run[0]].dim() == 1 else left.t() @ x
         for index in run:
-            start, stop = (row - first for row in cells[index][0])
-            part = whole if len(run) == 1 else whole[start:stop]
-            found[index] = part.to(members[index].dtype)
+            start, stop, transposed = rows[index]
+            part = whole[start - first : stop - first]
+            found[index] = (part.t() if transposed else part).to(members[index].dtype)
     return found
 
 
-def _runs(cells: Sequence[Cell], wanted: Sequence[bool]) -> Iterator[list[int]]:
-    """Wanted members whose gradients are one matrix: neighbours in rows, equal in columns, stored as rows."""
+def _runs(rows: Sequence[Rows], members: Sequence[Tensor], wanted: Sequence[bool]) -> Iterator[list[int]]:
+    """Wanted members whose gradients are one matrix, or one vector: neighbours in rows."""
     run: list[int] = []
-    for index, (rows, columns, transposed) in enumerate(cells):
+    for index in range(len(members)):
         if not wanted[index]:
             continue
-        if run and (transposed or cells[run[-1]] != ((cells[run[-1]][0][0], rows[0]), columns, False)):
+        if run and (rows[run[-1]][1] != rows[index][0] or members[run[-1]].dim() != members[index].dim()):
             yield run
             run = []
         run.append(index)

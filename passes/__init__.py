@@ -84,7 +84,9 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     with timed("group"):
         grouping = group(program, values, projections, decisions, config)
     if program.trains(path.up.weight for path in decisions.paths):
-        config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step
+        # A scaled copy would go stale with the next step. Columns of a block-diagonal matrix are strided, and torch's
+        # fused optimizers write past strided parameters on a CPU (2.13).
+        config = replace(config, fold_scale=False, up="per_projection")
     writer = Writer(program, values, config)
     with timed("write"):
         writer.write(grouping)

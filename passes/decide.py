@@ -72,7 +72,13 @@ def decide(
             continue
         cast = None
         trains = program.trains([path.up.weight, path.down.weight])  # a copy would go stale with the next step
-        if config.allow_cast and not trains and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
+        if (
+            config.allow_cast
+            and not trains
+            and base
+            and base.dtype == wanted
+            and not {base.node, path.down.node} & shared
+        ):
             cast = _without_cast(values, path, base)
         if cast is not None:
             accepted.append(cast)

@@ -158,9 +158,7 @@ def _tip_under(values: Values, target: Node, at: dict[Node, _Tip], started: set[
 
 
 def _shared(projection: Projection) -> Decline:
-    detail = (
-        f"{projection.weight.name} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
-    )
+    detail = f"{projection.weight.name} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
     return Decline(Reason.WEIGHT_SHARED, projection.node.name, detail)
 
 

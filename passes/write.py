@@ -10,18 +10,17 @@ q' = q + s·u_q         k' = k + s·u_k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate as running
 from itertools import groupby, pairwise
-from typing import NamedTuple
 
 import torch
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Weight
-from flora_fx.ops import Cell, packed_accumulate, packed_projection
+from flora_fx.ops import packed_projection
 from flora_fx.program import Program
 from flora_fx.sketch import Sketch, SketchWrite
 
@@ -31,20 +30,6 @@ from .names import Names
 from .values import Values
 
 __all__ = ["Writer"]
-
-
-class Matrix(NamedTuple):
-    """An up-projection as nodes.
-
-    Attributes:
-        node: the matrix, [out, rank]: a pack, or a parameter, whose gradient autograd finds by itself.
-        cells: where the members of a pack stand in it.
-        trained: the members, if gradients of them are wanted.
-    """
-
-    node: Node
-    cells: tuple[Cell, ...] = ()
-    trained: tuple[Node, ...] = ()
 
 
 class Writer:
@@ -135,9 +120,9 @@ class Writer:
         weight_node = self.read(pack, members[0], trains=trains)
         bias_node = self.read(bias, members[0], trains=trains) if bias else None
         if trains:
-            cells = (*_cells(pack), *(_cells(bias) if bias else ()))
+            rows = [(*piece.rows, piece.transposed) for packed in (pack, bias) if packed for piece in packed.slices]
             trained = map(self.program.weight_node, weights)
-            node = self.program.call(packed_projection, x, weight_node, bias_node, cells, *trained)
+            node = self.program.call(packed_projection, x, weight_node, bias_node, rows, *trained)
         else:
             node = self.program.linear(x, weight_node, bias_node)
         self.labels[node] = name
@@ -175,40 +160,31 @@ class Writer:
             found.update(zip(segment, slices, strict=True))
         return found
 
-    def block(self, layout: Layout, block: Block) -> Matrix:
+    def block(self, layout: Layout, block: Block) -> Node:
         """The matrix of a block: a parameter as it is where it is the only one, a pack otherwise."""
         alone = len(block.writes) == 1 and len(layout.segments[block.segment]) == 1
         if alone and block.columns[1] - block.columns[0] == 1:
             return self.up(block.writes[0].path)
         ups = [write.path.up for write in block.writes]
         pack = up_pack(self.names.of(ups, "_up"), layout, block, self.config)
-        weights = [up.weight for up in ups]
-        trains = self.program.trains(weights)
-        node = self.read(pack, ups[0], trains=trains)
-        return Matrix(node, tuple(_cells(pack)), tuple(map(self.program.weight_node, weights)) if trains else ())
+        return self.read(pack, ups[0])
 
-    def up(self, path: LowRankPath) -> Matrix:
+    def up(self, path: LowRankPath) -> Node:
         """The up-projection of one path, [out, rank]."""
         piece = up_slice(path, 0, 0, self.config)
         if piece.view:
             node = self.program.weight_node(path.up.weight)
-            stored = path.up.weight.transposed
-            return Matrix(self.program.call(self.program.ops.transpose, node) if stored else node)
+            return self.program.call(self.program.ops.transpose, node) if path.up.weight.transposed else node
         like: Weight = path.up.like or path.up.weight
         shape = (path.up.out_features, path.up.in_features)
         pack = Pack(self.names.of([path.up], "_up"), shape, (piece,), path.down.node.name, like.source)
-        return Matrix(self.read(pack, path.up))
+        return self.read(pack, path.up)
 
-    def add(self, y: Node, z: Node, up: Matrix, scale: float) -> Node:
+    def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
-            if up.trained:
-                return self.program.call(packed_accumulate, y, z, up.node, scale, up.cells, *up.trained)
-            return self.program.accumulate(y, z, up.node, scale)
-        if up.trained:
-            delta = self.program.call(packed_projection, z, up.node, None, up.cells, *up.trained)
-        else:
-            delta = self.program.linear(z, up.node, None)
+            return self.program.accumulate(y, z, up, scale)
+        delta = self.program.linear(z, up, None)
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
         return self.program.call(self.program.ops.add, y, self.program.shaped_like(delta, y))
@@ -307,13 +283,6 @@ def _sketch(group: Group, layout: Layout, gemms: int, joined: bool) -> Sketch:
         gemms,
         joined,
     )
-
-
-def _cells(pack: Pack) -> Iterator[Cell]:
-    """Where the members of a pack stand, for the operations that train them."""
-    for piece in pack.slices:
-        whole = None if len(pack.shape) == 1 else (0, pack.shape[1])
-        yield piece.rows, piece.columns or whole, piece.transposed
 
 
 def _width(members: Sequence[Projection]) -> int:
