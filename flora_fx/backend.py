@@ -18,10 +18,11 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
+from .checkpointed import bodies
 from .config import FuseConfig
 from .errors import AdapterError
 from .fusing import rewrite
-from .fusion_report import FusionReport
+from .fusion_report import FusionReport, combined
 from .lifting import LiftedView, PackedCall
 
 __all__ = ["INNER", "flora", "last_report"]
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 INNER = ("inductor", "aot_eager", "eager")
 """What may compile the fused graph; the last two are for debugging."""
 
-_DEFAULTS: dict[str, Any] = {"up": "per_projection", "accumulate": "add"}
+_DEFAULTS: dict[str, Any] = {"up": "per_projection", "accumulate": "addmm"}
 """Where Inductor is faster than with `FuseConfig`'s own (docs/benchmarks.md); B's stay their own parameters, too."""
 
 _CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
@@ -76,31 +77,35 @@ def flora(
     """
     inner, config, passed = _read(options or {})
     compile_ = _compiler(inner, mode, passed)
-    view = LiftedView(graph)
+    view = LiftedView(graph, generates=inner == "inductor")
+    views = [*bodies(view), view]
     try:
-        fusion = rewrite(view, config)
+        fusions = [rewrite(part, config) for part in views]
     except AdapterError as error:
         log.warning("compiled without fusing: %s", error)
         return compile_(graph, example_inputs)
-    _remember(fusion.report)
-    if not fusion.packs and not fusion.report.fused:
+    report = combined([fusion.report for fusion in fusions])
+    _tell(report)
+    if not report.packs and not report.fused:
         return compile_(graph, example_inputs)
+    for part, fusion in zip(views, fusions, strict=True):
+        part.finish(fusion)
     kept = view.drop_unread()
-    compiled = compile_(view.finish(fusion), view.examples(example_inputs, kept))
-    return PackedCall(compiled, fusion.packs, kept)
+    return PackedCall(compile_(graph, view.examples(example_inputs, kept)), report.packs, kept)
 
 
 def last_report() -> FusionReport | None:
-    """What was fused and declined in the graph that this backend saw last; None before the first one.
+    """What was fused and declined in the last graph with adapters that this backend saw; None before the first one.
 
-    Every report is logged, too: ``TORCH_LOGS="flora_fx"`` shows them.
+    Every report is logged, too, those of graphs without adapters among them: ``TORCH_LOGS="flora_fx"`` shows them.
     """
     return _last
 
 
-def _remember(report: FusionReport) -> None:
+def _tell(report: FusionReport) -> None:
     global _last
-    _last = report
+    if report.fused or report.declines:
+        _last = report
     log.info("%s", report)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .ops import accumulate, packed_projection
+from .ops import accumulate, matrix_vector, packed_projection
 from .program import Program
 
 __all__ = ["count_ops", "kind_of"]
@@ -21,6 +21,7 @@ aten = torch.ops.aten
 GEMMS: set[Any] = {
     F.linear,
     accumulate,
+    matrix_vector,
     packed_projection,
     torch.addmm,
     torch.mm,

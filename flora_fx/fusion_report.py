@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from .ir import Decline, Pack, Role
 from .sketch import Sketch, draw
 
-__all__ = ["FusionReport"]
+__all__ = ["FusionReport", "combined"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,24 @@ class FusionReport:
         target = Path(path)
         target.write_text(draw(self.sketches, _pattern), encoding="utf-8")
         return target
+
+
+def combined(reports: Sequence[FusionReport]) -> FusionReport:
+    """One report of several graphs that were fused as one program."""
+
+    def total(counts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        each = list(counts)
+        return {kind: sum(count[kind] for count in each) for kind in each[0]}
+
+    return FusionReport(
+        packs=tuple(pack for report in reports for pack in report.packs),
+        fused=tuple(name for report in reports for name in report.fused),
+        declines=tuple(decline for report in reports for decline in report.declines),
+        ops_before=total(report.ops_before for report in reports),
+        ops_after=total(report.ops_after for report in reports),
+        seconds=total(report.seconds for report in reports),
+        sketches=tuple(sketch for report in reports for sketch in report.sketches),
+    )
 
 
 def _pattern(name: str) -> str:

@@ -4,9 +4,9 @@
     dx = dy @ pack                         one GEMM back
     dW_i = dy[:, rows_i]ᵀ @ x              for the members that require gradients; the others have no gradient at all
 
-So the gradient mask is by construction: a frozen member gets neither a gradient nor an optimizer state nor a decay. The
-members themselves are arguments: that is how autograd knows where the gradients belong, and how it notices a member that
-was changed between a forward and its backward.
+So the gradient mask is by construction: a frozen member gets neither a gradient nor an optimizer state nor a decay.
+The members themselves are arguments: that is how autograd knows where the gradients belong, and how it notices a member
+that was changed between a forward and its backward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 __all__ = [
-    "Cell",
     "accumulate",
     "accumulate_reference",
+    "matrix_vector",
     "packed_projection",
     "packed_projection_reference",
 ]
@@ -64,6 +64,24 @@ def accumulate_reference(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -
     >>> torch.testing.assert_close(accumulate(y, z, up, 0.3), accumulate_reference(y, z, up, 0.3))
     """
     return y + (z.reshape(*y.shape[:-1], z.shape[-1]) @ up.transpose(0, 1)) * scale
+
+
+def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weightᵀ + bias`` for one row, as a product and a sum: where a compiler makes one loop of both.
+
+    Args:
+        x: [..., in], one row.
+        weight: [out, in].
+        bias: [out] or None.
+
+    Returns:
+        [..., out].
+
+    >>> x, weight = torch.randn(1, 1, 6), torch.randn(5, 6)
+    >>> torch.testing.assert_close(matrix_vector(x, weight), F.linear(x, weight))
+    """
+    y = (x.unsqueeze(-2) * weight).sum(-1)
+    return y if bias is None else y + bias
 
 
 def packed_projection(x: Tensor, pack: Tensor, bias: Tensor | None, rows: Sequence[Rows], *members: Tensor) -> Tensor:

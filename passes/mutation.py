@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from flora_fx.ops import accumulate, packed_projection
+from flora_fx.ops import accumulate, matrix_vector, packed_projection
 
 __all__ = ["Effects", "find_effects", "is_in_place_add", "may_alias"]
 
@@ -25,6 +25,7 @@ IN_PLACE_ADDS = {operator.iadd, aten.add_.Tensor, "add_"}
 # Results that never share memory with an operand. Whatever is not known to be here is taken for a possible view.
 FRESH = {
     accumulate,
+    matrix_vector,
     packed_projection,
     F.cross_entropy,
     F.embedding,
