@@ -70,10 +70,12 @@ class LiftedView(GraphModuleView):
         return self.call(self.ops.add, y, self.shaped_like(delta, y))
 
     def _is_one_row(self, x: Node) -> bool:
-        value = self.value(x)
+        """One row, computed in full precision: not where autocast makes a linear compute in half."""
+        value, before = self.value(x), self.value(self.origin) if self.origin else None
         if value.device.type != "cpu" or value.dtype not in (torch.float32, torch.float64):
             return False
-        return all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
+        same = before is None or before.dtype == value.dtype
+        return same and all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
 
     def finish(self, fusion: Fusion) -> fx.GraphModule:
         """The graph module that was opened, with the rewritten graph."""
