@@ -57,7 +57,7 @@ class BodyView(GraphModuleView):
         return weight and replace(weight, node=node)
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
-        *_, last = (*self._inputs, *(inside for inside, _ in self._lifted))
+        last = [*self._inputs, *(inside for inside, _ in self._lifted)][-1]
         outside = self._outer.packed_weight(pack, like)
         with self.graph.inserting_after(last):
             inside = self.graph.placeholder(outside.name)

@@ -49,10 +49,10 @@ class LiftedView(GraphModuleView):
         self._lifted: list[Node] = []
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
-        *_, last = (*self._inputs, *self._lifted)
+        last = [*self._inputs, *self._lifted][-1]
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(f"flora_{pack.name}")
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.meta[self.values_key] = self.fake(pack.shape, like)
         self._lifted.append(node)
@@ -136,7 +136,6 @@ class PackedCall:
     def _tie(self, args: Sequence[Any]) -> None:
         """Make the packs hold the arguments' present values, and the arguments views of them."""
         known = {_storage(packed) for call in _calls for packed in call._tensors if packed is not None}
-        left: set[int] = set()
         for index, pack in enumerate(self._packs):
             members = [args[piece.source] for piece in pack.slices]  # type: ignore[index]
             before = {_storage(member) for member in members}
@@ -145,9 +144,9 @@ class PackedCall:
                 log.info("the parameters of %s had been moved; they are packed anew", pack.name)
             self._tensors[index] = packed
             self._members[index] = [weakref.ref(member) for member in members]
-            left |= before & known - {_storage(packed)}
-        for call in list(_calls):
-            call._forget(left)
+            if left := before & known - {_storage(packed)}:
+                for call in list(_calls):
+                    call._forget(left)
         self._seen = [*map(Tensor.data_ptr, self._watched(args))]
 
     def _forget(self, storages: set[int]) -> None:

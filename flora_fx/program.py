@@ -345,7 +345,7 @@ def _copy_graph(graph: fx.Graph) -> fx.Graph:
     returned = result.graph_copy(graph, mapping)
     for old, new in mapping.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
         if new.name != old.name:  # inputs named like builtins ("input"); an export signature knows them by name
             new.name = old.name
     result.output(returned).meta = copy.copy(graph.output_node().meta)
