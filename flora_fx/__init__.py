@@ -6,14 +6,8 @@ print(flora_fx.report(fused))
 
 from __future__ import annotations
 
-from pathlib import Path
-
-# In a checkout, passes/, export/ and benchmarks/ stand beside this folder; installed, they are inside it
-# (see pyproject.toml).
-if not (Path(__file__).parent / "passes").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
-
 from .capturing import capture
+from .checkout import find_folders_beside
 from .config import FuseConfig
 from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
 from .fusing import fuse, report
@@ -22,6 +16,8 @@ from .ir import Decline, Pack, Reason, Role, Slice
 from .verifying import Verification, verify
 
 __version__ = "0.1.0"
+
+find_folders_beside()
 
 __all__ = [
     "AdapterError",

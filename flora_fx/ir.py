@@ -29,6 +29,7 @@ class Reason(Enum):
 
     WEIGHT_SHARED = "the weight is shared with another use"
     WEIGHT_NOT_DENSE = "the weight is quantized, sparse or a tensor subclass"
+    MEMORY_MANAGED = "the weight's memory is managed elsewhere"
     DTYPE_DIFFERS = "the adapter has another dtype than what it is added to"
     DROPOUT_ACTIVE = "dropout is active"
     SCALE_NOT_SCALAR = "the scale is not one number per token"
@@ -62,6 +63,7 @@ class Weight:
         node: the node that reads it in the graph; None while it is hidden in a module that the graph calls.
         transposed: stored as [in, out] (transformers' Conv1D) instead of [out, in].
         label: its name for readers, where the source is none.
+        manager: who fills its memory anew for each forward (FSDP), so that it must not move.
     """
 
     source: str | int
@@ -69,6 +71,7 @@ class Weight:
     node: Node | None
     transposed: bool = False
     label: str = ""
+    manager: str = ""
 
     @property
     def name(self) -> str:

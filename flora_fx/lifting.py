@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from .errors import TieError
 from .ir import Pack
 from .module import Fusion
 from .ops import matrix_vector
-from .pack import tie, version
+from .pack import guard_backward, tie
 from .program import GraphModuleView
 
 __all__ = ["LiftedView", "PackedCall"]
@@ -120,17 +120,19 @@ class PackedCall:
         self._watched = _getter(self._sources)
         self._kept = _getter(kept)
         self._seen: list[int] = []
-        self._trains = any(pack.trains for pack in packs)
         _calls.add(self)
 
     def __call__(self, *args: Any) -> Any:
         watched = self._watched(args)
+        if not self._seen and isinstance(next(iter(watched), None), FakeTensor):
+            # Dynamo's optimizer for DDP runs the parts of a graph it has cut once, to see the shapes between them.
+            return self._compiled(*self._kept(args), *(args[int(p.like)].new_empty(p.shape) for p in self._packs))
         # Microseconds: this runs before each call.
         if [*map(Tensor.data_ptr, watched)] != self._seen:
             self._tie(args)
         outputs = self._compiled(*self._kept(args), *self._tensors)
-        if self._trains and torch.is_grad_enabled():
-            self._guard(outputs, watched)
+        if torch.is_grad_enabled():
+            guard_backward(_tensors(outputs), watched)
         return outputs
 
     def _tie(self, args: Sequence[Any]) -> None:
@@ -147,8 +149,11 @@ class PackedCall:
             if left := before & known - {_storage(packed)}:
                 for call in list(_calls):
                     call._forget(left)
+        for call in list(_calls):
+            call._sweep()
         self._seen = [*map(Tensor.data_ptr, self._watched(args))]
 
+    @torch.inference_mode(False)
     def _forget(self, storages: set[int]) -> None:
         """Let go of packs that parameters have left for another one, so that no weight stays stored twice."""
         for index, packed in enumerate(self._tensors):
@@ -161,20 +166,15 @@ class PackedCall:
             self._tensors[index] = None
             self._seen = []
 
-    def _guard(self, outputs: Any, watched: Sequence[Tensor]) -> None:
-        """Refuse a backward through packs whose parameters were changed since, as autograd does for other weights."""
-        versions = [*map(version, watched)]
-
-        def check(_: Any) -> None:
-            if [*map(version, watched)] != versions:
-                raise TieError(
-                    "a parameter that the backward needs was changed in place after the forward. "
-                    "Call backward() before the optimizer's step()."
-                )
-
-        functions = {output.grad_fn for output in _tensors(outputs) if output.grad_fn is not None}
-        for function in functions:
-            function.register_prehook(check)
+    def _sweep(self) -> None:
+        """Let go of packs that all their parameters have left: of a graph that is not called again, say."""
+        for index, packed in enumerate(self._tensors):
+            if packed is None:
+                continue
+            members = [reference() for reference in self._members[index]]
+            if all(member is None or _storage(member) != _storage(packed) for member in members):
+                self._tensors[index] = None
+                self._seen = []
 
 
 def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

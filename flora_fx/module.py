@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves
 
 from .errors import TieError
 from .fusion_report import FusionReport
 from .ir import Pack
-from .pack import Stamp, stamp, tie, version
+from .pack import Stamp, guard_backward, stamp, tie, version
 
 __all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
 
@@ -79,10 +80,11 @@ class FusedGraphModule(fx.GraphModule):
             module.__dict__[key] = value
         module._modules = root._modules
         module.meta[META] = fusion
-        module._forward_pre_hooks = type(module._forward_pre_hooks)(
-            (key, hook) for key, hook in source._forward_pre_hooks.items() if hook is not _before_forward
-        )
+        for kind, own in (("_forward_pre_hooks", _before_forward), ("_forward_hooks", _after_forward)):
+            hooks = source.__dict__[kind]
+            module.__dict__[kind] = type(hooks)((key, hook) for key, hook in hooks.items() if hook is not own)
         module.register_forward_pre_hook(_before_forward)
+        module.register_forward_hook(_after_forward)
         module._watch()
         return module
 
@@ -229,7 +231,8 @@ class FusedGraphModule(fx.GraphModule):
 
 
 _WATCH = ("_owners", "_stamps", "_places", "_untrained", "_copied", "_seen", "_loses_gradients")
-_OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", "_forward_pre_hooks", *_WATCH)
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", *_HOOKS, *_WATCH)
 
 
 _NO_GRADIENTS = (
@@ -246,6 +249,12 @@ def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> Non
         # Under a compiler the packs are inputs like any other, and `retie` keeps them right after .to() and the like;
         # only what would be missing without a word is asked for.
         raise TieError(_NO_GRADIENTS)
+
+
+def _after_forward(module: FusedGraphModule, arguments: tuple[Any, ...], outputs: Any) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        guard_backward(tensors, module._live(module._untrained, arguments))
 
 
 def _revive(plain: fx.GraphModule, fusion: Fusion) -> FusedGraphModule:

@@ -10,8 +10,9 @@ fragile, though (`deepcopy`, `.to()` and `p.data = …` break it), so `stamp` sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from .errors import TieError
 from .ir import Pack, Slice
 
-__all__ = ["Resolve", "Stamp", "stamp", "tie", "version"]
+__all__ = ["Resolve", "Stamp", "guard_backward", "stamp", "tie", "version"]
 
 Resolve = Callable[[str | int], Tensor]
 
@@ -89,6 +90,7 @@ def _check(pack: Pack, tensors: Sequence[Tensor], lead: Tensor) -> None:
             )
 
 
+@torch.inference_mode(False)  # a pack outlives the call that makes it
 @torch.no_grad()
 def tie(pack: Pack, resolve: Resolve) -> Tensor:
     """Store a pack's parameters in one tensor and make each of them a view of its slice.
@@ -141,6 +143,32 @@ def stamp(pack: Pack, resolve: Resolve) -> Stamp:
         tuple([tensor.data_ptr() for tensor in tensors]),
         tuple([version(tensor) for tensor in copied]),
     )
+
+
+def guard_backward(outputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:
+    """Refuse a backward through packs whose parameters were changed since the forward.
+
+    Autograd does so for the weights that it saved. Here it saved packs, whose versions do not count what is done to
+    their parameters.
+
+    Args:
+        outputs: of the forward.
+        parameters: the packs' members.
+    """
+    functions = {output.grad_fn for output in outputs if output.grad_fn is not None}
+    if not functions:
+        return
+    versions = [*map(version, parameters)]
+
+    def check(_: Any) -> None:
+        if [*map(version, parameters)] != versions:
+            raise TieError(
+                "a parameter that the backward needs was changed in place after the forward. "
+                "Call backward() before the optimizer's step()."
+            )
+
+    for function in functions:
+        function.register_prehook(check)
 
 
 def version(tensor: Tensor) -> int:

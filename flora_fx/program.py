@@ -204,7 +204,8 @@ class GraphModuleView(Program):
             # Dynamo leaves the real Parameter here while its backend runs (seen in torch 2.11 to 2.13).
             tensor = getattr(node.meta.get("grapharg"), "example", None)
             if isinstance(tensor, nn.Parameter):
-                return Weight(self._inputs[node], tensor, node, label=_qualified_name(node))
+                manager = "FSDP" if _is_gathered(node) else ""
+                return Weight(self._inputs[node], tensor, node, label=_qualified_name(node), manager=manager)
         return None
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
@@ -333,6 +334,12 @@ def _qualified_name(node: Node) -> str:
     source = getattr(getattr(node, "_dynamo_source", None), "name", "")
     parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", source if isinstance(source, str) else source())
     return ".".join(parts) or node.name
+
+
+def _is_gathered(node: Node) -> bool:
+    """Whether an input is a parameter of a module that FSDP shards (Dynamo, torch 2.11 to 2.13)."""
+    source = getattr(node, "_dynamo_source", None)
+    return source is not None and bool(source.guard_source.is_fsdp_module())
 
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")

@@ -72,13 +72,8 @@ def decide(
             continue
         cast = None
         trains = program.trains([path.up.weight, path.down.weight])  # a copy would go stale with the next step
-        if (
-            config.allow_cast
-            and not trains
-            and base
-            and base.dtype == wanted
-            and not {base.node, path.down.node} & shared
-        ):
+        may_cast = config.allow_cast and not trains
+        if may_cast and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
             cast = _without_cast(values, path, base)
         if cast is not None:
             accepted.append(cast)
@@ -86,7 +81,7 @@ def decide(
             continue
         downs.setdefault(path.down.node, path.down)
         found = f"{path.up.weight.name} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
-        remedy = "convert one of them, or pass FuseConfig(allow_cast=True)"
+        remedy = "convert one of them" if trains else "convert one of them, or pass FuseConfig(allow_cast=True)"
         declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{found}; {remedy}"))
     return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
 

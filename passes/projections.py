@@ -72,6 +72,9 @@ def _obstacle(node: Node, operand: Node, weight: Weight, bias: Weight | None, ef
     if not all(_is_dense(tensor) for tensor in dense):
         detail = f"{weight.name} is a {type(weight.tensor).__name__} of {weight.tensor.dtype}; it stays where it is"
         return Decline(Reason.WEIGHT_NOT_DENSE, node.name, detail)
+    for managed in (found for found in (weight, bias) if found is not None and found.manager):
+        detail = f"{managed.name} is {managed.manager}'s, which fills it anew for each forward; it stays where it is"
+        return Decline(Reason.MEMORY_MANAGED, node.name, detail)
     if {node, operand, weight.node, bias.node if bias else None} & effects.touched:
         detail = f"what {node.name} reads or computes is changed in place, or its memory layout is read"
         return Decline(Reason.MUTATED, node.name, detail)

@@ -1,0 +1,32 @@
+"""In a checkout, ``passes/``, ``export/`` and ``benchmarks/`` stand beside this folder, not in it (see pyproject.toml).
+
+A longer ``__path__`` would find them, too, but whoever walks the package (``TORCH_LOGS`` does) would find flora_fx in
+flora_fx, without an end.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["find_folders_beside"]
+
+_HERE = Path(__file__).parent
+_BESIDE = {f"{__package__}.{folder}" for folder in ("passes", "export", "benchmarks")}
+
+
+class _Beside(MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return PathFinder.find_spec(fullname, [str(_HERE.parent)]) if fullname in _BESIDE else None
+
+
+def find_folders_beside() -> None:
+    """Let ``flora_fx.passes`` and its like be imported where the package is not installed."""
+    if not (_HERE / "passes").is_dir():
+        sys.meta_path.insert(0, _Beside())
