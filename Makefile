@@ -28,7 +28,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks latency $(REDUCED) --runners eager,inductor,onnxruntime \
-	  --contenders base merged PEFT fused "base (genai)" "PEFT (genai)" --name latency-reduced
+	  --contenders base merged PEFT fused "fused (flora backend)" "base (genai)" "PEFT (genai)" --name latency-reduced
 	$(BIN)/python -m benchmarks kernels --layers 4 --runners graph,eager,inductor --name kernels-reduced
 	$(BIN)/python -m benchmarks page
 
