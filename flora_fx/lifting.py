@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from .ir import Pack
+from .ir import Pack, Weight
 from .module import Fusion
 from .ops import matrix_vector
 from .pack import guard_backward, tie
@@ -46,6 +46,8 @@ class LiftedView(GraphModuleView):
     def __init__(self, root: fx.GraphModule, *, generates: bool = True) -> None:
         super().__init__(root)
         self._generates = generates
+        # Dynamo compiles anew where gradients are recorded and were not, unless the graph itself begins to.
+        self._records = torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled for n in root.graph.nodes)
         self._lifted: list[Node] = []
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
@@ -57,6 +59,9 @@ class LiftedView(GraphModuleView):
         node.meta[self.values_key] = self.fake(pack.shape, like)
         self._lifted.append(node)
         return node
+
+    def trains(self, weights: Iterable[Weight]) -> bool:
+        return self._records and super().trains(weights)
 
     def linear(self, x: Node, weight: Node, bias: Node | None) -> Node:
         if self._generates and self._is_one_row(x):

@@ -83,10 +83,13 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         decisions = decide(program, values, projections, paths, config)
     with timed("group"):
         grouping = group(program, values, projections, decisions, config)
-    if program.trains(path.up.weight for path in decisions.paths):
-        # A scaled copy would go stale with the next step. Columns of a block-diagonal matrix are strided, and torch's
-        # fused optimizers write past strided parameters on a CPU (2.13).
-        config = replace(config, fold_scale=False, up="per_projection")
+    ups = [path.up.weight for path in decisions.paths]
+    if program.trains(ups):
+        config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step
+    if any(up.tensor.requires_grad for up in ups):
+        # Columns of a block-diagonal matrix are strided, and torch's fused optimizers write past strided parameters on
+        # a CPU (2.13): whoever trains it, here or later, must find it dense.
+        config = replace(config, up="per_projection")
     writer = Writer(program, values, config)
     with timed("write"):
         writer.write(grouping)

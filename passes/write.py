@@ -75,6 +75,8 @@ class Writer:
         self.program.origin = first
         with self.graph.inserting_before(first):
             y, z = self.gemms(self.now(group.reads), bases, downs)
+            if y is not None and z is not None and self.program.trains(self.adapters(group)):
+                z = self.program.contiguous(z)  # the backward keeps z, and must not keep y with it
             together = y is not None and z is not None
             plain, written = self.accumulated(layout, y, z if together else None)
             lows = [] if z is None else self.cut(z, _width(downs), _ranges(down.out_features for down in downs))
@@ -90,6 +92,11 @@ class Writer:
             for base, value in written.items():
                 self.finish(group, [write for write in group.writes if write.base is base], value)
         return together
+
+    @staticmethod
+    def adapters(group: Group) -> list[Weight]:
+        """The weights of a group's low-rank paths."""
+        return [down.weight for down in group.downs] + [write.path.up.weight for write in group.writes]
 
     def gemms(
         self, reads: Node, bases: Sequence[Projection], downs: Sequence[Projection]
