@@ -46,7 +46,7 @@ def draw_bars(panels: Panels, colours: Mapping[str, str], path: Path, *, title: 
         handles = [
             matplotlib.patches.Patch(facecolor=colour, label=name) for name, colour in colours.items() if name in drawn
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
         return write(figure, path, title=title, note=note)
 
 

@@ -331,15 +331,20 @@ class ExportedProgramView(Program):
 
 def _qualified_name(node: Node) -> str:
     """``layers.0.weight`` for an input that Dynamo found at ``L['self']._modules['layers']._modules['0']…``."""
-    source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-    parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", source if isinstance(source, str) else source())
+    parts = re.findall(r"\._(?:modules|parameters)\['([^']+)'\]", _source(node, "name") or "")
     return ".".join(parts) or node.name
 
 
 def _is_gathered(node: Node) -> bool:
-    """Whether an input is a parameter of a module that FSDP shards (Dynamo, torch 2.11 to 2.13)."""
-    source = getattr(node, "_dynamo_source", None)
-    return source is not None and bool(source.guard_source.is_fsdp_module())
+    """Whether an input is a parameter of a module that FSDP shards."""
+    found = _source(node, "guard_source")
+    return found is not None and bool(found.is_fsdp_module())
+
+
+def _source(node: Node, attribute: str) -> Any:
+    """What Dynamo knows of where an input came from (a property in torch 2.13, a method before); None for nothing."""
+    found = getattr(getattr(node, "_dynamo_source", None), attribute, None)
+    return found() if callable(found) else found
 
 
 _PROVENANCE = ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn")

@@ -122,7 +122,7 @@ def test_a_change_of_the_live_model_is_followed(trained: tuple[Any, Any], change
     assert_right(call, model, inputs())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_another_dtype_is_followed_and_the_old_weights_go(trained: tuple[Any, Any], dtype: torch.dtype) -> None:
     model, call = trained
     model.to(dtype)
