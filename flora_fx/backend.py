@@ -32,8 +32,9 @@ log = logging.getLogger(__name__)
 INNER = ("inductor", "aot_eager", "eager")
 """What may compile the fused graph; the last two are for debugging."""
 
-_DEFAULTS: dict[str, Any] = {"up": "per_projection", "accumulate": "addmm"}
-"""Where Inductor is faster than with `FuseConfig`'s own (docs/benchmarks.md); B's stay their own parameters, too."""
+_DEFAULTS: dict[str, Any] = {"up": "per_projection"}
+"""Other than `FuseConfig`'s: B's stay their own parameters, dense and in place, and no zeros are multiplied (prefill
+under Inductor on 2 CPU cores: 1.084 of the base, block-diagonal 1.103)."""
 
 _CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
 

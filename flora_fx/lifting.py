@@ -121,8 +121,7 @@ class PackedCall:
         self._tensors: list[Tensor | None] = [None] * len(packs)
         self._members: list[list[weakref.ref[Tensor]]] = [[] for _ in packs]
         sources = dict.fromkeys(piece.source for pack in packs for piece in pack.slices)
-        self._sources = [int(source) for source in sources]
-        self._watched = _getter(self._sources)
+        self._watched = _getter([int(source) for source in sources])
         self._kept = _getter(kept)
         self._seen: list[int] = []
         _calls.add(self)
