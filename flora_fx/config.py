@@ -10,6 +10,7 @@ __all__ = ["FuseConfig"]
 Layout = Literal["joined", "beside"]
 Up = Literal["block_diagonal", "per_projection"]
 Accumulate = Literal["addmm", "add"]
+Write = Literal["widened", "accumulated"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,10 @@ class FuseConfig:
             up-projection requires gradients.
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
+        write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is there
+            before that projection runs (FFBA). ``"widened"``: as further input columns, ``[W, B] [u; z]``, one GEMM;
+            not where it requires gradients, since columns of a wider matrix are strided. ``"accumulated"``: a GEMM of
+            its own, as LoRA's.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is
             refreshed whenever B changes. Where a B requires gradients nothing is folded.
         pack_base: also pack projections that read one value where no adapter sits.
@@ -41,6 +46,7 @@ class FuseConfig:
     layout: Layout = "joined"
     up: Up = "block_diagonal"
     accumulate: Accumulate = "addmm"
+    write: Write = "widened"
     fold_scale: bool = False
     pack_base: bool = False
     allow_cast: bool = False

@@ -120,10 +120,11 @@ class Projection:
 
 @dataclass(frozen=True, eq=False)
 class LowRankPath:
-    """``write = target + scale · up(down(reads))``.
+    """``write = target + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
 
     Attributes:
         down, up: the two projections.
+        low: the value that the up-projection multiplies, up to flattening of leading dimensions.
         scale: the product of the constant factors on the path.
         factors: the factors that are tensors, at most one number per token each.
         target: the value added to.
@@ -132,6 +133,7 @@ class LowRankPath:
 
     down: Projection
     up: Projection
+    low: Node
     scale: float
     factors: tuple[Node, ...]
     target: Node

@@ -46,6 +46,7 @@ class Dialect:
     transpose: Any = torch.t
     mul: Any = operator.mul
     add: Any = operator.add
+    cat: Any = torch.cat
 
 
 class Program(ABC):
@@ -121,6 +122,16 @@ class Program(ABC):
             size if isinstance(size, int) else self.call(aten.sym_size.int, x, dim)
             for dim, size in enumerate(self.value(x).shape)
         ]
+
+    def concatenated(self, x: Node, others: Sequence[tuple[Node, int]]) -> Node:
+        """``x`` and, beside it, values with as many rows and the given number of features."""
+        shaped = [self.shaped_rows(node, x, features) if self._differ(node, x) else node for node, features in others]
+        return self.call(self.ops.cat, [x, *shaped], -1)
+
+    def _differ(self, x: Node, like: Node) -> bool:
+        """Whether two values are known to be flattened differently."""
+        found, wanted = self.value(x), self.value(like)
+        return found is not None and wanted is not None and found.dim() != wanted.dim()
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         """``x`` in another dtype."""
@@ -245,6 +256,7 @@ class ExportedProgramView(Program):
         aten.t.default,
         aten.mul.Tensor,
         aten.add.Tensor,
+        aten.cat.default,
     )
 
     def __init__(self, program: ExportedProgram) -> None:

@@ -4,13 +4,19 @@
     q' = q + s·linear(z_q, B_q)                                                 writes=(q' onto q by z_q and B_q,))
 
 A path is written inside its group when all of it depends on the group's read alone: its down-projection and the
-projection it is added to are members, its scale is a number. Any other path is written where its add stands.
+projection it is added to are members, its scale is a number. It widens the group of the projection that it is added to
+when its low-rank value z is there before that group is computed, and nothing wants the projection's value without it:
+
+o = linear(u, W_o)                                        Group(u, bases=(o,), downs=(), widenings=(o' onto o by z and B,))
+o' = o + s·linear(z, B)
+
+Any other path is written where its add stands.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -31,7 +37,7 @@ __all__ = ["Group", "Grouping", "Write", "group"]
 
 @dataclass(frozen=True, eq=False)
 class Write:
-    """A path that is written inside a group: onto the output of one of its bases.
+    """A path that is written with a group: onto the output of one of its bases.
 
     Attributes:
         base: the projection whose output it is added to.
@@ -46,12 +52,20 @@ class Write:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Projections that read one value."""
+    """Projections that read one value.
+
+    Attributes:
+        reads: the value.
+        bases, downs: the projections.
+        writes: the paths that are accumulated, each from a down-projection of the group onto one of its bases.
+        widenings: the paths that are further columns, each from a value that is there before the group.
+    """
 
     reads: Node
     bases: tuple[Projection, ...]
     downs: tuple[Projection, ...]
-    writes: tuple[Write, ...]
+    writes: tuple[Write, ...] = ()
+    widenings: tuple[Write, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,27 +99,20 @@ def group(
     groups: list[Group] = []
     home: dict[Node, int] = {}
     for (reads, *_), members in buckets.items():
-        adapted = any(m.node in downs for m in members)
-        if not adapted and not config.pack_base:
-            continue
-        free = [m for m in members if m.obstacle is None]
-        private = [m for m in free if m.node not in decisions.shared]
-        declines.extend(m.obstacle for m in members if m.obstacle is not None)
-        declines.extend(_shared(m) for m in free if m.node in decisions.shared)
+        if config.pack_base or any(m.node in downs for m in members):
+            declines.extend(m.obstacle for m in members if m.obstacle is not None)
+            declines.extend(_shared(m) for m in members if m.obstacle is None and m.node in decisions.shared)
+        private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
         private.sort(key=lambda m: order[m.node])
-        if len(private) < 2:
-            continue
         for member in private:
             home[member.node] = len(groups)
         bases = tuple(m for m in private if m.node not in downs)
-        groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs), ()))
-    writes, singles = _place(values, decisions, groups, home)
-    declines.extend(_strangers(decisions.paths, groups, home))
-    return Grouping(
-        tuple(Group(g.reads, g.bases, g.downs, tuple(writes[i])) for i, g in enumerate(groups)),
-        tuple(singles),
-        tuple(declines),
-    )
+        groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs)))
+    placer = _Placer(program, values, decisions, groups, home, order, regions)
+    groups, singles = placer.place(widen=config.write == "widened")
+    kept = tuple(g for g in groups if g.widenings or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
+    declines.extend(_strangers(decisions.paths, kept))
+    return Grouping(kept, tuple(singles), tuple(declines))
 
 
 class _Tip(NamedTuple):
@@ -117,44 +124,113 @@ class _Tip(NamedTuple):
     chain: tuple[Node, ...]
 
 
-def _place(
-    values: Values, decisions: Decisions, groups: list[Group], home: dict[Node, int]
-) -> tuple[dict[int, list[Write]], list[LowRankPath]]:
-    tips = {b.node: _Tip(i, b, b.node, ()) for i, g in enumerate(groups) for b in g.bases}
-    at: dict[Node, _Tip] = dict(tips)
-    started: set[Node] = set()
-    writes: dict[int, list[Write]] = defaultdict(list)
-    singles: list[LowRankPath] = []
-    for add, same in groupby(decisions.paths, key=lambda path: path.write):
-        parts = tuple(same)
-        tip = _tip_under(values, parts[0].target, at, started)
-        outside = tip is None or any(
-            part.factors or part.up.node in decisions.shared or home.get(part.down.node) != tip.group for part in parts
-        )
-        if tip is None or outside:
-            singles.extend(parts)
-            continue
-        writes[tip.group].extend(Write(tip.base, part, tip.chain) for part in parts)
-        started.add(tip.node)
-        at[add] = tip._replace(node=add)
-    return writes, singles
+class _Placer:
+    """Decides where each path is written: inside a group, as columns of one, or where its add stands."""
 
+    def __init__(
+        self,
+        program: Program,
+        values: Values,
+        decisions: Decisions,
+        groups: list[Group],
+        home: dict[Node, int],
+        order: dict[Node, int],
+        regions: dict[Node, int],
+    ) -> None:
+        self.program = program
+        self.values = values
+        self.decisions = decisions
+        self.groups = groups
+        self.home = home
+        self.order = order
+        self.regions = regions
+        self.at = {base.node: _Tip(i, base, base.node, ()) for i, group in enumerate(groups) for base in group.bases}
+        self.started: set[Node] = set()
 
-def _tip_under(values: Values, target: Node, at: dict[Node, _Tip], started: set[Node]) -> _Tip | None:
-    """The base that a target is the output of, if no other add has branched off from it."""
-    chain: list[Node] = []
-    node = target
-    while node not in at:
-        operand = values.transparent(node)
-        if operand is None:
+    def place(self, *, widen: bool) -> tuple[list[Group], list[LowRankPath]]:
+        """The groups with their paths, and the paths that stand alone."""
+        inside: dict[int, list[Write]] = defaultdict(list)
+        columns: dict[int, list[Write]] = defaultdict(list)
+        singles: list[LowRankPath] = []
+        for add, same in groupby(self.decisions.paths, key=lambda path: path.write):
+            parts = tuple(same)
+            tip = self.tip_under(parts[0].target)
+            if tip is not None and all(self.is_inside(part, tip) for part in parts):
+                chosen = inside
+            elif tip is not None and widen and self.is_sole_way(tip.base.node, add) and self.may_widen(parts, tip):
+                chosen = columns
+            else:
+                singles.extend(parts)
+                continue
+            chosen[tip.group].extend(Write(tip.base, part, tip.chain) for part in parts)
+            self.started.add(tip.node)
+            self.at[add] = tip._replace(node=add)
+        placed = [
+            replace(group, writes=tuple(inside[index]), widenings=tuple(columns[index]))
+            for index, group in enumerate(self.groups)
+        ]
+        return placed, singles
+
+    def tip_under(self, target: Node) -> _Tip | None:
+        """The base that a target is the output of, if no other add has branched off from it."""
+        chain: list[Node] = []
+        node = target
+        while node not in self.at:
+            operand = self.values.transparent(node)
+            if operand is None:
+                return None
+            if operation(node) in RESHAPES:
+                chain.append(node)
+            node = operand
+        tip = self.at[node]
+        if node in self.started or (node is not tip.base.node and len(live_users(node)) != 1):
             return None
-        if operation(node) in RESHAPES:
-            chain.append(node)
-        node = operand
-    tip = at[node]
-    if node in started or (node is not tip.base.node and len(live_users(node)) != 1):
-        return None
-    return tip._replace(chain=(*tip.chain, *reversed(chain)))
+        return tip._replace(chain=(*tip.chain, *reversed(chain)))
+
+    def is_inside(self, path: LowRankPath, tip: _Tip) -> bool:
+        """Whether a path depends on what its group reads alone."""
+        plain = not path.factors and path.low is path.down.node and path.up.node not in self.decisions.shared
+        return plain and self.home.get(path.down.node) == tip.group
+
+    def is_sole_way(self, base: Node, add: Node) -> bool:
+        """Whether nothing reads a base's value but what leads to an add."""
+        node = base
+        while node is not add:
+            readers = live_users(node)
+            if len(readers) != 1 or self.order[readers[0]] > self.order[add]:
+                return False
+            node = readers[0]
+        return True
+
+    def may_widen(self, paths: tuple[LowRankPath, ...], tip: _Tip) -> bool:
+        """Whether paths may be further columns of a base's group.
+
+        Columns are strided: what trains must not be stored so. Without shapes, all has to be seen to agree.
+        """
+        group = self.groups[tip.group]
+        members = (*group.bases, *group.downs)
+        start = min(self.order[member.node] for member in members)
+        ups = [path.up for path in paths]
+        stored = [part.weight for part in (*members, *ups)]
+        if self.program.trains(stored) or any(weight.tensor.requires_grad for weight in stored):
+            return False
+        return all(
+            self.order[path.low] < start
+            and self.home.get(path.down.node) != tip.group
+            and self.regions[path.low] == self.regions[path.write] == self.regions[tip.base.node]
+            and path.up.node not in self.decisions.shared
+            and path.up.dtype == tip.base.dtype
+            and path.up.weight.tensor.device == tip.base.weight.tensor.device
+            and not path.factors
+            and (self.program.value(path.low) is not None or self.is_flat(path, tip, group))
+            for path in paths
+        )
+
+    def is_flat(self, path: LowRankPath, tip: _Tip, group: Group) -> bool:
+        """Whether no reshape stands anywhere between a group's read and a path's add."""
+        same = self.values.source
+        direct = path.target is tip.base.node and same(tip.base.operand) is same(group.reads)
+        return direct and same(path.up.operand) is same(path.low)
 
 
 def _shared(projection: Projection) -> Decline:
@@ -162,15 +238,15 @@ def _shared(projection: Projection) -> Decline:
     return Decline(Reason.WEIGHT_SHARED, projection.node.name, detail)
 
 
-def _strangers(paths: tuple[LowRankPath, ...], groups: list[Group], home: dict[Node, int]) -> list[Decline]:
-    """Down-projections that no base shares its read with: their paths are written, with a GEMM of their own."""
+def _strangers(paths: tuple[LowRankPath, ...], groups: tuple[Group, ...]) -> list[Decline]:
+    """Down-projections that no base shares its read with: they are GEMMs of their own."""
+    joined = {down.node for group in groups if group.bases for down in group.downs}
     declines = {}
     for path in paths:
-        index = home.get(path.down.node)
-        if index is None or not groups[index].bases:
+        if path.down.node not in joined:
             detail = (
                 f"no projection shares what {path.down.weight.name} reads ({path.down.reads.name}): it stays a GEMM "
-                "of its own, its up-projection accumulates"
+                "of its own"
             )
             declines[path.down.node] = Decline(Reason.READS_ANOTHER_VALUE, path.write.name, detail)
     return list(declines.values())

@@ -6,20 +6,25 @@
         block     B of segment 0 = [ B_q   0  ]     accumulated onto rows q and v by the columns A_q, A_v
                                    [  0   B_v ]
 
-A segment is a run of bases that the same scales are written onto; with ``up="per_projection"`` it is one base.
+A segment is a run of bases that the same scales are written onto; with ``up="per_projection"`` it is one base, or
+several that the same down-projections are written onto: their up-projections stand under each other, without zeros.
+
+A path from a value z outside of the group stands beside the rows of its base, [ W_q | B_q ], and z beside the read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+
+from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Role, Slice
 
 from .group import Group, Write
 
-__all__ = ["Block", "Layout", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
+__all__ = ["Block", "Columns", "Layout", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,28 +45,53 @@ class Block:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """Columns beside those of the bases: up-projections of one value, with one scale.
+
+    Attributes:
+        low: the value that stands beside the group's read.
+        scale: what it is multiplied by.
+        rank: how many columns.
+        writes: the paths.
+    """
+
+    low: Node
+    scale: float
+    rank: int
+    writes: tuple[Write, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """The order of a group's members, and the blocks that accumulate."""
+    """The order of a group's members, the blocks that accumulate, and what stands beside the bases."""
 
     segments: tuple[tuple[Projection, ...], ...]
     downs: tuple[Projection, ...]
     blocks: tuple[Block, ...]
+    columns: tuple[Columns, ...]
 
     @property
     def bases(self) -> tuple[Projection, ...]:
         return tuple(base for segment in self.segments for base in segment)
 
 
-def lay_out(group: Group, config: FuseConfig) -> Layout:
-    """Order bases by the scales written onto them, downs by the block that reads them."""
+def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
+    """Order bases by the scales written onto them, downs by the block that reads them.
+
+    Args:
+        group: the group.
+        config: the forms to write.
+        stack: whether up-projections of one value may share a weight where each has its own otherwise.
+    """
     by_base: dict[Projection, list[Write]] = {base: [] for base in group.bases}
     for write in group.writes:
         by_base[write.base].append(write)
     segments: dict[object, list[Projection]] = {}
     for base, writes in by_base.items():
         scales = tuple(dict.fromkeys(_scale(w, config) for w in writes))
-        together = bool(scales) and config.up == "block_diagonal"
-        segments.setdefault(scales if together else base, []).append(base)
+        sources = tuple((w.path.down.node, _scale(w, config)) for w in writes)
+        together: object = scales if config.up == "block_diagonal" else sources if stack else ()
+        segments.setdefault(together or base, []).append(base)
     # Written segments first, so that what is accumulated onto is one range.
     ordered = sorted(segments.values(), key=lambda bases: not by_base[bases[0]])
     wanted: list[tuple[int, float, list[Write]]] = []
@@ -77,33 +107,57 @@ def lay_out(group: Group, config: FuseConfig) -> Layout:
         for run in _runs({position[w.path.down.node] for w in writes}):
             inside = tuple(w for w in writes if run[0] <= position[w.path.down.node] < run[1])
             blocks.append(Block(index, scale, run, inside))
-    return Layout(tuple(tuple(s) for s in ordered), downs, tuple(blocks))
+    return Layout(tuple(tuple(s) for s in ordered), downs, tuple(blocks), _columns(group.widenings, config))
 
 
-def rows_pack(name: str, bases: Sequence[Projection], downs: Sequence[Projection]) -> Pack:
-    """``[W; A]``: the members' weights as rows of one matrix."""
+def _columns(widenings: Sequence[Write], config: FuseConfig) -> tuple[Columns, ...]:
+    found = []
+    for low, scale in dict.fromkeys((w.path.low, _scale(w, config)) for w in widenings):
+        same = [w for w in widenings if w.path.low is low and _scale(w, config) == scale]
+        cells = _layers(same, lambda write: write.base.node)
+        found.extend(Columns(low, scale, writes[0].path.up.in_features, tuple(writes)) for writes in cells)
+    return tuple(found)
+
+
+def rows_pack(
+    name: str,
+    bases: Sequence[Projection],
+    downs: Sequence[Projection],
+    columns: Sequence[Columns],
+    config: FuseConfig,
+) -> Pack:
+    """``[W; A]``: the members' weights as rows of one matrix; with columns, ``[W, B; A, 0]``."""
     members = (*bases, *downs)
     rows = _offsets(member.out_features for member in members)
+    width = members[0].in_features
+    edges = _offsets([width, *(beside.rank for beside in columns)])
     slices = tuple(
         Slice(
             member.weight.source,
             Role.BASE if index < len(bases) else Role.DOWN,
             (rows[index], rows[index + 1]),
+            (0, width) if columns else None,
             transposed=member.weight.transposed,
             cast=member.like is not None,
             label=member.weight.label,
         )
         for index, member in enumerate(members)
     )
+    row_of = {member.node: row for member, row in zip(members, rows, strict=False)}
+    beside_them = tuple(
+        up_slice(write.path, row_of[write.base.node], edge, config)
+        for beside, edge in zip(columns, edges[1:], strict=False)
+        for write in beside.writes
+    )
     like = members[0].like or members[0].weight
-    return Pack(name, (rows[-1], members[0].in_features), slices, members[0].reads.name, like.source)
+    return Pack(name, (rows[-1], edges[-1]), (*slices, *beside_them), members[0].reads.name, like.source)
 
 
 def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack | None:
     """The members' biases beside their `rows_pack`, zero where a member has none; None if none has."""
     slices = tuple(
         Slice(member.bias.source, piece.role, piece.rows, cast=piece.cast, label=member.bias.label)
-        for piece, member in zip(weights.slices, members, strict=True)
+        for piece, member in zip(weights.slices, members, strict=False)
         if member.bias is not None
     )
     return Pack(name, weights.shape[:1], slices, weights.reads, weights.like) if slices else None
@@ -141,11 +195,14 @@ def _scale(write: Write, config: FuseConfig) -> float:
 
 def _one_per_cell(writes: list[Write]) -> list[list[Write]]:
     """Two up-projections between the same base and down-projection cannot stand in one matrix."""
+    return _layers(writes, lambda write: (write.base.node, write.path.down.node))
+
+
+def _layers(writes: list[Write], cell: Callable[[Write], Hashable]) -> list[list[Write]]:
+    """Writes in as few matrices as hold each cell once."""
     layers: list[list[Write]] = []
     for write in writes:
-        cell = (write.base.node, write.path.down.node)
-        free = (x for x in layers if cell not in {(w.base.node, w.path.down.node) for w in x})
-        layer = next(free, None)
+        layer = next((found for found in layers if cell(write) not in map(cell, found)), None)
         if layer is None:
             layers.append(layer := [])
         layer.append(write)

@@ -1,6 +1,6 @@
 """Find the low-rank paths: what an adapter adds to a value.
 
-    z = down(x);  y' = target + scale · up(z)
+    z = down(x), or activation(down(x));  y' = target + scale · up(z)
 
 Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), either order
 of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
@@ -16,6 +16,8 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
@@ -34,6 +36,14 @@ SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"}
 MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"}
 DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"}
 NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
+ACTIVATIONS = {
+    *(torch.relu, F.relu, aten.relu.default, "relu"),
+    *(F.silu, aten.silu.default),
+    *(F.gelu, torch._C._nn.gelu, aten.gelu.default),
+    *(torch.tanh, F.tanh, aten.tanh.default, "tanh"),
+    *(torch.sigmoid, F.sigmoid, aten.sigmoid.default, "sigmoid"),
+}
+ACTIVATION_MODULES = {nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid}
 NO_READERS = {aten._assert_tensor_metadata.default}
 
 
@@ -43,6 +53,7 @@ class _Part:
 
     down: Projection
     up: Projection
+    low: Node
     scale: float
     factors: tuple[Node, ...]
     chain: tuple[Node, ...]
@@ -88,7 +99,7 @@ def find_paths(
             declines.append(refusal_)
             continue
         absorbed.update(n for part in parts for n in part.chain)
-        paths.extend(LowRankPath(p.down, p.up, p.scale, p.factors, target, node) for p in parts)
+        paths.extend(LowRankPath(p.down, p.up, p.low, p.scale, p.factors, target, node) for p in parts)
     return tuple(reversed(paths)), tuple(reversed(declines))
 
 
@@ -135,7 +146,7 @@ class _Finder:
         return None
 
     def below(self, up: Projection, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> _Part | None:
-        """The down-projection that an up-projection reads, through scales."""
+        """The down-projection that an up-projection reads, through scales, then through one activation."""
         node = up.operand
         while True:
             source = self.values.rows(node)
@@ -143,7 +154,12 @@ class _Finder:
                 down = self.by_node[source]
                 if down.out_features != up.in_features:
                     return None
-                return _Part(down, up, scale, factors, chain, self.active_dropout(down.reads))
+                return _Part(down, up, source, scale, factors, chain, self.active_dropout(down.reads))
+            if self.is_activation(source):
+                below = self.by_node.get(self.values.rows(source.all_input_nodes[0]))
+                if below is None or below.out_features != up.in_features or not _is_low_rank(below, up):
+                    return None
+                return _Part(below, up, source, scale, factors, chain, self.active_dropout(below.reads))
             product = self.product(source)
             if product is None:
                 return None
@@ -167,10 +183,16 @@ class _Finder:
             return None
         return node if len(live_users(node)) == 1 else None  # what others read too is one mask for all
 
+    def is_activation(self, node: Node) -> bool:
+        """An elementwise function of one value."""
+        if node.op == "call_module":
+            return type(self.program.attribute(str(node.target))) in ACTIVATION_MODULES
+        return operation(node) in ACTIVATIONS and len(node.all_input_nodes) == 1
+
     def is_dropout_module(self, node: Node) -> bool:
         if node.op != "call_module":
             return False
-        return isinstance(self.program.attribute(str(node.target)), torch.nn.Dropout)
+        return isinstance(self.program.attribute(str(node.target)), nn.Dropout)
 
     def product(self, node: Node) -> tuple[Node, float, Node | None] | None:
         """(value, number, None) or (value, 1, tensor) for a value times a factor."""
@@ -229,7 +251,7 @@ class _Finder:
         for part in parts:
             if obstacle := part.down.obstacle or part.up.obstacle:
                 return obstacle
-            if len({self.regions[node] for node in (add, *part.chain, part.down.node)}) > 1:
+            if len({self.regions[node] for node in (add, *part.chain, part.low, part.down.node)}) > 1:
                 detail = f"{part.down.node.name} and {add.name} run in different modes"
                 return Decline(Reason.OTHER_MODE, add.name, detail)
             if part.dropout is not None:

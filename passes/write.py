@@ -6,6 +6,9 @@ k = linear(x, W_k)                                y, z = split(p)
 z_q = linear(x, A_q)   u_q = linear(z_q, B_q)     y' = accumulate(y, z, [B_q 0; 0 B_k], s)
 z_k = linear(x, A_k)   u_k = linear(z_k, B_k)     q', k' = split(y')
 q' = q + s·u_q         k' = k + s·u_k
+
+o = linear(u, W_o)                                o' = linear([u, s·z], [W_o, B])
+o' = o + s·linear(z, B)
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from flora_fx.program import Program
 from flora_fx.sketch import Sketch, SketchWrite
 
 from .group import Group, Grouping, Write
-from .layout import Block, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
+from .layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
 from .names import Names
 from .values import Values
 
@@ -69,13 +72,14 @@ class Writer:
 
     def group(self, group: Group) -> bool:
         """Write a group's packs; returns whether its paths were written with them."""
-        layout = lay_out(group, self.config)
+        trains = self.program.trains(self.adapters(group))
+        layout = lay_out(group, self.config, stack=not trains)
         bases, downs = layout.bases, layout.downs
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
         with self.graph.inserting_before(first):
-            y, z = self.gemms(self.now(group.reads), bases, downs)
-            if y is not None and z is not None and self.program.trains(self.adapters(group)):
+            y, z = self.gemms(self.now(group.reads), bases, downs, layout.columns)
+            if y is not None and z is not None and trains:
                 z = self.program.contiguous(z)  # the backward keeps z, and must not keep y with it
             together = y is not None and z is not None
             plain, written = self.accumulated(layout, y, z if together else None)
@@ -84,6 +88,8 @@ class Writer:
             self.replace(base.node, self.shaped(base, group.reads, value))
         for down, value in zip(downs, lows, strict=False):
             self.replace(down.node, self.shaped(down, group.reads, value))
+        for write in group.widenings:  # the base's value holds it already
+            self.replace(write.path.write, self.now(write.path.target))
         joined = self.config.layout == "joined"
         apart = (len(bases) if y is None else 1) + (len(downs) if z is None else 1)
         ups = len(layout.blocks) if together else len(group.writes)
@@ -99,11 +105,11 @@ class Writer:
         return [down.weight for down in group.downs] + [write.path.up.weight for write in group.writes]
 
     def gemms(
-        self, reads: Node, bases: Sequence[Projection], downs: Sequence[Projection]
+        self, reads: Node, bases: Sequence[Projection], downs: Sequence[Projection], columns: Sequence[Columns]
     ) -> tuple[Node | None, Node | None]:
         """The values of all bases and of all downs, each in one piece; None for what stays as it is."""
         if self.config.layout == "joined":
-            both = self.packed(reads, bases, downs)
+            both = self.packed(reads, bases, downs, columns)
             if not (bases and downs):
                 return (both, None) if bases else (None, both)
             width, total = _width(bases), _width(bases) + _width(downs)
@@ -111,15 +117,17 @@ class Writer:
             return y, z
         alone = len(downs) == 1 and downs[0].like is None
         return (
-            self.packed(reads, bases, ()) if len(bases) > 1 else None,
-            self.packed(reads, (), downs) if downs and not alone else None,
+            self.packed(reads, bases, (), columns) if len(bases) > 1 or columns else None,
+            self.packed(reads, (), downs, ()) if downs and not alone else None,
         )
 
-    def packed(self, x: Node, bases: Sequence[Projection], downs: Sequence[Projection]) -> Node:
-        """One GEMM over the rows of several projections."""
+    def packed(
+        self, x: Node, bases: Sequence[Projection], downs: Sequence[Projection], columns: Sequence[Columns]
+    ) -> Node:
+        """One GEMM over the rows of several projections, and over the columns beside them."""
         members = (*bases, *downs)
         name = self.names.of(bases or downs, "" if bases else "_down")
-        pack = rows_pack(name, bases, downs)
+        pack = rows_pack(name, bases, downs, columns, self.config)
         bias = bias_pack(f"{name}_bias", pack, members)
         biases = [member.bias for member in members if member.bias is not None]
         weights = [*(member.weight for member in members), *biases]
@@ -131,9 +139,19 @@ class Writer:
             trained = map(self.program.weight_node, weights)
             node = self.program.call(packed_projection, x, weight_node, bias_node, rows, *trained)
         else:
-            node = self.program.linear(x, weight_node, bias_node)
+            node = self.program.linear(self.beside(x, columns), weight_node, bias_node)
         self.labels[node] = name
         return node
+
+    def beside(self, x: Node, columns: Sequence[Columns]) -> Node:
+        """``[x, s·z, …]``."""
+        lows = []
+        for found in columns:
+            low = self.now(found.low)
+            if found.scale != 1.0:
+                low = self.program.call(self.program.ops.mul, low, found.scale)
+            lows.append((low, found.rank))
+        return self.program.concatenated(x, lows) if lows else x
 
     def read(self, pack: Pack, like: Projection, *, trains: bool = False) -> Node:
         """A node for a pack."""
@@ -232,7 +250,7 @@ class Writer:
         value = self.now(paths[0].target)
         with self.graph.inserting_before(add):
             for path in paths:
-                low = self.now(path.down.node)
+                low = self.now(path.low)
                 for factor in path.factors:
                     low = self.program.call(self.program.ops.mul, low, self.now(factor))
                 scale = 1.0 if self.config.fold_scale else path.scale

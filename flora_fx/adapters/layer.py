@@ -119,8 +119,8 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
 
 CANNOT_MERGE = (
-    "an FFBA adapter cannot be merged: its path begins at the input of one projection and ends at the output of another "
-    "(and may hold an activation), so there is no single weight that could take it up. Fuse it instead, which costs "
-    "hardly more than the base: flora_fx.fuse(flora_fx.capture(model, ...)), torch.compile(model, backend='flora') or "
-    "flora_fx.export; unload() gives the base model back."
+    "an FFBA adapter cannot be merged: its path begins at the input of one projection and ends at the output of "
+    "another (and may hold an activation), so no single weight could take it up. Fuse it instead, which costs hardly "
+    "more than the base: flora_fx.fuse(flora_fx.capture(model, ...)), torch.compile(model, backend='flora') or "
+    "flora_fx.export.export_onnx; unload() gives the base model back."
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
@@ -47,7 +48,7 @@ def find_places(model: nn.Module, config: FloraConfig) -> list[Path]:
     if config.placement == "shared":
         return [Path(block.first[0], (*block.first, block.last)) for block in blocks]
     if config.placement == "cross":
-        follows = [(a, b) for a, b in zip(blocks, blocks[1:], strict=False) if a.stack == b.stack]
+        follows = [(a, b) for a, b in pairwise(blocks) if a.stack == b.stack]
         if not follows:
             raise AdapterError(f"placement 'cross' needs a block after another one; {type(model).__name__} has none")
         return [Path(block.last, following.first) for block, following in follows]
