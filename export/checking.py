@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tenso
     return out.logits.cpu(), out.past_key_values
 
 
+@contextmanager
+def _endless(model: nn.Module) -> Iterator[None]:
+    """No token ends a generation: transformers takes what a given configuration leaves open from the model's own."""
+    own: Any = model.generation_config
+    ends, own.eos_token_id = own.eos_token_id, None
+    try:
+        yield
+    finally:
+        own.eos_token_id = ends
+
+
 def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, differences: Differences) -> bool:
     """Greedy generation by both. Where PyTorch's two candidates are nearer than the tolerance, either may win."""
     transformers = require("transformers", "hf")
@@ -114,9 +126,10 @@ def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, 
     plain = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=count, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    out = model.generate(  # type: ignore[operator]
-        ids.to(device), attention_mask=mask.to(device), generation_config=plain
-    )
+    with _endless(model):
+        out = model.generate(  # type: ignore[operator]
+            ids.to(device), attention_mask=mask.to(device), generation_config=plain
+        )
     expected = out.sequences.cpu()
     found = decoder.generate(ids, mask, max_new_tokens=count, eos_token_id=[])
     differ = expected != found

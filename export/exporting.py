@@ -51,8 +51,8 @@ def export_onnx(
     nothing, or what was there before. The model is left as it is: mode, dtype, weights, config.
 
     Args:
-        model: a transformers causal LM or encoder, or a PEFT model around it with LoRA adapters (the active ones are
-            exported, unmerged).
+        model: a transformers causal LM or encoder, or a PEFT model around it with LoRA or FFBA adapters (the active
+            ones are exported, unmerged).
         directory: to write; missing parents are made.
         example_inputs: by name, batch first; needed for encoders whose inputs cannot be guessed.
         tokenizer: a transformers tokenizer to save beside the model.

@@ -21,7 +21,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _SUPPORTED = (
     "export_onnx takes a transformers causal language model (Llama, Qwen, GPT-2, OPT, ...) "
-    "or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA adapters"
+    "or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA or FFBA adapters"
 )
 
 

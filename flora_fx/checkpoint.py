@@ -1,4 +1,4 @@
-"""Load a model and its LoRA adapter from disk or from the Hub, refusing what would load wrongly.
+"""Load a model and its adapter (LoRA or FFBA) from disk or from the Hub, refusing what would load wrongly.
 
 transformers and peft both prefer to go on: a weight that is missing is initialised at random, an adapter key
 that fits nowhere is dropped, and a NaN goes through to the last token. Each of them ends here in one error
@@ -30,6 +30,7 @@ _MODEL_FILE = "model.safetensors"
 _MODEL_INDEX = "model.safetensors.index.json"
 _ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
+_PREFIXES = {"LORA": ".lora_", "FLORA": ".flora_"}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # What one checkpoint needs from a Hub repository; no pickles, no second copies of the weights.
@@ -56,7 +57,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     task: Task = "auto",
 ) -> nn.Module:
-    """Load a transformers model, and a PEFT LoRA adapter on it, ready for `flora_fx.capture`.
+    """Load a transformers model, and a PEFT adapter on it (LoRA or FFBA), ready for `flora_fx.capture`.
 
     Only safetensors are read, never pickles, and no code from a checkpoint is run. The model comes back in
     eval mode. An adapter is loaded unmerged in its base's dtype: once fused the two share one weight. (PEFT
@@ -75,7 +76,7 @@ def load_model(
 
     Raises:
         CheckpointNotFoundError: a directory, its config or some of its weights are missing.
-        AdapterError: files that cannot be read (truncated, pickles only), an adapter that is not a LoRA, that
+        AdapterError: files that cannot be read (truncated, pickles only), an adapter of another kind, one that
             holds NaN or Inf, or whose tensors do not fit this model.
         MissingExtraError: transformers or peft is not installed.
 
@@ -196,9 +197,10 @@ def _check_adapter_files(directory: Path) -> dict[str, Tensor]:
         )
         raise CheckpointNotFoundError(f"{directory} has no {_ADAPTER_CONFIG}; {hint}")
     peft_type = _read_json(directory / _ADAPTER_CONFIG).get("peft_type")
-    if peft_type != "LORA":
+    if peft_type not in _PREFIXES:
         raise AdapterError(
-            f"{directory} has peft_type {peft_type!r}; only 'LORA' is supported: merge the adapter with peft"
+            f"{directory} has peft_type {peft_type!r}; only 'LORA' and 'FLORA' (FFBA) are supported: merge the adapter "
+            "with peft"
         )
     path = directory / _ADAPTER_FILE
     if not path.is_file():
@@ -288,6 +290,7 @@ def _load_base(directory: Path, *, dtype: torch.dtype | None, causal: bool) -> n
 
 def _load_adapter(base: nn.Module, directory: Path, tensors: dict[str, Tensor]) -> nn.Module:
     peft = require("peft", "hf")
+    require("flora_fx.adapters", "hf")  # makes FFBA known to PEFT
     _check_shapes(base, directory / _ADAPTER_FILE, tensors)
     try:
         with warnings.catch_warnings():
@@ -301,7 +304,7 @@ def _load_adapter(base: nn.Module, directory: Path, tensors: dict[str, Tensor]) 
             f"{directory} does not fit {type(base).__name__} ({_first_line(error)}); "
             "is it the adapter of another model?"
         ) from error
-    missing = sorted(key for key in placed.missing_keys if "lora_" in key)
+    missing = sorted(key for key in placed.missing_keys if any(prefix in key for prefix in _PREFIXES.values()))
     unexpected = sorted(placed.unexpected_keys)
     for keys, what in (
         (unexpected, "tensors have no place in this model"),

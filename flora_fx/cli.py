@@ -59,13 +59,13 @@ def build_app() -> "typer.Typer":
 
     app = typer.Typer(
         name="flora-fx",
-        help="Fuse LoRA adapters into the projections of their base model.",
+        help="Fuse adapters (LoRA, FFBA) into the projections of their base model.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
     model_option = typer.Option("--model", help="Directory or Hub id of the base model.")
-    adapter_option = typer.Option("--adapter", help="Directory or Hub id of the LoRA adapter.")
+    adapter_option = typer.Option("--adapter", help="Directory or Hub id of the adapter (LoRA or FFBA).")
     json_option = typer.Option("--json", help="Print JSON alone on stdout.")
 
     def show_version(wanted: bool) -> None:

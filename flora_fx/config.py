@@ -28,10 +28,10 @@ class FuseConfig:
             up-projection requires gradients.
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
-        write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is there
-            before that projection runs (FFBA). ``"widened"``: as further input columns, ``[W, B] [u; z]``, one GEMM;
-            not where it requires gradients, since columns of a wider matrix are strided. ``"accumulated"``: a GEMM of
-            its own, as LoRA's.
+        write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is
+            there before that projection runs (FFBA). ``"widened"``: as further input columns, ``[W, B] [u; z]``, one
+            GEMM; not where one of them requires gradients, since columns of a wider matrix are strided.
+            ``"accumulated"``: a GEMM of its own, as LoRA's.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is
             refreshed whenever B changes. Where a B requires gradients nothing is folded.
         pack_base: also pack projections that read one value where no adapter sits.

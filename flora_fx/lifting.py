@@ -15,6 +15,8 @@ import logging
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate as running
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,6 +69,17 @@ class LiftedView(GraphModuleView):
         if self._generates and self._is_one_row(x):
             return self.call(matrix_vector, x, weight, bias)
         return super().linear(x, weight, bias)
+
+    def widened(self, x: Node, others: Sequence[Node], weight: Node, bias: Node | None) -> Node:
+        if not (self._generates and self._is_one_row(x)):
+            return super().widened(x, others, weight, bias)
+        # Each part of the row by its own columns: nothing has to be written beside anything first.
+        edges = [0, *running(self.value(part).shape[-1] for part in (x, *others))]
+        columns = [self.call(torch.ops.aten.slice.Tensor, weight, 1, *edge) for edge in pairwise(edges)]
+        y = self.call(matrix_vector, x, columns[0], bias)
+        for part, column in zip(others, columns[1:], strict=True):
+            y = self.call(self.ops.add, y, self.call(matrix_vector, part, column, None))
+        return y
 
     def accumulate(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         if not (self._generates and self._is_one_row(z)):

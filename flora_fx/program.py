@@ -123,10 +123,13 @@ class Program(ABC):
             for dim, size in enumerate(self.value(x).shape)
         ]
 
-    def concatenated(self, x: Node, others: Sequence[tuple[Node, int]]) -> Node:
-        """``x`` and, beside it, values with as many rows and the given number of features."""
-        shaped = [self.shaped_rows(node, x, features) if self._differ(node, x) else node for node, features in others]
-        return self.call(self.ops.cat, [x, *shaped], -1)
+    def widened(self, x: Node, others: Sequence[Node], weight: Node, bias: Node | None) -> Node:
+        """``[x, others…] @ weightᵀ + bias``, of values in one shape but for the last dimension."""
+        return self.linear(self.call(self.ops.cat, [x, *others], -1), weight, bias)
+
+    def shaped_beside(self, x: Node, like: Node, features: int) -> Node:
+        """``x``, with ``features`` at the end, in the leading dimensions of ``like``."""
+        return self.shaped_rows(x, like, features) if self._differ(x, like) else x
 
     def _differ(self, x: Node, like: Node) -> bool:
         """Whether two values are known to be flattened differently."""

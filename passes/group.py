@@ -7,8 +7,8 @@ A path is written inside its group when all of it depends on the group's read al
 projection it is added to are members, its scale is a number. It widens the group of the projection that it is added to
 when its low-rank value z is there before that group is computed, and nothing wants the projection's value without it:
 
-o = linear(u, W_o)                                        Group(u, bases=(o,), downs=(), widenings=(o' onto o by z and B,))
-o' = o + s·linear(z, B)
+    o = linear(u, W_o)                                    Group(u, bases=(o,), downs=(),
+    o' = o + s·linear(z, B)                                     widenings=(o' onto o by z and B,))
 
 Any other path is written where its add stands.
 """

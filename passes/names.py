@@ -20,6 +20,8 @@ _NOISE = {
     "module",
     "lora_A",
     "lora_B",
+    "flora_A",
+    "flora_B",
 }
 
 

@@ -109,22 +109,23 @@ class Writer:
     ) -> tuple[Node | None, Node | None]:
         """The values of all bases and of all downs, each in one piece; None for what stays as it is."""
         if self.config.layout == "joined":
-            both = self.packed(reads, bases, downs, columns)
+            both, height = self.packed(reads, bases, downs, columns)
             if not (bases and downs):
                 return (both, None) if bases else (None, both)
             width, total = _width(bases), _width(bases) + _width(downs)
-            y, z = self.cut(both, total, [(0, width), (width, total)])
+            y, z = self.cut(both, height, [(0, width), (width, total)])
             return y, z
-        alone = len(downs) == 1 and downs[0].like is None
+        several = len(bases) > 1 or columns
+        together = several or len(downs) > 1 or any(down.like is not None for down in downs)
         return (
-            self.packed(reads, bases, (), columns) if len(bases) > 1 or columns else None,
-            self.packed(reads, (), downs, ()) if downs and not alone else None,
+            self.packed(reads, bases, (), columns)[0] if several else None,
+            self.packed(reads, (), downs, ())[0] if downs and together else None,
         )
 
     def packed(
         self, x: Node, bases: Sequence[Projection], downs: Sequence[Projection], columns: Sequence[Columns]
-    ) -> Node:
-        """One GEMM over the rows of several projections, and over the columns beside them."""
+    ) -> tuple[Node, int]:
+        """One GEMM over the rows of several projections, and over the columns beside them; how many rows these are."""
         members = (*bases, *downs)
         name = self.names.of(bases or downs, "" if bases else "_down")
         pack = rows_pack(name, bases, downs, columns, self.config)
@@ -139,19 +140,18 @@ class Writer:
             trained = map(self.program.weight_node, weights)
             node = self.program.call(packed_projection, x, weight_node, bias_node, rows, *trained)
         else:
-            node = self.program.linear(self.beside(x, columns), weight_node, bias_node)
+            others = [self.beside(x, found) for found in columns]
+            given = (weight_node, bias_node)
+            node = self.program.widened(x, others, *given) if others else self.program.linear(x, *given)
         self.labels[node] = name
-        return node
+        return node, pack.shape[0]
 
-    def beside(self, x: Node, columns: Sequence[Columns]) -> Node:
-        """``[x, s·z, …]``."""
-        lows = []
-        for found in columns:
-            low = self.now(found.low)
-            if found.scale != 1.0:
-                low = self.program.call(self.program.ops.mul, low, found.scale)
-            lows.append((low, found.rank))
-        return self.program.concatenated(x, lows) if lows else x
+    def beside(self, x: Node, columns: Columns) -> Node:
+        """``s·z``, in the shape to stand beside a read."""
+        low = self.now(columns.low)
+        if columns.scale != 1.0:
+            low = self.program.call(self.program.ops.mul, low, columns.scale)
+        return self.program.shaped_beside(low, x, columns.rank)
 
     def read(self, pack: Pack, like: Projection, *, trains: bool = False) -> Node:
         """A node for a pack."""

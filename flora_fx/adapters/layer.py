@@ -28,6 +28,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("flora_A", "flora_B")
     other_param_names = ("scaling", "activation", "flora_dropout", "reads", "writes")
 
+    # From BaseTunerLayer, which is not typed.
+    active_adapters: list[str]
+    set_adapter: Any
+    get_base_layer: Any
+    _cast_input_dtype: Any
+    _move_adapter_to_device_of_base_layer: Any
+
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -68,15 +75,17 @@ class FloraLayer(nn.Module, BaseTunerLayer):
 
     def _initialise(self, adapter: str, config: FloraConfig) -> None:
         if adapter in self.flora_A:
+            down: Any = self.flora_A[adapter]
             if config.init == "gaussian":
-                nn.init.normal_(self.flora_A[adapter].weight, std=1 / config.r)
+                nn.init.normal_(down.weight, std=1 / config.r)
             else:
-                nn.init.kaiming_uniform_(self.flora_A[adapter].weight, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         if adapter in self.flora_B:
+            up: Any = self.flora_B[adapter]
             if config.init == "random":
-                nn.init.kaiming_uniform_(self.flora_B[adapter].weight, a=math.sqrt(5))
+                nn.init.kaiming_uniform_(up.weight, a=math.sqrt(5))
             else:
-                nn.init.zeros_(self.flora_B[adapter].weight)
+                nn.init.zeros_(up.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         result = self.base_layer(x, *args, **kwargs)
@@ -85,13 +94,13 @@ class FloraLayer(nn.Module, BaseTunerLayer):
         dtype = result.dtype
         for adapter in self.active_adapters:
             if adapter in self.flora_A:
-                down = self.flora_A[adapter]
+                down: Any = self.flora_A[adapter]
                 z = down(self.flora_dropout[adapter](self._cast_input_dtype(x, down.weight.dtype)))
                 if (activation := self.activation[adapter]) is not None:
                     z = getattr(F, activation)(z)
                 self.reads[adapter].put(z)
             if adapter in self.flora_B:
-                up = self.flora_B[adapter]
+                up: Any = self.flora_B[adapter]
                 z = self._cast_input_dtype(self.writes[adapter].take(self.name), up.weight.dtype)
                 if z.dim() != result.dim():  # OPT flattens what its MLP reads
                     z = z.reshape(*result.shape[:-1], z.shape[-1])

@@ -128,7 +128,7 @@ def _features(module: nn.Module) -> tuple[int, int]:
 
 
 def _require_fitting(name: str, module: nn.Module, *, reads_norm: bool) -> None:
-    base = module.get_base_layer() if isinstance(module, FloraLayer) else module
+    base: Any = module.get_base_layer() if isinstance(module, FloraLayer) else module
     if isinstance(base, BaseTunerLayer):
         raise AdapterError(f"{name} carries an adapter of another kind ({type(base).__name__}); unload it first")
     is_norm = reads_norm and getattr(base, "weight", None) is not None and base.weight.dim() == 1

@@ -261,7 +261,7 @@ def test_adapter_that_diverged(model_dir: Path, adapter_dir: Path, value: float)
 
 def test_not_a_lora(model_dir: Path, tmp_path: Path) -> None:
     get_peft_model(llama(), LoHaConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "loha")
-    with pytest.raises(AdapterError, match="peft_type 'LOHA'; only 'LORA' is supported"):
+    with pytest.raises(AdapterError, match="peft_type 'LOHA'; only 'LORA' and 'FLORA'"):
         load_model(model_dir, tmp_path / "loha")
 
 
