@@ -7,6 +7,8 @@ MLP          gate, up, or all in one        down
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -82,6 +84,7 @@ def find_blocks(model: nn.Module, config: FloraConfig) -> list[Block]:
     """
     stacks = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [block for name, stack in stacks for block in _blocks(name, stack)]
+    _tell_of_gaps(stacks, found, config)
     for kind in config.blocks:
         if not any(block.kind == kind for block in found):
             looked = "; ".join(f"{', '.join(first)} with {last}" for k, first, last in _PATTERNS if k == kind)
@@ -116,14 +119,25 @@ def _blocks(name: str, stack: nn.ModuleList) -> Iterator[Block]:
                     break
 
 
+def _tell_of_gaps(stacks: list[tuple[str, nn.ModuleList]], found: list[Block], config: FloraConfig) -> None:
+    """Layers of another kind (a mixture of experts, say) among those that are known get no adapter: say so."""
+    for (name, stack), kind in itertools.product(stacks, config.blocks):
+        there = {block.layer for block in found if block.stack == name and block.kind == kind}
+        wanted = set(range(len(stack))) & set(range(len(stack)) if config.layers is None else config.layers)
+        if there and (missing := sorted(wanted - there)):
+            warnings.warn(
+                f"{name} has no {kind} block that FFBA knows in layers {missing}: they get none", stacklevel=2
+            )
+
+
 def _norms(layer: nn.Module) -> dict[str, str]:
     """The names of the norms before a layer's blocks; none for a layer that normalises after them."""
-    if getattr(layer, "do_layer_norm_before", True) is False:  # OPT 350m
-        return {}
     there = {name for name, _ in layer.named_children() if "norm" in name or name.startswith("ln_")}
     for norms in _NORMS:
         before = set(norms.values())
-        if before <= there and there - before <= _AFTER:
+        # Under OPT's names BART, and OPT 350m, normalise after their blocks.
+        known = norms is not _NORMS[-1] or getattr(layer, "do_layer_norm_before", False)
+        if known and before <= there and there - before <= _AFTER:
             return norms
     return {}
 

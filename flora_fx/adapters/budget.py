@@ -37,7 +37,10 @@ def parameters_of(config: PeftConfig, model: nn.Module) -> int:
     """
     if hasattr(model, "peft_config"):
         raise AdapterError(f"{type(model).__name__} has adapters already; count on the base model (unload())")
-    adapted = get_peft_model(_without_memory(model), copy.deepcopy(config))
+    config = copy.deepcopy(config)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # PiSSA and its like compute with weights, and there are none
+    adapted = get_peft_model(_without_memory(model), config)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
@@ -50,7 +53,7 @@ def rank_for_budget(model: nn.Module, config: PeftConfig, *, parameters: int) ->
         parameters: the budget.
 
     Raises:
-        AdapterError: rank 1 costs more than the budget, or as for `parameters_of`.
+        AdapterError: rank 1 costs more than the budget, the rank decides nothing, or as for `parameters_of`.
 
     >>> import transformers as hf
     >>> from flora_fx.adapters import FloraConfig
@@ -59,6 +62,8 @@ def rank_for_budget(model: nn.Module, config: PeftConfig, *, parameters: int) ->
     4
     """
     one, two = (parameters_of(_with_rank(config, rank), model) for rank in (1, 2))
+    if one == two:
+        raise AdapterError("the rank of this adapter does not decide how many parameters it has (rank_pattern?)")
     # Whatever else trains (modules_to_save) costs the same at every rank.
     rank = (parameters - (2 * one - two)) // (two - one)
     if rank < 1:

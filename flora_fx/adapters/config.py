@@ -31,7 +31,7 @@ class FloraConfig(PeftConfig):
     ============  =================================================================================================
     ``block``     ``o(u) + s·B·z``: one path beside the block, from its first projections' input to its output
     ``shared``    ``q(x) + s·B_q·z``, the same for k and v, and ``o(u) + s·B_o·z``: one A, a B for every projection
-    ``cross``     ``z = activation(A·u)`` is added to the *next* block's first projections: ``gate(x') + s·B_g·z`` …
+    ``cross``     ``z = activation(A·u)`` is added to the next adapted block's first projections: ``gate(x') + s·B_g·z``
     ============  =================================================================================================
 
     and for ``placement="block"`` only:
@@ -83,12 +83,12 @@ class FloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        self._check()
         self.blocks = list(self.blocks)
         self.layers = None if self.layers is None else list(self.layers)
         # PEFT's tuners look here for names of modules: found per model, and not saved.
         self.target_modules: frozenset[str] = frozenset()
         self.target_parameters = None
-        self._check()
 
     @property
     def scaling(self) -> float:
@@ -105,19 +105,28 @@ class FloraConfig(PeftConfig):
                 raise ValueError(f"FloraConfig.{name} is {getattr(self, name)!r}; it must be one of {_list(allowed)}")
         if type(self.r) is not int or self.r < 1:
             raise ValueError(f"FloraConfig.r is {self.r!r}; it must be a positive whole number")
-        if not isinstance(self.alpha, int | float) or not math.isfinite(self.alpha) or self.alpha == 0:
+        if not _is_number(self.alpha) or not math.isfinite(self.alpha) or self.alpha == 0:
             raise ValueError(f"FloraConfig.alpha is {self.alpha!r}; it must be a number other than zero")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"FloraConfig.dropout is {self.dropout!r}; it must be at least 0 and less than 1")
-        if not self.blocks or not set(self.blocks) <= set(BLOCKS):
+        if not _is_list(self.blocks) or not self.blocks or any(block not in BLOCKS for block in self.blocks):
             raise ValueError(f"FloraConfig.blocks is {self.blocks!r}; it must list some of {_list(BLOCKS)}")
-        if self.layers is not None and (not self.layers or any(type(i) is not int or i < 0 for i in self.layers)):
+        listed = self.layers is None or _is_list(self.layers)
+        if not listed or self.layers == [] or any(type(i) is not int or i < 0 for i in self.layers or ()):
             raise ValueError(f"FloraConfig.layers is {self.layers!r}; it must list indices of layers, or be None")
         if self.ends != "both" and self.placement != "block":
             raise ValueError(
                 f"FloraConfig(ends={self.ends!r}, placement={self.placement!r}): one end alone is defined for "
                 "placement='block' only"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple | set | frozenset | range)
 
 
 def _list(values: tuple[Any, ...]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class Link:
         self._traced: Tensor | None = None
         self._left = 0
         self._held: dict[int, tuple[Tensor, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"reader": self.reader, "writers": self.writers}  # a copy begins with nothing held
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def put(self, z: Tensor) -> None:
         """Hold z for this forward's writers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -110,9 +111,25 @@ class FloraModel(BaseTuner):
             None if writes is None else (writes, features_out),
         )
         if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, and activate another one in all layers where it was the active one.
+
+        Args:
+            adapter_name: its name.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        super().delete_adapter(adapter_name)
+        if self.active_adapters:  # each layer chose among its own; ends of different adapters do not meet
+            self.set_adapter(self.active_adapters)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise AdapterError("FFBA has no adapter_names: activate one adapter with set_adapter, and batch by adapter")
+        return nullcontext()
 
     def _check_merge_allowed(self) -> None:
         raise AdapterError(CANNOT_MERGE)
@@ -120,17 +137,21 @@ class FloraModel(BaseTuner):
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a projection or a norm; zeros for anything else."""
+    if _is_norm(module):
+        size: Any = module.weight.shape[0]  # type: ignore[index]
+        return int(size), int(size)
     features: tuple[int | None, int | None] = _get_in_out_features(module)
-    weight = getattr(module, "weight", None)
-    if features[0] is None and weight is not None and weight.dim() == 1:
-        features = (int(weight.shape[0]),) * 2
     return features[0] or 0, features[1] or 0
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return weight is not None and weight.dim() == 1
 
 
 def _require_fitting(name: str, module: nn.Module, *, reads_norm: bool) -> None:
     base: Any = module.get_base_layer() if isinstance(module, FloraLayer) else module
     if isinstance(base, BaseTunerLayer):
         raise AdapterError(f"{name} carries an adapter of another kind ({type(base).__name__}); unload it first")
-    is_norm = reads_norm and getattr(base, "weight", None) is not None and base.weight.dim() == 1
-    if not is_norm and _get_in_out_features(base)[0] is None:
+    if not (reads_norm and _is_norm(base)) and _get_in_out_features(base)[0] is None:
         raise AdapterError(f"{name} is a {type(base).__name__}; FFBA knows linear layers")

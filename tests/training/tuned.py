@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from flora_fx.backend import last_report
 from flora_fx.fusion_report import FusionReport
 from flora_fx.lifting import _calls
+from flora_fx.passes.layout import ALIGNED
 
 _DROPOUTS = ("p", "dropout", "attention_dropout", "hidden_dropout", "dropout_rate", "dropout_prob")
 
@@ -141,9 +143,17 @@ def no_compilation() -> Iterator[None]:
 
 
 def assert_stored_once(model: nn.Module) -> None:
-    """No matrix is stored twice, in whatever packs are alive. (Bias packs hold a few zeros besides.)"""
+    """No matrix is stored twice: a pack that is alive holds parameters, and fewer than `ALIGNED` rows besides."""
     gc.collect()
+    held: Counter[int] = Counter()
+    for parameter in model.parameters():
+        held[parameter.untyped_storage().data_ptr()] += parameter.nbytes
     packs: Iterable[Tensor] = (packed for call in list(_calls) for packed in call._tensors if packed is not None)
-    matrices = [tensor for tensor in (*model.parameters(), *packs) if tensor.dim() == 2]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in matrices}
-    assert sum(storages.values()) <= sum(p.nbytes for p in model.parameters() if p.dim() == 2)
+    for pack in packs:
+        if pack.dim() == 2:
+            assert pack.nbytes - held[pack.untyped_storage().data_ptr()] < ALIGNED * pack[0].nbytes
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            storage = parameter.untyped_storage()
+            row = max(parameter.shape) * parameter.itemsize
+            assert storage.nbytes() - held[storage.data_ptr()] < ALIGNED * row
