@@ -2,6 +2,8 @@
 
 before   x ─┬─ W_q ─────────────────── + ── q        after   x ── [W_q ‖ W_k ‖ A_q ‖ A_k] ─┬───────── + ── q, k
             ├─ A_q ── B_q ── ×s ──────┘                                                    └─ [B_q 0; 0 B_k] ─┘
+         u ─── W_o ─────────────────── + ── o                 [u, s·z] ── [W_o B_o] ── o
+         z ─── B_o ── ×s ─────────────┘
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Sketch", "SketchWrite", "draw"]
+__all__ = ["Sketch", "SketchColumns", "SketchWrite", "draw"]
 
 INK, PAPER, MUTED = "#1f2933", "#ffffff", "#7b8794"
 BASE, DOWN, UP = "#3e7cb1", "#e07a3f", "#4f9d69"
@@ -30,6 +32,15 @@ class SketchWrite:
 
 
 @dataclass(frozen=True)
+class SketchColumns:
+    """One path whose up-projection stands beside a base: the base's index, the up-projection's name, its scale."""
+
+    base: int
+    up: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class Sketch:
     """One group of a fused graph.
 
@@ -37,7 +48,8 @@ class Sketch:
         name: of the pack, or of the projection where there is none.
         reads: the value that is read.
         bases, downs: (name, rows) in the order they are stored.
-        writes: the paths.
+        writes: the paths that are accumulated.
+        columns: the paths that widen the group.
         gemms: GEMM launches after: packs and accumulations.
         joined: whether bases and downs are one GEMM.
     """
@@ -47,6 +59,7 @@ class Sketch:
     bases: tuple[tuple[str, int], ...]
     downs: tuple[tuple[str, int], ...]
     writes: tuple[SketchWrite, ...]
+    columns: tuple[SketchColumns, ...]
     gemms: int
     joined: bool
 
@@ -82,6 +95,7 @@ def _anonymous(sketch: Sketch, pattern: Callable[[str], str]) -> Sketch:
         tuple((_leaf(name), rows) for name, rows in sketch.bases),
         tuple((_leaf(name), rows) for name, rows in sketch.downs),
         tuple(SketchWrite(w.base, w.down, _leaf(w.up), w.scale) for w in sketch.writes),
+        tuple(SketchColumns(c.base, _leaf(c.up), c.scale) for c in sketch.columns),
         sketch.gemms,
         sketch.joined,
     )
@@ -99,16 +113,20 @@ def _leaf(name: str) -> str:
 
 
 def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
-    paths = {base: [w for w in sketch.writes if w.base == base] for base in range(len(sketch.bases))}
+    paths: dict[int, list[SketchWrite | SketchColumns]] = {
+        base: [path for path in (*sketch.writes, *sketch.columns) if path.base == base]
+        for base in range(len(sketch.bases))
+    }
     lines = sum(1 + len(found) for found in paths.values())
     height = max(lines * LINE, _stack_height(sketch), 108 if sketch.writes else 0) + 58
-    gemms = len(sketch.bases) + len(sketch.downs) + len(sketch.writes)
-    before = f"{gemms} GEMMs, {2 * len(sketch.writes)} elementwise"
+    written = len(sketch.writes) + len(sketch.columns)
+    gemms = len(sketch.bases) + len(sketch.downs) + written
+    before = f"{gemms} GEMM{'' if gemms == 1 else 's'}, {2 * written} elementwise"
     times = f" ×{count}" if count > 1 else ""
     parts = [
         f'<rect x="28" y="0" width="1104" height="{height}" rx="10" fill="#f5f7fa"/>',
         _text(44, 26, f"{sketch.name}{times}", INK, 15, weight=600),
-        _text(1116, 26, f"{before}  →  {sketch.gemms} GEMMs", INK, 14, anchor="end"),
+        _text(1116, 26, f"{before}  →  {sketch.gemms} GEMM{'' if sketch.gemms == 1 else 's'}", INK, 14, anchor="end"),
     ]
     parts += _before(sketch, paths, 46, height)
     parts += _after(sketch, 46, height)
@@ -116,10 +134,11 @@ def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
     return height, "".join(parts)
 
 
-def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, height: int) -> list[str]:
+def _before(sketch: Sketch, paths: dict[int, list[SketchWrite | SketchColumns]], top: int, height: int) -> list[str]:
     parts, y = [], top
     middle = (top + height - 12) / 2
     parts.append(_circle(62, middle, "x"))
+    drawn: set[int] = set()
     for index, (name, _) in enumerate(sketch.bases):
         parts += [_wire(76, middle, 110, y + 13), _box(110, y, BOX, BASE, f"W {name}")]
         output = y + 13
@@ -128,9 +147,14 @@ def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, heigh
             parts.append(_circle(530, output, "+"))
         for write in paths[index]:
             y += LINE
-            low = sketch.downs[write.down][0]
-            parts += [_wire(76, middle, 110, y + 13), _wire(110 + BOX, y + 13, 498, y + 13)]
-            parts += [_box(110, y, BOX, DOWN, f"A {low}"), _box(254, y, BOX, UP, f"B {write.up}")]
+            parts.append(_wire(110 + BOX, y + 13, 498, y + 13))
+            if isinstance(write, SketchWrite) and write.down not in drawn:
+                drawn.add(write.down)
+                low = sketch.downs[write.down][0]
+                parts += [_wire(76, middle, 110, y + 13), _box(110, y, BOX, DOWN, f"A {low}")]
+            else:
+                parts.append(_circle(110 + BOX, y + 13, "z"))
+            parts.append(_box(254, y, BOX, UP, f"B {write.up}"))
             parts += [
                 _wire(498, y + 13, 530, output + 11),
                 _circle(450, y + 13, f"×{write.scale:.3g}", wide=True),
@@ -146,7 +170,9 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
         stacks = [s for s in (_slices(sketch.bases, BASE, "W"), _slices(sketch.downs, DOWN, "A")) if s]
     total = sum(len(stack) * 26 for stack in stacks) + 14 * (len(stacks) - 1)
     y = middle - total / 2
-    parts = [_circle(642, middle, "x"), _wire(656, middle, 690, middle)]
+    parts = [_circle(642, middle, "x, z" if sketch.columns else "x", wide=bool(sketch.columns))]
+    parts.append(_wire(668 if sketch.columns else 656, middle, 690, middle))
+    parts += [_box(862, y + 26 * column.base, 112, UP, f"B {column.up}", radius=0) for column in sketch.columns]
     for stack in stacks:
         top_of_stack = y
         for color, label in stack:
@@ -157,6 +183,7 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
             f'stroke="{INK}" stroke-width="1.6"/>'
         )
         y += 14
+    right = 974 if sketch.columns else 860
     if sketch.writes:
         size = 74
         left, upper = 916, middle - size / 2
@@ -165,17 +192,16 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
             f'<rect x="{left}" y="{upper}" width="{size}" height="{size}" rx="4" fill="#e4e7eb" stroke="{INK}" '
             'stroke-width="1.6"/>'
         )
-        cells = max(len({w.base for w in sketch.writes}), 1)
-        for index in range(cells):
-            edge = size / cells
-            parts.append(
-                f'<rect x="{left + index * edge + 2}" y="{upper + index * edge + 2}" width="{edge - 4}" '
-                f'height="{edge - 4}" rx="2" fill="{UP}"/>'
-            )
+        rows = list(dict.fromkeys(w.base for w in sketch.writes))
+        columns = list(dict.fromkeys(w.down for w in sketch.writes))
+        high, wide = size / len(rows), size / len(columns)
+        for write in sketch.writes:
+            x, y = left + columns.index(write.down) * wide, upper + rows.index(write.base) * high
+            parts.append(f'<rect x="{x + 2}" y="{y + 2}" width="{wide - 4}" height="{high - 4}" rx="2" fill="{UP}"/>')
         parts.append(_text(left + size / 2, upper - 7, "y + s·Bz", MUTED, 12, anchor="middle"))
         parts.append(_wire(left + size, middle, 1030, middle))
     else:
-        parts.append(_wire(860, middle, 1030, middle))
+        parts.append(_wire(right, middle, 1030, middle))
     names = [name for name, _ in sketch.bases]
     for index, name in enumerate(names):
         parts.append(_text(1040, middle + 5 + (index - (len(names) - 1) / 2) * 18, name, INK, 13))
