@@ -10,6 +10,7 @@ fragile, though (`deepcopy`, `.to()` and `p.data = …` break it), so `stamp` sa
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,11 +49,18 @@ def _same_place(a: Tensor, b: Tensor) -> bool:
 _alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
+# What each of them was made of. A pack that holds copies is its maker's alone: what is a copy to one may be the place
+# of the parameter itself to another.
+_makers: dict[int, Pack] = {}
+
+
 def _existing(pack: Pack, tensors: Sequence[Tensor]) -> Tensor | None:
     """The pack that the parameters are views of already, if they are."""
     views = [(piece, tensor) for piece, tensor in zip(pack.slices, tensors, strict=True) if piece.view]
     packed = _alive.get(views[0][1].untyped_storage()._cdata) if views else None
     if packed is None or packed.shape != pack.shape:
+        return None
+    if len(views) < len(tensors) and _makers.get(packed.untyped_storage()._cdata) is not pack:
         return None
     in_place = all(_same_place(_region(packed, piece), tensor.detach()) for piece, tensor in views)
     return packed if in_place else None
@@ -90,6 +98,12 @@ def _check(pack: Pack, tensors: Sequence[Tensor], lead: Tensor) -> None:
             )
 
 
+def _remember(packed: Tensor, pack: Pack) -> None:
+    place = packed.untyped_storage()._cdata
+    _alive[place], _makers[place] = packed, pack
+    weakref.finalize(packed, _makers.pop, place, None)
+
+
 @torch.inference_mode(False)  # a pack outlives the call that makes it
 @torch.no_grad()
 def tie(pack: Pack, resolve: Resolve) -> Tensor:
@@ -116,7 +130,7 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
         packed = make(pack.shape, dtype=lead.dtype, device=lead.device)
         for piece, tensor in zip(pack.slices, tensors, strict=True):
             _region(packed, piece).copy_(tensor)
-        _alive[packed.untyped_storage()._cdata] = packed
+        _remember(packed, pack)
     # Only now, when nothing can fail any more, are the parameters re-pointed.
     for piece, tensor in zip(pack.slices, tensors, strict=True):
         region = _region(packed, piece)

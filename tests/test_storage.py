@@ -332,3 +332,31 @@ def test_only_one_adapter_form_needs_no_up_pack() -> None:
     model: Any = Adapted(FORMS["peft"]).eval().requires_grad_(False)
     fused = flora_fx.fuse(fx.symbolic_trace(model))
     assert [pack.members for pack in flora_fx.report(fused).packs] == [("w.weight", "a.weight")]
+
+
+class _Parallel(nn.Module):
+    """A path from the first projection's input to the second one's output: its up-projection widens a pack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(D_IN, 11), nn.Linear(11, 7)
+        self.down, self.up = nn.Linear(D_IN, 3, bias=False), nn.Linear(3, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x)) + self.up(self.down(x)) * 1.7
+
+
+def test_a_pack_that_holds_copies_is_not_one_that_holds_the_parameters() -> None:
+    """[W, 1.7·B] has the shape of [W, B], and W may stand in it already: written over, B would be 1.7·B for everyone."""
+    model = _Parallel().double().eval().requires_grad_(False)
+    expected, up = model(X), model.up.weight.clone()
+    plain = flora_fx.fuse(flora_fx.capture(model, X))
+    folded = flora_fx.fuse(flora_fx.capture(model, X), config=FuseConfig(fold_scale=True))
+    for _ in range(2):
+        for graph in (plain, folded, model):
+            assert_equal(graph(X), expected)
+    assert torch.equal(model.up.weight, up)
+    model.up.weight.mul_(2)
+    expected = model(X)
+    for graph in (plain, folded):
+        assert_equal(graph(X), expected)
