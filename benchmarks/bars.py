@@ -37,7 +37,9 @@ def draw_bars(panels: Panels, colours: Mapping[str, str], path: Path, *, title: 
     matplotlib, figures = require_figures()
     with matplotlib.rc_context(STYLE):
         # A bare Figure draws without a display and leaves pyplot's global state alone.
-        figure = figures.Figure(figsize=(4.5 * max(2, len(panels)), 4.2), facecolor="white", layout="constrained")
+        bars = max(len(colours.keys() & timings) for metrics in panels.values() for timings in metrics.values())
+        width = max(4.5, 0.75 * bars)  # of a panel: percentages above the bars must not touch
+        figure = figures.Figure(figsize=(width * max(2, len(panels)), 4.2), facecolor="white", layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (runner, metrics) in zip(axes, panels.items(), strict=True):
             _draw_panel(axis, runner, metrics, colours)

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_fx.errors import MissingExtraError, require
+from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
-from . import fusing, gpu, kernels, latency, latency_view, scaling, training
+from . import accuracy, accuracy_data, accuracy_view, fusing, gpu, kernels, latency, latency_view, scaling, training
+from .accuracy_methods import FULL, METHODS
+from .accuracy_model import Pretraining
+from .accuracy_run import Recipe
 from .onnx_exports import GRAPHS
-from .page import Chapter, write_page
+from .page import Chapter, setup, write_page
 from .results import RECORD, save
 from .settings import DTYPES, PROJECTIONS, SHAPES, Settings
 from .sheet import Sheet
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: what was typed after ``python -m benchmarks``.
 
     Raises:
-        SystemExit: 2 for arguments that make no sense, 1 for a GPU section that failed.
+        SystemExit: 2 for arguments that make no sense, 1 for a GPU section that failed, or a model that does not load.
     """
     arguments_of = parser()
     options = arguments_of.parse_args(arguments)
@@ -45,15 +48,8 @@ def main(arguments: Sequence[str]) -> None:
     if options.suite == "gpu":
         sys.exit(gpu.run(options.output, minutes=options.minutes, rehearse=options.rehearse))
     try:
-        settings = Settings(
-            **{name: getattr(options, name) for name in ("shape", "layers", "dtype", "rank", "batch", "threads")},
-            targets=tuple(options.targets),
-            device=options.device,
-        )
-        _check(options)
-        if options.suite == "training":
-            training.check(settings)
-    except ValueError as error:
+        settings = _plan(options) if options.suite == "accuracy" else _settings(options)
+    except (ValueError, OSError) as error:
         arguments_of.error(str(error))
     console = require("rich.console", "cli").Console
     with bars(console(stderr=True)) as bar:
@@ -69,6 +65,53 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"drawn to {picture}")
     except MissingExtraError as error:
         print(error, file=sys.stderr)
+
+
+def _settings(options: Options) -> Settings:
+    """What all suites but one measure.
+
+    Raises:
+        ValueError: an option makes no sense.
+    """
+    settings = Settings(
+        **{name: getattr(options, name) for name in ("shape", "layers", "dtype", "rank", "batch", "threads")},
+        targets=tuple(options.targets),
+        device=options.device,
+    )
+    _check(options)
+    if options.suite == "training":
+        training.check(settings)
+    return settings
+
+
+def _plan(options: Options) -> accuracy.Plan:
+    """What the accuracy suite compares.
+
+    Raises:
+        ValueError: an option, or a line of the data, makes no sense.
+        OSError: the data cannot be read.
+    """
+    return accuracy.Plan(
+        methods=tuple(dict.fromkeys(options.methods)),
+        tasks=tuple(dict.fromkeys(options.tasks)),
+        budgets=tuple(dict.fromkeys(options.budgets)),
+        rates=tuple(sorted(set(options.rates))),
+        seeds=options.seeds,
+        tuning_seeds=options.tuning_seeds,
+        recipe=Recipe(options.steps, options.batch, options.device),
+        pretraining=Pretraining(steps=options.pretraining_steps),
+        model=options.model,
+        rows=tuple(accuracy_data.read(options.data)) if options.data else (),
+        workers=options.workers,
+    )
+
+
+def _accuracy(plan: accuracy.Plan, options: Options, bar: Bar) -> Result:
+    journal = options.output / f"{options.name or options.suite}.runs.jsonl"
+    try:
+        return accuracy.measure(plan, journal, progress=bar)
+    except FloraError as error:  # of the model, or of what it is to learn
+        sys.exit(f"python -m benchmarks accuracy: {error}")
 
 
 def _latency(settings: Settings, options: Options, bar: Bar) -> Result:
@@ -106,12 +149,13 @@ def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
     return kernels.measure(settings, runners=options.runners, progress=bar("kernels"))
 
 
-_SUITES: dict[str, Callable[[Settings, Options, Bar], Result]] = {
+_SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "latency": _latency,
     "layouts": _latency,
     "training": _training,
     "scaling": _scaling,
     "kernels": _kernels,
+    "accuracy": _accuracy,
 }
 
 SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
@@ -120,12 +164,17 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "training": training.sheets,
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
     "kernels": kernels.sheets,
+    "accuracy": accuracy_view.sheets,
 }
 
 PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
     "latency": latency_view.draw,
     "scaling": scaling.draw,
+    "accuracy": accuracy_view.draw,
 }
+
+SETUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {"accuracy": accuracy_view.setup}
+"""Of the suites that do not measure `Settings`."""
 
 TITLES = {
     "latency": ("Latency", "TTFT, TPOT and total latency of every form of the model under every runner."),
@@ -133,6 +182,11 @@ TITLES = {
     "training": ("Training step", "Forward, backward and AdamW on A and B; the same losses and gradients are checked."),
     "scaling": ("Scaling", "TPOT with one setting varied at a time, and what `fuse` itself takes."),
     "kernels": ("Kernels per decoder layer", "Counted, not timed: what one more layer adds to a call."),
+    "accuracy": (
+        "Accuracy at equal budgets",
+        "LoRA, FFBA adapters and, as a ceiling, full fine-tuning; each adapter has the largest rank that the budget "
+        "buys, and a scaling of 2.",
+    ),
 }
 
 
@@ -147,7 +201,8 @@ def chapters(record: Path) -> dict[str, Chapter]:
             else:
                 heading = title
             draw = PICTURES.get(suite, lambda result, path: ())
-            found[name] = Chapter(f"GPU: {heading}" if gpu_host else heading, text, SHEETS[suite], draw)
+            heading = f"GPU: {heading}" if gpu_host else heading
+            found[name] = Chapter(heading, text, SHEETS[suite], draw, SETUPS.get(suite, setup))
     return found
 
 
@@ -229,6 +284,25 @@ def parser() -> argparse.ArgumentParser:
     counted = [*kernels.RUNNERS, "onnxruntime"]
     suite.add_argument("--runners", type=_names, default=counted, help=f"separated by commas, of: {', '.join(counted)}")
 
+    suite = suites.add_parser("accuracy", parents=[output], help="LoRA, FFBA adapters and full fine-tuning compared")
+    suite.add_argument("--name", help="of the JSON file; the suite's by default")
+    methods = [FULL, *METHODS]
+    suite.add_argument("--methods", nargs="+", default=methods, metavar="NAME", help=f"of: {'; '.join(methods)} (all)")
+    suite.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these")
+    suite.add_argument("--budgets", type=_numbers, default=accuracy.Plan.budgets, help="as ranks of a LoRA (2,8)")
+    suite.add_argument("--rates", type=_rates, default=accuracy.Plan.rates, help="learning rates, with commas")
+    suite.add_argument("--seeds", type=int, default=accuracy.Plan.seeds, help="at the best rate (%(default)s)")
+    suite.add_argument("--tuning-seeds", type=int, default=accuracy.Plan.tuning_seeds, help="per rate (%(default)s)")
+    suite.add_argument("--steps", type=int, default=Recipe.steps, help="of fine-tuning (%(default)s)")
+    suite.add_argument("--batch", type=int, default=Recipe.batch, help="examples of a step (%(default)s)")
+    suite.add_argument(
+        "--pretraining-steps", type=int, default=Pretraining.steps, help="of the small model (%(default)s)"
+    )
+    suite.add_argument("--model", help="a causal language model instead of the small one: directory or Hub id")
+    suite.add_argument("--data", type=Path, help="for it: JSONL with task, split, prompt and answer in each line")
+    suite.add_argument("--workers", type=int, default=0, help="processes of one thread (one per core, or per GPU)")
+    suite.add_argument("--device", default=Recipe.device, help="cpu or cuda (%(default)s)")
+
     suite = suites.add_parser("gpu", parents=[output], help="all that a GPU host should run")
     suite.add_argument("--minutes", type=float, default=20.0, help="stop starting sections after this (%(default)s)")
     suite.add_argument("--rehearse", action="store_true", help="the same sections, tiny and on the CPU")
@@ -239,6 +313,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _rates(text: str) -> list[float]:
+    return [float(number) for number in _names(text)]
 
 
 def _numbers(text: str) -> list[int]:

@@ -49,6 +49,7 @@ _1B = ("--shape", "llama-3.2-1b", "--device", "cuda", "--threads", "8")
 _3B = ("--shape", "llama-3.2-3b", "--device", "cuda", "--threads", "8")
 _COUNTED = "graph,eager,inductor,eager-profiled,inductor-profiled"
 _EXPORTS = ("base", "fused", "base (genai)", "PEFT (genai)", "PEFT (transformers, ort_fusions)")  # minutes each
+_FEW = ("base", "merged", "PEFT", "fused", "FFBA block (fused)", "FFBA shared (fused)")  # all do not fit into memory
 _AXES = ("--ranks", "8,32,128,512", "--batches", "1,8,64", "--depths", "2,8")
 _SHORT = ("--new", "32", "--rounds", "30", "--processes", "1")
 
@@ -58,15 +59,15 @@ SECTIONS: tuple[Section, ...] = (
         "latency-1b-bf16",
         "benchmarks",
         ("latency", *_1B, *_SHORT, "--dtype", "bfloat16", "--runners", "eager,reduce-overhead"),
-        6,
+        9,
     ),
     Section(
         "kernels-1b",
         "benchmarks",
         ("kernels", *_1B, "--dtype", "bfloat16", "--layers", "2", "--runners", _COUNTED),
-        4,
+        8,
     ),
-    Section("training-1b", "benchmarks", ("training", *_1B, "--dtype", "bfloat16", "--sequence", "512"), 4),
+    Section("training-1b", "benchmarks", ("training", *_1B, "--dtype", "bfloat16", "--sequence", "512"), 6),
     Section(
         "latency-1b-onnx",
         "benchmarks",
@@ -76,7 +77,10 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "latency-3b-bf16",
         "benchmarks",
-        ("latency", *_3B, *_SHORT, "--dtype", "bfloat16", "--runners", "reduce-overhead", "--prompts", "128"),
+        (
+            *("latency", *_3B, *_SHORT, "--dtype", "bfloat16", "--runners", "reduce-overhead"),
+            *("--prompts", "128", "--contenders", *_FEW),
+        ),
         6,
     ),
     Section(

@@ -17,14 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flora_fx.errors import AdapterError
+
+from . import ffba
 from .isolated import Progress
 from .launches import Count, device_kernels, dispatched, generated, graph_nodes, onnx_nodes
-from .models import make_model
+from .models import ffba_of, make_model
 from .settings import Settings
 from .sheet import Sheet
 from .step import CachedStep, empty_cache
 from .torch_contenders import RUNNERS as FORMS
-from .torch_contenders import available, built
+from .torch_contenders import Form, available, built
 
 __all__ = ["RUNNERS", "measure", "sheets"]
 
@@ -37,14 +40,12 @@ class Runner:
 
     Attributes:
         count: counts one call, given what is called and its inputs.
-        forms: the key of `torch_contenders.RUNNERS` whose forms are run.
-        variants: the forms, by the name that is shown.
+        variants: what is run, by the name that is shown.
         devices: where it applies.
     """
 
     count: Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Count]
-    forms: str
-    variants: Mapping[str, str]
+    variants: Mapping[str, Form]
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -59,16 +60,19 @@ def _call(
     return lambda step, inputs: count(partial(step, *inputs))
 
 
-_CAPTURED = {"base": "base (captured)", "PEFT": "PEFT (captured)", "fused": "fused"}
-_EAGER = {"base": "base", "PEFT": "PEFT", "fused": "fused"}
-_COMPILED = {**_EAGER, "fused (flora backend)": "fused (flora backend)"}
+_EACH = ("base", "PEFT", "fused", "FFBA block", "FFBA block (fused)", "FFBA shared", "FFBA shared (fused)")
+_BACKEND = ("fused (flora backend)", "FFBA block (flora backend)", "FFBA shared (flora backend)")
+
+_EAGER = {name: FORMS["eager"][name] for name in _EACH}
+_CAPTURED = {name: replace(form, captured=True) for name, form in _EAGER.items()}
+_COMPILED = {name: FORMS["inductor"][name] for name in (*_EACH, *_BACKEND)}
 
 RUNNERS: dict[str, Runner] = {
-    "graph": Runner(_nodes, "eager", _CAPTURED),
-    "eager": Runner(_call(dispatched), "eager", _EAGER),
-    "inductor": Runner(_call(generated), "inductor", _COMPILED),
-    "eager-profiled": Runner(_call(device_kernels), "eager", _EAGER, ("cuda",)),
-    "inductor-profiled": Runner(_call(device_kernels), "inductor", _COMPILED, ("cuda",)),
+    "graph": Runner(_nodes, _CAPTURED),
+    "eager": Runner(_call(dispatched), _EAGER),
+    "inductor": Runner(_call(generated), _COMPILED),
+    "eager-profiled": Runner(_call(device_kernels), _EAGER, ("cuda",)),
+    "inductor-profiled": Runner(_call(device_kernels), _COMPILED, ("cuda",)),
 }
 """``graph``: nodes as captured; ``eager``: operators that are dispatched; ``inductor``: calls in the generated code;
 ``-profiled``: kernels that the GPU ran."""
@@ -81,7 +85,7 @@ def measure(
     prompt: int = 128,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Count what base, PEFT and fused launch per decoder layer, in prefill and in decode.
+    """Count what base, PEFT, FFBA and what is fused of them launch per decoder layer, in prefill and in decode.
 
     Args:
         settings: model and device.
@@ -91,8 +95,8 @@ def measure(
 
     Returns:
         ``{"settings", "prompt", "rows"}``. A row has ``runner``, ``phase``, ``variant``, ``per_layer`` and ``total``
-        (counts by kind, see `launches`; the latter at the settings' depth), ``names`` (per layer, by name). One that
-        could not be counted has ``unavailable``, the reason, instead.
+        (counts by kind, see `launches`; the latter at the settings' depth), ``names`` (per layer, by name), and FFBA's
+        ``ffba``, placement and rank. One that could not be counted has ``unavailable``, the reason, instead.
     """
     torch_runners = {name: RUNNERS[name] for name in runners if name in RUNNERS}
     todo = [
@@ -101,13 +105,18 @@ def measure(
         if settings.device in runner.devices
         for phase in ("prefill", "decode")
         for variant, form in runner.variants.items()
-        if available(FORMS[runner.forms][form], settings.device)
+        if available(form, settings.device)
     ]
     total = len(todo) + len(DEPTHS) * ("onnxruntime" in runners)
     rows = []
     for done, (name, runner, phase, variant) in enumerate(todo):
-        counts = [_count(runner, variant, phase, replace(settings, layers=depth), prompt) for depth in DEPTHS]
-        rows.append({"runner": name, "phase": phase, "variant": variant, **_row(counts, settings.depth)})
+        row: dict[str, Any] = {"runner": name, "phase": phase, "variant": variant}
+        try:
+            counts = [_count(runner, variant, phase, replace(settings, layers=depth), prompt) for depth in DEPTHS]
+            row |= ffba_of(settings, runner.variants[variant].adapted) | _row(counts, settings.depth)
+        except AdapterError as error:  # the LoRA's few parameters buy no rank of another adapter
+            row["unavailable"] = str(error)
+        rows.append(row)
         progress(done + 1, total)
     if "onnxruntime" in runners:
         rows += _onnx_rows(settings, lambda done: progress(len(todo) + done, total))
@@ -116,7 +125,7 @@ def measure(
 
 @torch.no_grad()
 def _count(runner: Runner, variant: str, phase: str, settings: Settings, prompt: int) -> Count:
-    form = FORMS[runner.forms][runner.variants[variant]]
+    form = runner.variants[variant]
     length, past = (prompt, 0) if phase == "prefill" else (1, prompt)
     inputs = (
         torch.zeros(settings.batch, length, dtype=torch.int64, device=settings.device),
@@ -161,7 +170,7 @@ KINDS = {
 
 def _onnx_rows(settings: Settings, progress: Callable[[int], None]) -> Iterator[dict[str, Any]]:
     """Nodes of the exported decode graphs, ours and the peers'."""
-    from .onnx_exports import count_nodes, write_graphs
+    from .onnx_exports import GRAPHS, count_nodes, write_graphs
 
     counts: list[dict[str, Count | str]] = []
     for depth in DEPTHS:
@@ -179,7 +188,10 @@ def _onnx_rows(settings: Settings, progress: Callable[[int], None]) -> Iterator[
         found = [count[name] for count in counts]
         reason = next((count for count in found if isinstance(count, str)), None)
         exact = [count for count in found if not isinstance(count, str)]
-        yield row | ({"unavailable": reason} if reason is not None else _row(exact, settings.depth))
+        if reason is not None:
+            yield row | {"unavailable": reason}
+        else:
+            yield row | ffba_of(settings, GRAPHS[name]) | _row(exact, settings.depth)
 
 
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
@@ -203,6 +215,7 @@ def _sheet(runner: str, phase: str, rows: Sequence[Mapping[str, Any]], depth: in
         body.append([row["variant"], *cells, str(_all(layer)), str(_all(model))])
     header = ["", *(KINDS[kind] for kind in kinds), "all", f"all, {depth} layers"]
     notes = [f"{row['variant']}: {row['unavailable']}" for row in rows if "unavailable" in row]
+    notes += ffba.note(rows)
     return Sheet(f"{runner}, {phase}: per decoder layer", header, body, notes)
 
 

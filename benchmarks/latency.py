@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flora_fx.errors import AdapterError
+
 from .contender import Contender
 from .isolated import Progress, isolated
 from .method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
-from .models import Adapted, make_model, weights_of
+from .models import Adapted, ffba_of, make_model, weights_of
 from .settings import Settings
 from .step import CachedStep, empty_cache
-from .torch_contenders import RUNNERS, available, make_contender
+from .torch_contenders import RUNNERS, Form, available, make_contender
 
 __all__ = ["CHECKED", "METRICS", "TOLERANCE", "Job", "measure", "rows", "sample"]
 
@@ -118,6 +120,15 @@ class Job:
     graphs: Mapping[str, Path | str] = field(default_factory=dict)
     contenders: tuple[str, ...] = ()
 
+    @property
+    def models(self) -> Mapping[str, Adapted]:
+        """Which model each contender of the runner is a form of."""
+        if self.runner == "onnxruntime":
+            from .onnx_exports import GRAPHS
+
+            return GRAPHS
+        return {name: form.adapted for name, form in RUNNERS[self.runner].items()}
+
 
 def _part(progress: Progress, index: int, count: int) -> Progress:
     """The progress of one of several equal parts."""
@@ -142,7 +153,7 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     prompt, following = text()
     built = _build(job, prompt)
     contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
-    refused = _disagreements(contenders, settings, prompt, following[:CHECKED])
+    refused = _disagreements(contenders, job, prompt, following[:CHECKED])
     refused |= _not_compiled(contenders, prompt, following[0])
     compiled_before = compilations()
 
@@ -187,10 +198,17 @@ def _build(job: Job, prompt: Tensor) -> Mapping[str, Contender | str]:
 
         return onnx_contenders(job.settings, job.graphs)
     return {
-        name: make_contender(form, job.settings, prompt, job.prompt + job.new)
+        name: _build_one(form, job, prompt)
         for name, form in RUNNERS[job.runner].items()
         if (not job.contenders or name in job.contenders) and available(form, job.settings.device)
     }
+
+
+def _build_one(form: Form, job: Job, prompt: Tensor) -> Contender | str:
+    try:
+        return make_contender(form, job.settings, prompt, job.prompt + job.new)
+    except AdapterError as error:  # the LoRA's few parameters buy no rank of another adapter
+        return str(error)
 
 
 def _kind(name: str) -> str:
@@ -199,26 +217,30 @@ def _kind(name: str) -> str:
     return opened + way
 
 
-def _adapted(name: str) -> Adapted:
-    return "base" if name.startswith("base") else "peft"
-
-
 @torch.no_grad()
 def _disagreements(
-    contenders: Mapping[str, Contender], settings: Settings, prompt: Tensor, following: Sequence[Tensor]
+    contenders: Mapping[str, Contender], job: Job, prompt: Tensor, following: Sequence[Tensor]
 ) -> dict[str, str]:
-    """Contenders whose logits, of the prompt and of the tokens after it, are not those of the model in float64."""
-    tolerance = TOLERANCE[settings.dtype]
-    expected = {adapted: _reference(settings, adapted, prompt, following) for adapted in ("base", "peft")}
-    if difference(expected["base"][0], expected["peft"][0]) < 4 * tolerance:
-        raise RuntimeError("the adapter changes the logits too little for a check to tell base and adapter apart")
+    """Contenders whose logits, of the prompt and of the tokens after it, are not those of their model in float64."""
+    tolerance = TOLERANCE[job.settings.dtype]
+    computed = {name: _unmerged(job.models[name]) for name in contenders}
+    models: list[Adapted] = sorted({"base", "peft", *computed.values()})
+    expected = {model: _reference(job.settings, model, prompt, following) for model in models}
+    for one, other in itertools.combinations(expected, 2):
+        if difference(expected[one][0], expected[other][0]) < 4 * tolerance:
+            raise RuntimeError(f"the logits of {one} and {other} differ too little for a check to tell them apart")
     found = {}
     for name, contender in contenders.items():
         steps = [contender.prefill(prompt).cpu(), *(contender.decode(token).cpu() for token in following)]
-        worst = max(difference(*pair) for pair in zip(steps, expected[_adapted(name)], strict=True))
+        worst = max(difference(*pair) for pair in zip(steps, expected[computed[name]], strict=True))
         if not worst <= tolerance:  # NaN too
             found[name] = f"its logits are off by {worst:.1e} of the float64 reference; {tolerance:.0e} is allowed"
     return found
+
+
+def _unmerged(adapted: Adapted) -> Adapted:
+    """The model that computes the same without having been rounded in a merge."""
+    return "peft" if adapted == "merged" else adapted
 
 
 def _reference(settings: Settings, adapted: Adapted, prompt: Tensor, following: Sequence[Tensor]) -> list[Tensor]:
@@ -248,10 +270,10 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
     A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to ``base`` with its interval,
     the arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
     (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is among a kind too, if it has a PEFT), and for
-    TPOT the fraction of the weight-streaming limit. A contender that was refused has the reason instead.
+    TPOT the fraction of the weight-streaming limit. FFBA's rows have ``ffba``, placement and rank, and what they leave
+    is of the overhead of PEFT's LoRA. A contender that was refused has the reason instead.
     """
-    weights, batch = weights_of(job.settings), job.settings.batch
-    floors = {"ttft": weights.floor(job.prompt * batch), "tpot": weights.floor(batch)}
+    batch = job.settings.batch
     refused = {name: why for group in groups for name, why in group["refused"].items()}
     unavailable = {name: why for group in groups for name, why in group["unavailable"].items()}
     found: list[dict[str, Any]] = []
@@ -261,11 +283,13 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
         return paired(passes[name], passes[to], processes=len(groups))
 
     for name in groups[0]["samples"]["ttft"]:
+        model = job.models[name]
+        weights = weights_of(job.settings, model)
         row: dict[str, Any] = {"runner": job.runner, "prompt": job.prompt, "variant": name}
+        row |= ffba_of(job.settings, model)
         if why := refused.get(name) or refused.get("base"):
             found.append(row | {"refused": why})
             continue
-        adapted = _adapted(name) == "peft" and name != "merged"
         for metric in METRICS:
             timing = related(name, metric)
             row[metric] = asdict(timing)
@@ -274,15 +298,16 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
                 row[metric]["own"] = related(name, metric, base).ratio
             if {(peft := f"PEFT{_kind(name)}"), base} - shown:
                 peft, base = "PEFT", "base"
-            if adapted and name != peft and peft in shown:
+            if weights.adapter and name != peft and peft in shown:
                 row[metric]["left"] = (related(name, metric, base).ratio - 1) / (related(peft, metric, base).ratio - 1)
-        if adapted:
+        if weights.adapter:
+            floors = {"ttft": weights.floor(job.prompt * batch), "tpot": weights.floor(batch)}
             once, each = (related("base", metric).milliseconds for metric in ("ttft", "tpot"))
             parts = {"ttft": once, "tpot": job.new * each}
             floors["total"] = sum(floors[part] * taken for part, taken in parts.items()) / sum(parts.values())
             for metric, floor in floors.items():
                 row[metric]["floor"] = floor
-        limit = weights.bytes(job.settings.torch_dtype, adapted=adapted) / ceiling * 1e3
+        limit = weights.bytes(job.settings.torch_dtype) / ceiling * 1e3
         row["tpot"]["of_streaming_limit"] = limit / row["tpot"]["milliseconds"]
         found.append(row)
     found += [

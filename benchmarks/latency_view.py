@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from . import ffba
 from .bars import draw_bars
 from .method import Timing
 from .sheet import Sheet
@@ -26,6 +27,10 @@ COLOURS = {
     "fused": "#2f7d5b",
     "fused (freezing)": "#5aa583",
     "fused (flora backend)": "#1b5a40",
+    "FFBA block (fused)": "#3c6fb0",
+    "FFBA block (flora backend)": "#274a78",
+    "FFBA shared (fused)": "#7fa6d6",
+    "FFBA shared (flora backend)": "#5b82b5",
     "merged": "#cfe0c4",
 }
 
@@ -50,6 +55,7 @@ def _sheet(runner: str, prompt: int, rows: list[Row], result: Mapping[str, Any])
     if floors:
         body.append(["arithmetic floor", *itertools.chain(*(_floor(floors[metric]) for metric in METRICS)), ""])
     notes = [f"{row['variant']} refused: {_last_line(row['refused'])}." for row in rows if "refused" in row]
+    notes += ffba.note(rows)
     title = f"{runner}, prompt of {prompt}, {result['new']} new tokens"
     return Sheet(title, header, body, notes)
 
@@ -100,13 +106,15 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
     setup = result["settings"]
     files = []
     for prompt in dict.fromkeys(row["prompt"] for row in result["rows"]):
-        panels = _panels(row for row in result["rows"] if row["prompt"] == prompt)
+        rows = [row for row in result["rows"] if row["prompt"] == prompt]
+        panels = _panels(rows)
         note = (
             f"{setup['shape']} shape, {setup['layers']} layers, {setup['dtype']}, rank {setup['rank']} on "
             f"{len(setup['targets'])} projections, batch {setup['batch']}, {setup['device']}, prompt of {prompt}; "
             f"medians of {result['rounds']} paired generations, 95% intervals"
         )
-        title = "What a LoRA costs, beside the base under the same runner"
+        also = ", and an FFBA adapter of no more parameters" if ffba.note(rows) else ""
+        title = f"What a LoRA costs{also}, beside the base under the same runner"
         if panels:
             files += draw_bars(panels, COLOURS, path.with_name(f"{path.name}-{prompt}"), title=title, note=note)
     return files

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .ffba import Placement, adapter, largest_rank
 from .settings import SHAPES, Settings
 
-__all__ = ["Adapted", "Weights", "make_model", "weights_of"]
+__all__ = ["PLACEMENTS", "Adapted", "Weights", "adapters_of", "ffba_of", "make_model", "weights_of"]
 
-Adapted = Literal["base", "peft", "merged"]
+Adapted = Literal["base", "peft", "merged", "ffba-block", "ffba-shared"]
+
+PLACEMENTS: dict[Adapted, Placement] = {"ffba-block": "block", "ffba-shared": "shared"}
+"""Those that have an FFBA adapter instead of a LoRA."""
 
 
 def make_model(settings: Settings, adapted: Adapted, *, dtype: torch.dtype | None = None) -> nn.Module:
@@ -20,11 +25,15 @@ def make_model(settings: Settings, adapted: Adapted, *, dtype: torch.dtype | Non
 
     Args:
         settings: shape, depth, adapter, device.
-        adapted: ``base`` has no adapter, ``peft`` an unmerged LoRA whose B is not zero, ``merged`` has it merged.
+        adapted: ``base`` has no adapter, ``peft`` an unmerged LoRA whose B is not zero, ``merged`` has it merged,
+            ``ffba-block`` and ``ffba-shared`` have an FFBA adapter of no more parameters than the LoRA instead.
         dtype: other than the settings', for a reference; weights are first rounded to the settings' dtype.
 
     Returns:
         a transformers model, or a PEFT model around one; nothing requires gradients.
+
+    Raises:
+        AdapterError: the LoRA has fewer parameters than an FFBA adapter of rank 1.
     """
     torch.manual_seed(0)
     with torch.device(settings.device):
@@ -36,21 +45,50 @@ def make_model(settings: Settings, adapted: Adapted, *, dtype: torch.dtype | Non
 
 
 def _build(settings: Settings, adapted: Adapted) -> Any:
-    import peft
     from transformers import AutoConfig, AutoModelForCausalLM
 
     shape = {**SHAPES[settings.shape], "num_hidden_layers": settings.depth, "tie_word_embeddings": True}
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
     if adapted == "base":
         return model
-    lora = peft.LoraConfig(
+    import peft
+
+    return peft.get_peft_model(model, _adapter(settings, adapted))
+
+
+def _adapter(settings: Settings, adapted: Adapted) -> Any:
+    if placement := PLACEMENTS.get(adapted):
+        return adapter(placement, _rank(settings, placement))
+    import peft
+
+    return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
         target_modules=list(settings.targets),
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    return peft.get_peft_model(model, lora)
+
+
+@functools.cache
+def _rank(settings: Settings, placement: Placement) -> int:
+    with torch.device("meta"):
+        return largest_rank(placement, _build(settings, "base"), weights_of(settings, "peft").adapter)
+
+
+def ffba_of(settings: Settings, adapted: Adapted) -> dict[str, Any]:
+    """What a row of results says of an FFBA adapter: ``{"ffba": {"placement", "rank"}}``; nothing of other models."""
+    placement = PLACEMENTS.get(adapted)
+    return {"ffba": {"placement": placement, "rank": _rank(settings, placement)}} if placement else {}
+
+
+def adapters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All A and B of a model's unmerged adapters, LoRA or FFBA, by name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if any(part.startswith(("lora_", "flora_")) for part in name.split("."))
+    }
 
 
 @dataclass(frozen=True)
@@ -60,7 +98,7 @@ class Weights:
     Attributes:
         layers: base projections and norms of the decoder layers.
         head: the output projection, which is the embedding too.
-        adapter: all A and B.
+        adapter: all A and B of an unmerged adapter.
     """
 
     layers: int
@@ -75,16 +113,17 @@ class Weights:
         """
         return 1 + tokens * self.adapter / (tokens * self.layers + self.head)
 
-    def bytes(self, dtype: torch.dtype, *, adapted: bool) -> int:
+    def bytes(self, dtype: torch.dtype) -> int:
         """What one decode step streams from memory."""
-        return (self.layers + self.head + (self.adapter if adapted else 0)) * dtype.itemsize
+        return (self.layers + self.head + self.adapter) * dtype.itemsize
 
 
-def weights_of(settings: Settings) -> Weights:
-    """Count without allocating."""
+@functools.cache
+def weights_of(settings: Settings, adapted: Adapted) -> Weights:
+    """Count without allocating; a merged adapter adds no weights to the base's."""
     with torch.device("meta"):
-        model = _build(settings, "peft")
-    named = [(name, parameter.numel()) for name, parameter in model.named_parameters()]
-    adapter = sum(count for name, count in named if "lora_" in name)
-    head = sum(count for name, count in named if "embed_tokens" in name)
-    return Weights(sum(count for _, count in named) - adapter - head, head, adapter)
+        model = _build(settings, "base" if adapted == "merged" else adapted)
+    named = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    adapters = sum(named[name] for name in adapters_of(model))
+    head = sum(count for name, count in named.items() if "embed_tokens" in name)
+    return Weights(sum(named.values()) - adapters - head, head, adapters)

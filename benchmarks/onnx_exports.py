@@ -1,6 +1,6 @@
 """The graphs that ONNX Runtime is measured with: this project's exports and its peers'.
 
-Three processes make them, one per model, so that what exporters print, patch in torch and leave in memory stays out of
+A process per model makes them, so that what exporters print, patch in torch and leave in memory stays out of
 the one that measures, and a peer that fails takes nothing with it.
 """
 
@@ -26,7 +26,7 @@ from flora_fx.export import export_onnx
 from flora_fx.export.source import unwrap
 
 from .isolated import Progress, isolated
-from .models import Adapted, make_model
+from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 
 __all__ = ["GRAPHS", "PREFILL", "PROVIDERS", "count_nodes", "decode_graph", "write_graphs"]
@@ -222,8 +222,11 @@ _WRITERS: dict[Adapted, dict[tuple[str, ...], _Writer]] = {
         ("PEFT (genai)",): _by_genai,
     },
     "merged": {("merged",): _by_flora_fx},
+    **{adapted: {(f"FFBA {place} (fused)",): _by_flora_fx} for adapted, place in PLACEMENTS.items()},
 }
 """By model: what writes which contenders, one folder each, in this order; the builder of genai comes last."""
 
-GRAPHS = tuple(name for writers in _WRITERS.values() for names in writers for name in names)
-"""The names of all graphs."""
+GRAPHS: dict[str, Adapted] = {
+    name: adapted for adapted, writers in _WRITERS.items() for names in writers for name in names
+}
+"""Which model each graph is of, by its name."""

@@ -31,11 +31,25 @@ How to read the tables:
 - **arithmetic floor** is what unmerged adapters cost if nothing but arithmetic cost anything: 1 + adapter bytes / base
   bytes for a token, 1 + adapter FLOPs / base FLOPs for a prompt.
 - **of stream** is the weight-streaming limit (bytes of weights / measured bandwidth) as a fraction of TPOT.
+- **FFBA block** and **FFBA shared** are fused forward-backward adapters (`flora_fx.adapters`) instead of the LoRA, each
+  of the largest rank with no more parameters than it; what they leave is of the same PEFT LoRA's overhead.
 - *live* contenders are the model as transformers and PEFT run it; *captured* ones are graphs of `flora_fx.capture`, and
   **fused** is the captured PEFT graph after `flora_fx.fuse`. *Refused* is a figure whose contender did not compute what
   the float64 reference computes, or did not run compiled.
 - Contenders take turns token by token, each with weights of its own: the token before leaves none in a cache.
 """
+
+
+def setup(result: Mapping[str, Any]) -> str:
+    """The sentence about a suite's `Settings`."""
+    setup = result["settings"]
+    text = (
+        f"{setup['shape']} shape, {setup['layers']} layers, {setup['dtype']}, LoRA of rank {setup['rank']} on "
+        f"{', '.join(setup['targets'])}, batch {setup['batch']}, on {setup['device']} with {setup['threads']} threads."
+    )
+    if "bandwidth" in result:
+        text += f" Weights stream at {result['bandwidth'] / 1e9:.1f} GB/s at best."
+    return text
 
 
 @dataclass(frozen=True)
@@ -47,12 +61,14 @@ class Chapter:
         text: what it shows.
         sheets: its tables.
         draw: its pictures, written beside the JSON.
+        setup: model and settings, in sentences.
     """
 
     title: str
     text: str
     sheets: Callable[[Mapping[str, Any]], Sequence[Sheet]]
     draw: Callable[[Mapping[str, Any], Path], Sequence[Path]] = lambda result, path: ()
+    setup: Callable[[Mapping[str, Any]], str] = setup
 
 
 def write_page(chapters: Mapping[str, Chapter], *, record: Path = RECORD, page: Path = PAGE) -> Path:
@@ -78,7 +94,7 @@ def write_page(chapters: Mapping[str, Chapter], *, record: Path = RECORD, page: 
 
 def _chapter(chapter: Chapter, result: Mapping[str, Any], path: Path, folder: Path) -> str:
     pictures = [file for file in chapter.draw(result, path) if file.suffix == ".svg"]
-    lines = [f"## {chapter.title}", f"{chapter.text} {_setup(result)}"]
+    lines = [f"## {chapter.title}", f"{chapter.text} {chapter.setup(result)}"]
     lines += [f"![{chapter.title}]({_relative(picture, folder)})" for picture in pictures]
     lines += [sheet.markdown() for sheet in chapter.sheets(result)]
     lines.append(_source(result["environment"]))
@@ -87,17 +103,6 @@ def _chapter(chapter: Chapter, result: Mapping[str, Any], path: Path, folder: Pa
 
 def _relative(file: Path, folder: Path) -> str:
     return Path("..", file.resolve().relative_to(folder.resolve().parent)).as_posix()
-
-
-def _setup(result: Mapping[str, Any]) -> str:
-    setup = result["settings"]
-    text = (
-        f"{setup['shape']} shape, {setup['layers']} layers, {setup['dtype']}, LoRA of rank {setup['rank']} on "
-        f"{', '.join(setup['targets'])}, batch {setup['batch']}, on {setup['device']} with {setup['threads']} threads."
-    )
-    if "bandwidth" in result:
-        text += f" Weights stream at {result['bandwidth'] / 1e9:.1f} GB/s at best."
-    return text
 
 
 def _source(environment: Mapping[str, Any]) -> str:

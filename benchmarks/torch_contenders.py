@@ -16,7 +16,7 @@ import flora_fx
 from flora_fx import FuseConfig
 from flora_fx.backend import flora
 
-from .models import Adapted, make_model
+from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 from .step import CachedStep, empty_cache
 
@@ -50,6 +50,8 @@ def _forms(way: Way, fuse: FuseConfig) -> dict[str, Form]:
         "PEFT": Form("peft", way),
         "PEFT (captured)": Form("peft", way, captured=True),
         "fused": Form("peft", way, captured=True, fuse=fuse),
+        **{f"FFBA {place}": Form(adapted, way) for adapted, place in PLACEMENTS.items()},
+        **{f"FFBA {place} (fused)": Form(a, way, captured=True, fuse=fuse) for a, place in PLACEMENTS.items()},
     }
 
 
@@ -74,6 +76,7 @@ RUNNERS: dict[str, dict[str, Form]] = {
     "inductor": {
         **_forms("inductor", _INDUCTOR),
         "fused (flora backend)": Form("peft", "flora"),
+        **{f"FFBA {place} (flora backend)": Form(adapted, "flora") for adapted, place in PLACEMENTS.items()},
         "base (freezing)": Form("base", "freezing"),
         "PEFT (freezing)": Form("peft", "freezing"),
         "fused (freezing)": Form("peft", "freezing", captured=True, fuse=_INDUCTOR),

@@ -1,11 +1,12 @@
-"""Time and peak memory of a LoRA training step: forward, backward, AdamW on A and B, all else frozen.
+"""Time and peak memory of an adapter's training step: forward, backward, AdamW on A and B, all else frozen.
 
 Every variant has weights of its own and trains on the same tokens. Before it is timed its gradients and its losses are
-compared with float64; one that disagrees, or that was to be compiled and is not, has no figures.
+compared with its adapter's in float64; one that disagrees, or that was to be compiled and is not, has no figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.errors import AdapterError
+
+from . import ffba
 from .isolated import Progress, isolated
 from .latency_view import cell
 from .memory import live_bytes, peak_bytes
 from .method import Timing, compare, compilations, difference, was_compiled
-from .models import make_model
+from .models import Adapted, adapters_of, ffba_of, make_model
 from .settings import SHAPES, Settings
 from .sheet import Sheet
 from .torch_contenders import RUNNERS, Form, available, built
@@ -32,8 +36,12 @@ VARIANTS: dict[str, Form] = {
     "fused": RUNNERS["eager"]["fused"],
     "fused (inductor)": RUNNERS["inductor"]["fused"],
     "fused (flora backend)": RUNNERS["inductor"]["fused (flora backend)"],
+    "FFBA block": RUNNERS["eager"]["FFBA block"],
+    "FFBA block (flora backend)": RUNNERS["inductor"]["FFBA block (flora backend)"],
+    "FFBA shared": RUNNERS["eager"]["FFBA shared"],
+    "FFBA shared (flora backend)": RUNNERS["inductor"]["FFBA shared (flora backend)"],
 }
-"""What takes turns; ratios are to ``PEFT``."""
+"""What takes turns; ratios are to ``PEFT``, a LoRA."""
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
 """‖gradient − float64 gradient‖ / ‖float64 gradient‖ that each A and B may have. PEFT's own were seen to have 2e-6 and
@@ -61,7 +69,7 @@ class Loss(nn.Module):
 
 
 class Training:
-    """A model with a LoRA, in one form, and the optimizer of its A and B.
+    """A model with an adapter, in one form, and the optimizer of its A and B.
 
     Args:
         form: a value of `VARIANTS`.
@@ -75,7 +83,7 @@ class Training:
 
     def __init__(self, form: Form, settings: Settings, tokens: Tensor, *, dtype: torch.dtype | None = None) -> None:
         model = make_model(settings, form.adapted, dtype=dtype).train()
-        self.adapters = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
+        self.adapters = adapters_of(model)
         for weight in self.adapters.values():
             weight.requires_grad_()
         self.optimizer = torch.optim.AdamW(self.adapters.values(), lr=LEARNING_RATE, fused=True)
@@ -108,9 +116,9 @@ class Training:
 Expected = tuple[dict[str, Tensor | None], list[float]]
 
 
-def reference(settings: Settings, tokens: Tensor) -> Expected:
-    """The gradients at the first step and the losses of `STEPS` steps, of PEFT in float64."""
-    training = Training(VARIANTS["PEFT"], settings, tokens, dtype=torch.float64)
+def reference(settings: Settings, tokens: Tensor, adapted: Adapted = "peft") -> Expected:
+    """The gradients at the first step and the losses of `STEPS` steps, of the live model in float64."""
+    training = Training(Form(adapted, "eager"), settings, tokens, dtype=torch.float64)
     gradients = training.gradients()
     losses = [training.step().item() for _ in range(STEPS)]
     moved = min(abs(a - b) / a for a, b in itertools.pairwise(losses))
@@ -124,7 +132,7 @@ def disagreement(training: Training, expected: Expected, dtype: str) -> str | No
 
     Args:
         training: a variant at its first step.
-        expected: from `reference`.
+        expected: from `reference`, of the same adapter.
         dtype: a name of `settings.DTYPES`.
     """
     gradients, losses = expected
@@ -173,7 +181,7 @@ def measure(
     Returns:
         ``{"settings", "sequence", "rounds", "rows"}``. A row has ``variant`` and either ``milliseconds``, ``ratio``,
         ``low``, ``high`` (see `method.Timing`) and ``peak_bytes`` (weights, gradients, optimizer state, activations),
-        or ``unavailable`` or ``refused``, the reason.
+        or ``unavailable`` or ``refused``, the reason; FFBA's have ``ffba``, placement and rank.
 
     Raises:
         ValueError: a dtype that a LoRA does not train in.
@@ -189,7 +197,7 @@ def sample(settings: Settings, rounds: int, sequence: int, progress: Progress) -
     drawn = torch.Generator().manual_seed(0)
     vocabulary = int(str(SHAPES[settings.shape]["vocab_size"]))
     tokens = torch.randint(vocabulary, (settings.batch, sequence), generator=drawn).to(settings.device)
-    expected = reference(settings, tokens)
+    expected = _references(settings, tokens)
     rows: dict[str, dict[str, Any]] = {}
     agreed: dict[str, Training] = {}
     total = len(VARIANTS) + rounds
@@ -205,8 +213,16 @@ def sample(settings: Settings, rounds: int, sequence: int, progress: Progress) -
     return list(rows.values())
 
 
+def _references(settings: Settings, tokens: Tensor) -> dict[Adapted, Expected]:
+    found = {}
+    for adapted in dict.fromkeys(form.adapted for form in VARIANTS.values()):
+        with contextlib.suppress(AdapterError):  # building the variant says so, too
+            found[adapted] = reference(settings, tokens, adapted)
+    return found
+
+
 def _build(
-    form: Form, settings: Settings, tokens: Tensor, expected: Expected
+    form: Form, settings: Settings, tokens: Tensor, expected: Mapping[Adapted, Expected]
 ) -> tuple[dict[str, Any], Training | None]:
     """What can be said of a variant before it is timed; the variant, if it may be."""
     if not available(form, settings.device):
@@ -214,17 +230,18 @@ def _build(
     before = live_bytes(settings.device)
     try:
         training = Training(form, settings, tokens)
-        why = disagreement(training, expected, settings.dtype)
-    except RuntimeError as error:  # flora_fx, Dynamo and CUDA (out of memory) all raise one
+        why = disagreement(training, expected[form.adapted], settings.dtype)
+    except (RuntimeError, AdapterError) as error:  # flora_fx, Dynamo and CUDA (out of memory) raise the first
         return {"unavailable": _reason(error)}, None
     if why is None and training.compiled and not was_compiled(training.forward):
         why = "a profile shows that it did not run compiled"
     if why is not None:
         return {"refused": why}, None
-    return {"peak_bytes": peak_bytes(training.step, settings.device) - before}, training
+    peak = peak_bytes(training.step, settings.device) - before
+    return {"peak_bytes": peak, **ffba_of(settings, form.adapted)}, training
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """What an error says, without what Dynamo writes around an error of the code that it traces.
 
     >>> _reason(RuntimeError("Observed exception\\n  Debug context: raised exception TieError('no gradients')\\n"))
@@ -273,5 +290,6 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
         for kind in ("refused", "unavailable")
         if kind in row
     ]
+    notes += ffba.note(rows)
     title = f"Training step, {result['settings']['batch']} × {result['sequence']} tokens"
     return [Sheet(title, ["", "ms", "× PEFT", "peak MiB", "× PEFT's"], body, notes)]

@@ -17,11 +17,12 @@ from flora_fx.benchmarks.results import RECORD, environment, save
 
 TINY = ["--shape", "tiny", "--rank", "4", "--threads", "1"]
 QUICK = ["--runners", "eager", "--prompts", "5", "--new", "2", "--rounds", "2", "--processes", "1"]
+FEW = ["--contenders", "base", "PEFT", "fused", "FFBA block (fused)"]
 
 
 def test_bench_leaves_json_and_pictures_and_the_page_shows_them(tmp_path: Path) -> None:
     record = tmp_path / "benchmarks" / "results"
-    result = CliRunner().invoke(cli.build_app(), ["bench", *TINY, *QUICK, "--output", str(record)])
+    result = CliRunner().invoke(cli.build_app(), ["bench", *TINY, *QUICK, *FEW, "--output", str(record)])
     assert result.exit_code == 0, result.output
     found = json.loads((record / "latency.json").read_text())
     assert found["settings"]["rank"] == 4
@@ -35,6 +36,7 @@ def test_bench_leaves_json_and_pictures_and_the_page_shows_them(tmp_path: Path) 
     page = write_page(chapters(record), record=record, page=tmp_path / "docs" / "benchmarks.md").read_text()
     fused = next(row for row in found["rows"] if row["variant"] == "fused")
     assert f"{fused['tpot']['ratio']:.3f} ({fused['tpot']['low']:.3f}" in page
+    assert "FFBA block has rank 17: " in page
     assert "![Latency](../benchmarks/results/latency-5.svg)" in page
     assert found["environment"]["command"] in page
     assert "## Training step" not in page  # nothing measured, nothing shown
@@ -60,7 +62,7 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
         (["latency", "--runners", "tensorrt"], "unknown runner 'tensorrt'; it must be one of eager"),
         (["latency", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
         (["latency", "--prompts", ""], "--prompts names none"),
-        (["latency", "--contenders", "base", "vLLM"], "unknown contender 'vLLM'; it must be one of PEFT"),
+        (["latency", "--contenders", "base", "vLLM"], "unknown contender 'vLLM'; it must be one of FFBA block"),
         (["latency", "--contenders", "fused"], "--contenders must have base among them"),
         (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
         (["training", "--dtype", "float16"], "does not train in pure float16"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from flora_fx.benchmarks.settings import Settings
 SETTINGS = Settings("tiny", layers=4, rank=4)
 PACKS, UPS = 4, 4  # q k v | o | gate up | down, each with one block-diagonal (or only) up-projection
 
+FFBA_GEMMS = {
+    "FFBA block": 7 + 2 * 2,  # an A and a B per block
+    "FFBA block (fused)": PACKS,  # A in q k v and gate up, B in o and down
+    "FFBA shared": 7 + 2 + 7,  # an A per block, a B per projection
+    "FFBA shared (fused)": PACKS + 2,  # q k v and gate up accumulate
+}
+
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
@@ -28,7 +36,7 @@ def gemms(result: dict[str, Any], runner: str, key: str = "per_layer") -> dict[t
 
 @pytest.mark.parametrize("runner", ["graph", "eager"])
 def test_gemms_of_a_layer(result: dict[str, Any], runner: str) -> None:
-    expected = {"base": 7, "PEFT": 21, "fused": PACKS + UPS}
+    expected = {"base": 7, "PEFT": 21, "fused": PACKS + UPS} | FFBA_GEMMS
     phases = ("prefill", "decode")
     assert gemms(result, runner) == {(phase, name): count for phase in phases for name, count in expected.items()}
 
@@ -42,6 +50,26 @@ def test_fused_has_no_elementwise_kernel_more_than_the_base(result: dict[str, An
         }
         assert found["fused"] == found["base"]
         assert found["PEFT"] == found["base"] + 14  # a Mul and an Add per projection
+        assert found["FFBA block"] == found["base"] + 4  # per block
+        assert found["FFBA shared"] == found["base"] + 14
+        for name in ("FFBA block (fused)", "FFBA shared (fused)"):
+            assert found[name] <= found["base"] + 2  # a low-rank value is scaled per block, at most
+
+
+def test_ranks_are_in_the_rows_and_below_the_sheets(result: dict[str, Any]) -> None:
+    ranks = {row["variant"]: row["ffba"]["rank"] for row in result["rows"] if "ffba" in row}
+    assert ranks == {name: 17 if "block" in name else 6 for name in FFBA_GEMMS}
+    said = "FFBA block has rank 17, shared has rank 6: the largest with no more parameters than the LoRA."
+    assert [list(sheet.notes) for sheet in sheets(result)] == [[said]] * 4
+
+
+def test_ffba_that_a_lora_of_few_parameters_buys_no_rank_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = kernels.RUNNERS["eager"]
+    monkeypatch.setitem(
+        kernels.RUNNERS, "eager", replace(runner, variants={"FFBA block": runner.variants["FFBA block"]})
+    )
+    rows = measure(Settings("tiny", rank=1, targets=("k_proj",)), runners=("eager",), prompt=8)["rows"]
+    assert all("are too few" in row["unavailable"] for row in rows)
 
 
 def test_total_is_what_a_model_of_that_depth_launches(result: dict[str, Any]) -> None:
@@ -78,6 +106,14 @@ def test_inductors_calls_of_a_fused_layer() -> None:
     assert row["per_layer"]["other"] == 1  # attention
 
 
+def test_inductors_calls_of_a_fused_ffba_layer() -> None:
+    """B's that read one value stand under each other, here too: no zeros."""
+    name = "FFBA shared (fused)"
+    runner = kernels.RUNNERS["inductor"]
+    counts = [kernels._count(runner, name, "decode", Settings("tiny", layers=depth), 8) for depth in kernels.DEPTHS]
+    assert kernels._row(counts, 4)["per_layer"]["gemm"] == FFBA_GEMMS[name]
+
+
 def test_a_token_through_the_backend_needs_no_gemm() -> None:
     runner = kernels.RUNNERS["inductor"]
     name = "fused (flora backend)"
@@ -89,7 +125,7 @@ def test_a_token_through_the_backend_needs_no_gemm() -> None:
 
 def test_onnx_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def write_graphs(settings: Settings, directory: Path, progress: Any = None) -> dict[str, Path | str]:
-        return {"fused": directory / str(settings.layers), "peer": "it does not run here"}
+        return {"fused": directory / str(settings.layers), "PEFT (genai)": "it does not run here"}
 
     def count_nodes(directory: Path) -> dict[str, int]:
         layers = int(directory.name)
@@ -104,7 +140,7 @@ def test_onnx_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused["total"] == {"gemm": 33, "elementwise": 16, "other": 1}
     assert peer["unavailable"] == "it does not run here"
     [sheet] = sheets(result)
-    assert list(sheet.rows) == [["fused", "8", "4", "0", "12", "50"], ["peer", "not available"]]
+    assert list(sheet.rows) == [["fused", "8", "4", "0", "12", "50"], ["PEFT (genai)", "not available"]]
     assert "it does not run here" in sheet.notes[0]
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from flora_fx.benchmarks import latency, latency_view, scaling
-from flora_fx.benchmarks.models import make_model, weights_of
+from flora_fx.benchmarks.models import Adapted, make_model, weights_of
 from flora_fx.benchmarks.settings import SHAPES, Settings
 from flora_fx.benchmarks.step import CachedStep, empty_cache
 from flora_fx.benchmarks.torch_contenders import RUNNERS, Form, TorchContender, make_contender
@@ -24,7 +27,7 @@ def test_every_shape_builds(shape: str) -> None:
     """And its weights are counted right: a rank-4 A and B have 4 · (in + out) elements."""
     settings = Settings(shape=shape, layers=1, rank=4)
     with torch.device("meta"):
-        counted = weights_of(settings)
+        counted = weights_of(settings, "peft")
     sizes = {name: int(str(SHAPES[shape][name])) for name in ("hidden_size", "intermediate_size", "head_dim")}
     hidden, wide, head = sizes.values()
     queries, keys = (head * int(str(SHAPES[shape][name])) for name in ("num_attention_heads", "num_key_value_heads"))
@@ -35,10 +38,11 @@ def test_every_shape_builds(shape: str) -> None:
 
 
 def test_floor_is_bytes_for_a_token_and_flops_for_a_prompt() -> None:
-    weights = weights_of(TINY)
+    weights = weights_of(TINY, "peft")
     assert weights.floor(1) == 1 + weights.adapter / (weights.layers + weights.head)
     assert weights.floor(10**9) == pytest.approx(1 + weights.adapter / weights.layers)
-    assert weights.bytes(torch.float16, adapted=True) == 2 * (weights.layers + weights.head + weights.adapter)
+    assert weights.bytes(torch.float16) == 2 * (weights.layers + weights.head + weights.adapter)
+    assert weights_of(TINY, "merged") == weights_of(TINY, "base") == replace(weights, adapter=0)
 
 
 @torch.no_grad()
@@ -54,9 +58,10 @@ def test_static_step_equals_the_whole_sequence() -> None:
 
 def test_models_of_one_settings_are_one_model() -> None:
     """Merged equals unmerged, and neither is the base: otherwise no comparison means anything."""
-    logits = {name: make_model(TINY, name)(PROMPT).logits for name in ("base", "peft", "merged")}  # type: ignore[arg-type]
+    logits = {name: make_model(TINY, name)(PROMPT).logits for name in get_args(Adapted)}
     torch.testing.assert_close(logits["merged"], logits["peft"], rtol=1e-4, atol=1e-4)
-    assert (logits["base"] - logits["peft"]).norm() > 0.5 * logits["base"].norm()
+    for one, other in itertools.combinations(logits.keys() - {"merged"}, 2):
+        assert (logits[one] - logits[other]).norm() > 0.5 * logits["base"].norm()
 
 
 def _job(runner: str = "eager", **kwargs: object) -> latency.Job:
@@ -75,24 +80,29 @@ def test_rows_of_the_eager_runner() -> None:
     assert "floor" not in rows["base"]["ttft"]
     assert "floor" not in rows["merged"]["ttft"]
     fused = rows["fused"]
-    weights = weights_of(TINY)
+    weights = weights_of(TINY, "peft")
     assert fused["ttft"]["floor"] == weights.floor(6)
     assert fused["tpot"]["floor"] == weights.floor(1)
     assert fused["ttft"]["floor"] >= fused["total"]["floor"] >= fused["tpot"]["floor"]
     left = (fused["tpot"]["ratio"] - 1) / (rows["PEFT"]["tpot"]["ratio"] - 1)
     assert fused["tpot"]["left"] == pytest.approx(left)
-    limit = weights.bytes(torch.float32, adapted=True) / 1e9 * 1e3
+    limit = weights.bytes(torch.float32) / 1e9 * 1e3
     assert fused["tpot"]["of_streaming_limit"] == pytest.approx(limit / fused["tpot"]["milliseconds"])
     json.dumps(list(rows.values()))
 
 
 def test_a_contender_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The base passed off as the merged model: faster, and wrong."""
-    monkeypatch.setitem(RUNNERS, "eager", {**RUNNERS["eager"], "merged": Form("base", "eager")})
-    job = _job(contenders=("base", "merged", "PEFT"))
+    """The base passed off as the merged model, one FFBA adapter as the other: perhaps faster, and wrong."""
+    instead: dict[Adapted, Adapted] = {"merged": "base", "ffba-shared": "ffba-block"}
+
+    def make_another(form: Form, *args: Any) -> TorchContender:
+        return make_contender(replace(form, adapted=instead.get(form.adapted, form.adapted)), *args)
+
+    monkeypatch.setattr(latency, "make_contender", make_another)
+    job = _job(contenders=("base", "merged", "PEFT", "FFBA block (fused)", "FFBA shared"))
     group = latency.sample(job, 0, lambda done, total: None)
-    assert list(group["refused"]) == ["merged"]
-    assert "float64 reference" in group["refused"]["merged"]
+    assert list(group["refused"]) == ["merged", "FFBA shared"]
+    assert all("float64 reference" in why for why in group["refused"].values())
     rows = {row["variant"]: row for row in latency.rows([group], job, ceiling=1e9)}
     assert "tpot" not in rows["merged"]
     assert "tpot" in rows["PEFT"]
@@ -117,18 +127,20 @@ def test_nothing_is_related_to_a_base_that_was_refused() -> None:
 
 
 def test_compiled_forms_agree_and_run_compiled() -> None:
-    forms = {name: RUNNERS["inductor"][name] for name in ("PEFT", "fused")}
+    forms = {name: RUNNERS["inductor"][name] for name in ("PEFT", "fused", "FFBA block (fused)")}
     contenders = {name: make_contender(form, TINY, PROMPT, 12) for name, form in forms.items()}
     following: list[Tensor] = [PROMPT[:, i : i + 1] for i in range(3)]
-    assert latency._disagreements(contenders, TINY, PROMPT, following) == {}
+    assert latency._disagreements(contenders, _job("inductor"), PROMPT, following) == {}
     assert latency._not_compiled(contenders, PROMPT, PROMPT[:, :1]) == {}
 
 
 def test_a_runner_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
-    result = latency.measure(TINY, runners=("no such runner", "eager"), prompts=(4,), new=2, rounds=2, processes=2)
+    names = ("base", "PEFT", "FFBA block")
+    options: dict[str, Any] = {"prompts": (4,), "new": 2, "rounds": 2, "processes": 2, "contenders": names}
+    result = latency.measure(TINY, runners=("no such runner", "eager"), **options)
     failed, *rows = result["rows"]
     assert "no such runner" in failed["refused"]
-    assert [row["variant"] for row in rows] == list(RUNNERS["eager"])
+    assert [row["variant"] for row in rows] == list(names)
     pictures = latency_view.draw(result, tmp_path / "latency")
     assert [file.name for file in pictures] == ["latency-4.svg", "latency-4.png"]
 
@@ -138,7 +150,7 @@ def test_scaling_varies_one_setting_at_a_time(tmp_path: Path) -> None:
     floors = [
         row["tpot"]["floor"] for point in result["axes"]["rank"] for row in point["rows"] if row["variant"] == "fused"
     ]
-    expected = [weights_of(Settings(shape="tiny", rank=rank)).floor(1) for rank in (2, 8)]
+    expected = [weights_of(Settings(shape="tiny", rank=rank), "peft").floor(1) for rank in (2, 8)]
     assert floors == expected
     sheets = scaling.sheets(result)
     assert [[row[0] for row in sheet.rows] for sheet in sheets] == [["2", "8"], ["2"]]

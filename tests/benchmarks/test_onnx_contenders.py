@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -29,11 +30,11 @@ Graphs = Mapping[str, Path | str]
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
     """One of each kind that is written fast."""
     steps: list[tuple[int, int]] = []
-    names = ("PEFT (genai)", "base", "fused")
+    names = ("PEFT (genai)", "FFBA shared (fused)", "base", "fused")
     place = tmp_path_factory.mktemp("graphs")
     written = write_graphs(SETTINGS, place, lambda done, total: steps.append((done, total)), names=names)
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-    assert list(written) == ["base", "fused", "PEFT (genai)"]
+    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert list(written) == ["base", "fused", "PEFT (genai)", "FFBA shared (fused)"]
     return written
 
 
@@ -43,17 +44,18 @@ def _check(graphs: Graphs, batch: int) -> None:
     settings = replace(SETTINGS, batch=batch)
     tokens = torch.randint(SETTINGS.vocabulary, (batch, PROMPT + NEW))
     expected: dict[str, tuple[Tensor, ...]] = {}
-    for adapted in ("base", "peft"):
-        model = make_model(settings, adapted, dtype=torch.float64)  # type: ignore[arg-type]
+    for adapted in dict.fromkeys(GRAPHS[name] for name in graphs):
+        model = make_model(settings, adapted, dtype=torch.float64)
         expected[adapted] = model(tokens).logits[:, PROMPT - 1 :].unbind(1)
-    assert difference(expected["base"][0], expected["peft"][0]) > 0.1
+    for one, other in itertools.combinations(expected.keys() - {"merged"}, 2):
+        assert difference(expected[one][0], expected[other][0]) > 0.1
     for name, contender in onnx_contenders(settings, graphs).items():
         assert isinstance(contender, OnnxContender), contender
         assert not contender.compiled
         for _ in range(2):
             found = [contender.prefill(tokens[:, :PROMPT])]
             found += [contender.decode(token) for token in tokens[:, PROMPT:].split(1, dim=1)]
-        for logits, reference in zip(found, expected["base" if name.startswith("base") else "peft"], strict=True):
+        for logits, reference in zip(found, expected[GRAPHS[name]], strict=True):
             assert difference(logits, reference) < 1e-5, name
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from flora_fx.benchmarks import training
 from flora_fx.benchmarks.memory import live_bytes
+from flora_fx.benchmarks.models import Adapted
 from flora_fx.benchmarks.settings import Settings
-from flora_fx.benchmarks.torch_contenders import RUNNERS
+from flora_fx.benchmarks.torch_contenders import RUNNERS, Form
 from flora_fx.benchmarks.training import Training, disagreement, reference, sample, sheets
 
 SETTINGS = Settings("tiny", rank=4)
@@ -31,6 +32,14 @@ def test_reference_trains_every_a_and_b(expected: Expected) -> None:
     assert len(gradients) == 2 * 7 * SETTINGS.depth
     assert all(gradient is not None and gradient.dtype == torch.float64 for gradient in gradients.values())
     assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(("adapted", "count"), [("ffba-block", 4), ("ffba-shared", 9)])
+def test_ffba_trains_every_a_and_b_as_its_own_reference_does(adapted: Adapted, count: int, expected: Expected) -> None:
+    own = reference(SETTINGS, TOKENS, adapted)
+    assert len(own[0]) == count * SETTINGS.depth
+    assert disagreement(Training(Form(adapted, "eager"), SETTINGS, TOKENS), own, "float32") is None
+    assert abs(own[1][0] - expected[1][0]) > 10 * training.LOSS_TOLERANCE["float32"]
 
 
 def test_peft_agrees_with_float64_and_its_base_stays(expected: Expected) -> None:
@@ -70,13 +79,14 @@ def test_step_that_does_not_reach_the_weights_is_refused(expected: Expected) -> 
 
 
 def test_rows_of_what_trains_and_of_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("PEFT", "fused", "fused (flora backend)")
+    names = ("PEFT", "fused", "fused (flora backend)", "FFBA block")
     monkeypatch.setattr(training, "VARIANTS", {name: training.VARIANTS[name] for name in names})
     seen: list[tuple[int, int]] = []
     rows = {row["variant"]: row for row in sample(SETTINGS, 3, 12, lambda done, total: seen.append((done, total)))}
-    assert seen == [(done + 1, 6) for done in range(6)]
+    assert seen == [(done + 1, 7) for done in range(7)]
     assert list(rows) == list(names)
     assert rows["PEFT"]["ratio"] == 1
+    assert rows["FFBA block"]["ffba"] == {"placement": "block", "rank": 17}
     for row in rows.values():
         assert ("ratio" in row) != ("unavailable" in row), row
         assert ("peak_bytes" in row) == ("ratio" in row)
@@ -91,7 +101,8 @@ def test_rows_of_what_trains_and_of_what_is_not_there(monkeypatch: pytest.Monkey
     result = {"settings": {"batch": 1}, "sequence": 12, "rounds": 3, "rows": list(rows.values())}
     [sheet] = sheets(result)
     assert [row[0] for row in sheet.rows] == list(names)
-    assert len(sheet.notes) == sum("ratio" not in row for row in rows.values())
+    assert len(sheet.notes) == 1 + sum("ratio" not in row for row in rows.values())
+    assert "rank 17" in sheet.notes[-1]
 
 
 def test_no_ratio_without_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:

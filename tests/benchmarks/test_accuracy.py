@@ -1,0 +1,466 @@
+"""Accuracy at equal budgets: the tasks are what they say, tuning never sees the test, and a plan can be resumed."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from flora_fx.benchmarks import accuracy_tasks, accuracy_view
+from flora_fx.benchmarks.accuracy import Plan, measure
+from flora_fx.benchmarks.accuracy_data import SPLITS, Example, Splits, encode, read
+from flora_fx.benchmarks.accuracy_journal import Journal
+from flora_fx.benchmarks.accuracy_methods import FULL, LORA, METHODS, Contestant, adapted, contestants
+from flora_fx.benchmarks.accuracy_model import Pretraining, pretrained
+from flora_fx.benchmarks.accuracy_run import Outcome, Recipe, Run, exact_match, fine_tune, step
+from flora_fx.benchmarks.accuracy_summary import Tried, bootstrap, chosen, summary
+from flora_fx.benchmarks.accuracy_tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
+from flora_fx.benchmarks.commands import chapters, main
+from flora_fx.benchmarks.page import write_page
+from flora_fx.errors import AdapterError
+
+RECIPE = Recipe(steps=2, batch=4)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(_seed: None) -> None:
+    """These models are so small that a second thread only waits."""
+    torch.set_num_threads(1)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------
+
+
+def _by_places(*places: int) -> Any:
+    return lambda x: [x[place] for place in places]
+
+
+DEFINITIONS: dict[str, Any] = {
+    "copy": _by_places(0, 1, 2, 3, 4, 5, 6, 7),
+    "reverse": _by_places(7, 6, 5, 4, 3, 2, 1, 0),
+    "sort": lambda x: [symbol for symbol in range(SYMBOLS) for _ in range(x.count(symbol))],
+    "running sum": lambda x: [sum(x[: place + 1]) % 16 for place in range(8)],
+    "increment": lambda x: [0 if symbol == 15 else symbol + 1 for symbol in x],
+    "rotate by one": _by_places(1, 2, 3, 4, 5, 6, 7, 0),
+    "interleave halves": _by_places(0, 4, 1, 5, 2, 6, 3, 7),
+    "alternate ends": _by_places(0, 7, 1, 6, 2, 5, 3, 4),
+    "sort, increment": lambda x: [(symbol + 1) % 16 for symbol in range(SYMBOLS) for _ in range(x.count(symbol))],
+    "reverse, running max": lambda x: [max(x[7 - place :]) for place in range(8)],
+    "sums of even places": lambda x: [sum(x[: place + 1 : 2]) % 16 for place in range(8)],
+    "sort pairs": lambda x: [(min, max)[place % 2](x[place - place % 2 :][:2]) for place in range(8)],
+    "sort descending": lambda x: [symbol for symbol in range(15, -1, -1) for _ in range(x.count(symbol))],
+    "sort by low bits": lambda x: [
+        4 * high + low for low in range(4) for high in range(4) for _ in range(x.count(4 * high + low))
+    ],
+}
+
+
+@pytest.mark.parametrize("name", [*PRETRAINING, *UNSEEN])
+def test_task_is_what_its_name_says(name: str) -> None:
+    drawn = random.Random(name)
+    for _ in range(50):
+        x = drawn.choices(range(SYMBOLS), k=8)
+        assert (PRETRAINING | UNSEEN)[name](x) == DEFINITIONS[name](x)
+
+
+def test_no_unseen_task_is_one_of_pretraining() -> None:
+    x = [3, 14, 0, 9, 15, 6, 9, 2]
+    answers = [tuple(task(x)) for task in (PRETRAINING | UNSEEN).values()]
+    assert len(set(answers)) == len(answers)
+
+
+def test_splits_are_disjoint_and_the_same_each_time() -> None:
+    sizes = {"train": 300, "validation": 40, "test": 50}
+    found = accuracy_tasks.splits("sort pairs", sizes)
+    assert {split: len(examples) for split, examples in found.items()} == sizes
+    examples = [example for split in SPLITS for example in found[split]]
+    assert len({example.prompt for example in examples}) == len(examples)
+    assert found == accuracy_tasks.splits("sort pairs", sizes)
+    assert found != accuracy_tasks.splits("sort descending", sizes)
+    assert max(token for example in examples for part in example for token in part) < VOCABULARY
+
+
+# --- one run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base() -> nn.Module:
+    return _llama(VOCABULARY)
+
+
+def _llama(vocabulary: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, max_position_embeddings=64, **shape)
+    )
+    return model.eval()
+
+
+def _small(name: str) -> Splits:
+    return accuracy_tasks.splits(name, {"train": 16, "validation": 8, "test": 8})
+
+
+def test_every_method_keeps_within_every_budget_and_uses_most_of_it(base: nn.Module) -> None:
+    found = contestants(base, [FULL, *METHODS], [2, 8])
+    assert [(one.budget, one.method) for one in found] == [
+        (0, FULL),
+        *((budget, method) for budget in (2, 8) for method in METHODS),
+    ]
+    for budget in (2, 8):
+        entered = {one.method: one for one in found if one.budget == budget}
+        lora = entered.pop(LORA)
+        assert lora.rank == budget
+        for one in entered.values():
+            assert lora.parameters * one.rank / (one.rank + 1) < one.parameters <= lora.parameters, one
+    splits = _small("sort pairs")
+    for one in found[:9]:
+        outcome = fine_tune(base, splits, Run(one.method, one.rank, "sort pairs", 1e-3, 0), RECIPE)
+        assert outcome.parameters == one.parameters, one
+
+
+def test_model_that_a_method_does_not_fit() -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=16, n_embd=8, n_layer=1, n_head=2, rotary_dim=4))
+    lora, block = contestants(model, [LORA, "block"], [1])
+    assert lora.parameters == 4 * (8 + 8) + (8 + 32) + (32 + 8)
+    assert not lora.unavailable
+    assert block.unavailable.startswith("GPTJForCausalLM has no attention block that FFBA knows")
+
+
+def test_run_depends_on_its_seed_alone_and_leaves_the_base(base: nn.Module) -> None:
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    splits, recipe = _small("sort pairs"), Recipe(steps=8, batch=8)
+    run = Run(FULL, 0, "sort pairs", 3e-3, 0)
+    torch.manual_seed(1)
+    first = fine_tune(base, splits, run, recipe)
+    torch.manual_seed(2)
+    assert fine_tune(base, splits, run, recipe) == first
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+
+
+def test_training_learns_and_loss_is_of_answers_alone(base: nn.Module) -> None:
+    answers = Example((3, 11, 12, 1), (15, 2))
+    model: Any = adapted(_llama(VOCABULARY), FULL, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    assert exact_match(model, [answers], RECIPE) == 0
+    for _ in range(20):
+        step(model, optimizer, [answers], "cpu")
+    assert exact_match(model, [answers], RECIPE) == 100
+    logits = model(input_ids=torch.tensor([[3, 11, 12, 1, 15, 2]])).logits[0]
+    assert logits[0].argmax() != 11 or logits[1].argmax() != 12  # nobody asked for the prompt
+
+
+def test_exact_match_is_that_of_greedy_generation() -> None:
+    """Also with prompts and answers of different lengths, which are padded."""
+    model: Any = _llama(16)
+    examples = [Example((5, 6), (7, 8, 9)), Example((4,), (2,)), Example((1, 2, 3), (4, 5))]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(25):
+        step(model, optimizer, examples[:2], "cpu")
+    greedy = 0
+    for prompt, answer in examples:
+        written = model.generate(
+            torch.tensor([prompt]), max_new_tokens=len(answer), do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        greedy += tuple(written[0, len(prompt) :].tolist()) == answer
+    assert greedy == 2
+    assert exact_match(model, examples, RECIPE) == pytest.approx(100 * greedy / 3)
+
+
+# --- tuning and summary -----------------------------------------------------------------------------------
+
+
+def test_rate_is_chosen_by_validation_and_the_test_is_never_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rate that is worst on validation is best on the test split; nobody may notice."""
+    validation = {1e-3: 10.0, 2e-3: 60.0, 3e-3: 30.0}
+
+    def outcome(pool: Any, runs: Sequence[Run], journal: Journal, progress: Any) -> None:
+        for run in runs:
+            right = validation[run.rate] + run.seed
+            journal.add(run, Outcome(12288, right, 100 - right + (5 if run.method == "block" else 0)))
+
+    monkeypatch.setattr("flora_fx.benchmarks.accuracy.Pool.finish", outcome)
+    plan = Plan(
+        methods=(LORA, "block"),
+        tasks=("sort pairs",),
+        budgets=(2,),
+        rates=tuple(validation),
+        pretraining=Pretraining(steps=1, hidden=128, batch=2),
+    )
+    result = measure(plan, tmp_path / "runs.jsonl")
+    lora, block = result["cells"]
+    assert (lora["rate"], lora["at_end"]) == (2e-3, False)
+    assert lora["validation"] == [[10, 11], [60, 61], [30, 31]]
+    assert lora["test"] == [40, 39, 38, 37, 36]
+    assert block["difference"] == {"mean": 5, "low": 5, "high": 5}  # paired: seeds move both alike
+    assert result["verdicts"] == [
+        {"budget": 2, "best": "block", "difference": block["difference"], "target": 2.1, "reached": True}
+    ]
+    assert [row["validation"] for row in result["grid"]] == 2 * [10.5, 60.5, 30.5]
+
+
+def test_of_equal_rates_the_smallest_is_chosen_and_ends_are_told() -> None:
+    assert chosen([[0, 0], [50, 50], [40, 60]]) == 1
+    assert not Tried([[0], [1], [0]], 1).at_end
+    assert Tried([[0], [1]], 1).at_end
+    assert Tried([[2], [1]], 0).at_end
+
+
+def test_interval_is_of_seeds_within_tasks() -> None:
+    apart = bootstrap([[0.0] * 5, [100.0] * 5])
+    assert (apart.mean, apart.low, apart.high) == (50, 50, 50)  # another choice of tasks is not in it
+    noisy = bootstrap([[0.0, 10.0, 20.0, 30.0, 40.0]])
+    assert noisy.mean == 20
+    assert 5 < noisy.low < 12 < 28 < noisy.high < 35
+    many = bootstrap([[0.0, 10.0, 20.0, 30.0, 40.0]] * 16)
+    assert noisy.high - noisy.low == pytest.approx(4 * (many.high - many.low), rel=0.1)
+
+
+def test_best_variant_is_chosen_by_validation() -> None:
+    entered = [Contestant(2, method, 2, 100) for method in (LORA, "block", "shared")]
+    tried = {(one, "t"): Tried([[right]], 0) for one, right in zip(entered, (50.0, 70.0, 60.0), strict=True)}
+    tests = {(one, "t"): [right, right] for one, right in zip(entered, (50.0, 51.0, 90.0), strict=True)}
+    [verdict] = summary(entered, ["t"], [1e-3], tried, tests)["verdicts"]
+    assert (verdict["best"], verdict["difference"]["mean"], verdict["reached"]) == ("block", 1, False)
+
+
+# --- journal ----------------------------------------------------------------------------------------------
+
+
+def test_journal_keeps_outcomes_and_survives_a_torn_line(base: nn.Module, tmp_path: Path) -> None:
+    path, tasks = tmp_path / "runs.jsonl", {"sort pairs": _small("sort pairs")}
+    first, second = (Run(LORA, 2, "sort pairs", 1e-3, seed) for seed in range(2))
+    outcome = Outcome(100, 12.5, 25.0)
+    journal = Journal(path, base, tasks, RECIPE)
+    journal.add(first, outcome)
+    journal.add(second, outcome)
+    written = path.read_bytes()
+    path.write_bytes(written[:-20])
+    again = Journal(path, base, tasks, RECIPE)
+    assert first in again
+    assert again[first] == outcome
+    assert second not in again
+    again.add(second, outcome)
+    assert path.read_bytes() == written
+
+
+def test_journal_knows_what_decides_a_run(base: nn.Module, tmp_path: Path) -> None:
+    path, splits = tmp_path / "runs.jsonl", _small("sort pairs")
+    run = Run(LORA, 2, "t", 1e-3, 0)
+    Journal(path, base, {"t": splits}, RECIPE).add(run, Outcome(100, 12.5, 25.0))
+    assert run in Journal(path, _llama(VOCABULARY), {"t": splits, "other": splits}, RECIPE)
+    other = _llama(VOCABULARY)
+    with torch.no_grad():
+        next(other.parameters()).view(-1)[0] += 1
+    assert run not in Journal(path, other, {"t": splits}, RECIPE)
+    assert run not in Journal(path, base, {"t": _small("sort descending")}, RECIPE)
+    assert run not in Journal(path, base, {"t": splits}, Recipe(steps=3, batch=4))
+    assert Run(LORA, 2, "t", 1e-3, 1) not in Journal(path, base, {"t": splits}, RECIPE)
+
+
+def test_file_that_is_no_journal_is_refused(base: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    path.write_text('{"key": 1}\n')
+    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1 is not of a journal"):
+        Journal(path, base, {}, RECIPE)
+
+
+def test_small_model_is_trained_once(tmp_path: Path) -> None:
+    settings, seen = Pretraining(steps=2, batch=2), []
+    directory = pretrained(settings, tmp_path, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    assert (directory / "model.safetensors").is_file()
+    assert pretrained(settings, tmp_path, lambda done, total: seen.append((done, total))) == directory
+    assert seen[2:] == [(2, 2)]
+    assert pretrained(Pretraining(steps=1, batch=2), tmp_path, lambda done, total: None) != directory
+
+
+# --- JSONL ------------------------------------------------------------------------------------------------
+
+
+ROW = {"task": "sums", "split": "train", "prompt": "1 + 1 =", "answer": "2"}
+
+
+def _write(path: Path, *rows: object) -> Path:
+    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROW, "{"], "line 2: not JSON"),
+        ([ROW, "", [1]], r"line 3: an object is expected, not \[1\]"),
+        ([{"task": "sums", "split": "train", "prompt": "1"}], "line 1: the field 'answer' is missing"),
+        ([ROW | {"answer": 2}], "line 1: answer is 2; it must be a string that is not empty"),
+        ([ROW | {"split": "dev"}], "line 1: split is 'dev'; it must be one of train, validation, test"),
+        ([ROW, ROW | {"split": "test"}], "task 'sums' has no examples with split 'validation'"),
+        ([], "has no examples"),
+    ],
+)
+def test_lines_that_make_no_sense(rows: list[object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(_write(tmp_path / "data.jsonl", *rows))
+
+
+def _tokenizer(words: str) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    found = {word: index for index, word in enumerate(["<unk>", "<end>", *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(found, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+
+
+def test_rows_as_tokens(tmp_path: Path) -> None:
+    rows = read(_write(tmp_path / "data.jsonl", *(ROW | {"split": split} for split in SPLITS)))
+    tokenizer = _tokenizer("1 2 + =")
+    example = Example((2, 4, 2, 5), (3, 1))
+    assert encode(rows, tokenizer, longest=6) == {"sums": {split: [example] for split in SPLITS}}
+    with pytest.raises(AdapterError, match=r"task 'sums', train: the example '1 \+ 1 =' has 4 \+ 2 tokens"):
+        encode(rows, tokenizer, longest=5)
+
+
+# --- from end to end --------------------------------------------------------------------------------------
+
+
+def test_any_model_and_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _llama(8).save_pretrained(tmp_path / "model")
+    _tokenizer("1 2 + =").save_pretrained(tmp_path / "model")
+    data = _write(tmp_path / "data.jsonl", *(ROW | {"split": split} for split in SPLITS for _ in range(4)))
+    arguments = ["--model", str(tmp_path / "model"), "--data", str(data), "--name", "sums", "--workers", "1"]
+    arguments += ["--methods", FULL, LORA, "--rates", "3e-3", "--budgets", "2", "--seeds", "2", "--steps", "20"]
+    main(["accuracy", *arguments, "--output", str(tmp_path / "out")])
+    result = json.loads((tmp_path / "out" / "sums.json").read_text())
+    assert result["settings"]["model"] == str(tmp_path / "model")
+    full, lora = result["cells"]
+    assert full["mean"] == 100  # one sum can be learnt by heart
+    assert lora["at_end"]  # of a grid of one
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_dir()] == []  # nothing was pretrained
+    assert "0.003 *" in capsys.readouterr().out
+
+
+def test_model_that_is_not_there_ends_in_one_line(tmp_path: Path) -> None:
+    data = _write(tmp_path / "data.jsonl", *(ROW | {"split": split} for split in SPLITS))
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(SystemExit, match=f"accuracy: no directory '{nowhere}'; check the path"):
+        main(["accuracy", "--model", nowhere, "--data", str(data), "--output", str(tmp_path / "out")])
+
+
+def test_two_methods_through_the_command_line_and_again_from_the_journal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "benchmarks" / "results"
+    arguments = ["--methods", LORA, "shared", "--tasks", "sort pairs", "sort descending", "--rates", "1e-3,3e-3"]
+    arguments += ["--seeds", "2", "--tuning-seeds", "1", "--budgets", "2", "--steps", "2", "--pretraining-steps", "2"]
+    arguments += ["--workers", "1", "--output", str(record)]
+    main(["accuracy", *arguments])
+    first = json.loads((record / "accuracy.json").read_text())
+    out = capsys.readouterr().out
+    assert "Test split, at most 10368 parameters (3.4%, LoRA of rank 2)" in out
+    assert [(one["method"], one["rank"], one["parameters"]) for one in first["contestants"]] == [
+        (LORA, 2, 10368),
+        ("shared", 3, 9792),
+    ]
+    journal = (record / "accuracy.runs.jsonl").read_text()
+    assert len(journal.splitlines()) == 2 * 2 * (2 + 1)  # methods, tasks, a seed at two rates and one more at the best
+
+    main(["accuracy", *arguments])
+    assert (record / "accuracy.runs.jsonl").read_text() == journal
+    assert json.loads((record / "accuracy.json").read_text()) == first
+    page = write_page(chapters(record), record=record, page=tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "## Accuracy at equal budgets" in page
+    assert "The base is a Llama of 3 layers and hidden size 96, pretrained for 2 steps" in page
+    assert "![Accuracy at equal budgets](../benchmarks/results/accuracy-tasks.svg)" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "LoRA", "DoRA"], "unknown method 'DoRA'; it must be one of full; LoRA; block"),
+        (["--methods", "block"], "the methods must have LoRA among them"),
+        (["--tasks", "sort"], "unknown task 'sort'; it must be one of interleave halves"),
+        (["--rates", ""], "--rates must be positive numbers"),
+        (["--budgets", "0,2"], "--budgets must be positive numbers"),
+        (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 5"),
+        (["--steps", "0"], "--steps, --batch and --pretraining-steps must be at least 1"),
+        (["--model", "somewhere"], "--model and --data go together"),
+        (["--device", "abacus"], "unknown device 'abacus'; it must be one of cpu, cuda"),
+        (["--data", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
+    ],
+)
+def test_arguments_that_make_no_sense(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["accuracy", *arguments, "--output", str(tmp_path)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sheets_and_pictures_of_a_method_that_is_not_available(tmp_path: Path) -> None:
+    entered = [
+        Contestant(0, FULL, 0, 1000),
+        Contestant(1, LORA, 1, 40),
+        Contestant(1, "cross", 0, 0, "40 parameters are too few"),
+        Contestant(1, "block", 3, 36),
+    ]
+    tasks, competing = ["a", "b"], [one for one in entered if not one.unavailable]
+    tried = {(one, task): Tried([[1.0], [2.0], [1.0]], 1) for one in competing for task in tasks}
+    tests = {(one, task): [10.0 + one.rank, 20.0 + one.rank] for one in competing for task in tasks}
+    settings = {
+        "model": "some/model",
+        "parameters": 1000,
+        "recipe": {"steps": 3, "batch": 4, "device": "cpu"},
+        "rates": [1e-3, 2e-3, 4e-3],
+        "seeds": 2,
+        "tuning_seeds": 1,
+        "tasks": {"a": dict.fromkeys(SPLITS, 5), "b": dict.fromkeys(SPLITS, 6)},
+    }
+    result = {"settings": settings, **summary(entered, tasks, settings["rates"], tried, tests)}
+    means, by_task, differences, rates, grid = accuracy_view.sheets(result)
+    assert means.title == "Test split, at most 40 parameters (4.0%, LoRA of rank 1)"
+    assert means.rows == [
+        ["full", "", "1000", "15.0 (10.0…20.0)", ""],
+        ["LoRA", "1", "40", "16.0 (11.0…21.0)", ""],
+        ["cross", "not available"],
+        ["block", "3", "36", "18.0 (13.0…23.0)", "+2.0 (+2.0…+2.0)"],
+    ]
+    assert means.notes[0] == "cross is not available: 40 parameters are too few."
+    assert "the target of +2.1 is missed" in means.notes[1]
+    assert by_task.rows[1] == ["LoRA", "16.0 ± 7.1", "16.0 ± 7.1"]
+    assert differences.rows == [["block", "+2.0 (+2.0…+2.0)", "+2.0 (+2.0…+2.0)"]]
+    assert [row[1:] for row in rates.rows] == 3 * [["0.002", "0.002"]]
+    assert rates.notes == []
+    assert grid.rows[-1] == ["block", "1.0; 0.0 (0.0…0.0)", "2.0; 0.0 (0.0…0.0)", "1.0; 0.0 (0.0…0.0)"]
+    assert "The base is `some/model` (1000 parameters); 2 tasks" in accuracy_view.setup(result)
+    files = accuracy_view.draw(result, tmp_path / "accuracy")
+    assert [file.name for file in files] == [
+        "accuracy.svg",
+        "accuracy.png",
+        "accuracy-tasks.svg",
+        "accuracy-tasks.png",
+    ]
+    assert all(file.stat().st_size for file in files)
+
+
+def test_symbols_are_used_alike() -> None:
+    """No answer can be guessed: each symbol is as frequent as another in the prompts."""
+    counts = Counter(token for example in accuracy_tasks.splits("sort pairs")["test"] for token in example.prompt[1:-1])
+    assert len(counts) == SYMBOLS
+    assert max(counts.values()) < 2 * min(counts.values())
