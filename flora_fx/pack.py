@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import TieError
 from .ir import Pack, Slice
+from .optimizers import protect_from_fused_optimizers
 
 __all__ = ["Resolve", "Stamp", "guard_backward", "stamp", "tie", "version"]
 
@@ -135,6 +136,8 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
     for piece, tensor in zip(pack.slices, tensors, strict=True):
         region = _region(packed, piece)
         if piece.view:
+            if not region.is_contiguous():
+                protect_from_fused_optimizers()
             tensor.data = region
         else:
             region.copy_(tensor * piece.factor)

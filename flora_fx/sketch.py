@@ -113,15 +113,12 @@ def _leaf(name: str) -> str:
 
 
 def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
-    paths: dict[int, list[SketchWrite | SketchColumns]] = {
-        base: [path for path in (*sketch.writes, *sketch.columns) if path.base == base]
-        for base in range(len(sketch.bases))
-    }
+    written: tuple[SketchWrite | SketchColumns, ...] = (*sketch.writes, *sketch.columns)
+    paths = {base: [path for path in written if path.base == base] for base in range(len(sketch.bases))}
     lines = sum(1 + len(found) for found in paths.values())
     height = max(lines * LINE, _stack_height(sketch), 108 if sketch.writes else 0) + 58
-    written = len(sketch.writes) + len(sketch.columns)
-    gemms = len(sketch.bases) + len(sketch.downs) + written
-    before = f"{gemms} GEMM{'' if gemms == 1 else 's'}, {2 * written} elementwise"
+    gemms = len(sketch.bases) + len(sketch.downs) + len(written)
+    before = f"{gemms} GEMM{'' if gemms == 1 else 's'}, {2 * len(written)} elementwise"
     times = f" ×{count}" if count > 1 else ""
     parts = [
         f'<rect x="28" y="0" width="1104" height="{height}" rx="10" fill="#f5f7fa"/>',

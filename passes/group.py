@@ -222,6 +222,7 @@ class _Placer:
             and path.up.dtype == tip.base.dtype
             and path.up.weight.tensor.device == tip.base.weight.tensor.device
             and not path.factors
+            and path.up.bias is None
             and (self.program.value(path.low) is not None or self.is_flat(path, tip, group))
             for path in paths
         )

@@ -347,7 +347,7 @@ class _Parallel(nn.Module):
 
 
 def test_a_pack_that_holds_copies_is_not_one_that_holds_the_parameters() -> None:
-    """[W, 1.7·B] has the shape of [W, B], and W may stand in it already: written over, B would be 1.7·B for everyone."""
+    """[W, 1.7·B] has the shape of [W, B], and W may stand in that already: written over, B would be 1.7·B for all."""
     model = _Parallel().double().eval().requires_grad_(False)
     expected, up = model(X), model.up.weight.clone()
     plain = flora_fx.fuse(flora_fx.capture(model, X))
