@@ -135,9 +135,13 @@ def _tasks(result: Result, budget: int) -> Sheet:
 
 
 def _sentence(verdict: Mapping[str, Any]) -> str:
+    found = "missed"
+    if verdict["reached"]:
+        surely = verdict["difference"]["low"] >= verdict["target"]
+        found = "reached" if surely else "reached by the mean, not by the whole interval"
     return (
         f"FFBA's best variant by validation, {verdict['best']}, is {_difference(verdict['difference'])} points from "
-        f"{LORA}: the target of {_signed(verdict['target'])} is {'reached' if verdict['reached'] else 'missed'}."
+        f"{LORA}: the target of {_signed(verdict['target'])} is {found}."
     )
 
 
