@@ -134,6 +134,7 @@ def test_compiled_forms_agree_and_run_compiled() -> None:
     assert latency._not_compiled(contenders, PROMPT, PROMPT[:, :1]) == {}
 
 
+@pytest.mark.slow
 def test_a_runner_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     names = ("base", "PEFT", "FFBA block")
     options: dict[str, Any] = {"prompts": (4,), "new": 2, "rounds": 2, "processes": 2, "contenders": names}
@@ -145,6 +146,7 @@ def test_a_runner_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert [file.name for file in pictures] == ["latency-4.svg", "latency-4.png"]
 
 
+@pytest.mark.slow
 def test_scaling_varies_one_setting_at_a_time(tmp_path: Path) -> None:
     result = scaling.measure(TINY, axes={"rank": (2, 8), "batch": (2,)}, prompt=4, new=2, rounds=2)
     floors = [

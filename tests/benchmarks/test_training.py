@@ -78,6 +78,7 @@ def test_step_that_does_not_reach_the_weights_is_refused(expected: Expected) -> 
     assert "its loss at step 2 is" in str(disagreement(stale, expected, "float32"))
 
 
+@pytest.mark.slow
 def test_rows_of_what_trains_and_of_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("PEFT", "fused", "fused (flora backend)", "FFBA block")
     monkeypatch.setattr(training, "VARIANTS", {name: training.VARIANTS[name] for name in names})

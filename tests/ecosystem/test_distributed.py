@@ -129,6 +129,9 @@ def fsdp(rank: int) -> None:
     assert declined() == {Reason.MEMORY_MANAGED}
 
 
-@pytest.mark.parametrize("worker", [ddp_of_one_bucket, ddp_of_several_buckets, fsdp])
+ONE_BUCKET = pytest.param(ddp_of_one_bucket, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("worker", [ONE_BUCKET, ddp_of_several_buckets, fsdp])
 def test_gradients_are_the_same(worker: Worker, tmp_path: Path) -> None:
     run(worker, tmp_path)
