@@ -129,12 +129,10 @@ class Program(ABC):
 
     def shaped_beside(self, x: Node, like: Node, features: int) -> Node:
         """``x``, with ``features`` at the end, in the leading dimensions of ``like``."""
-        return self.shaped_rows(x, like, features) if self._differ(x, like) else x
-
-    def _differ(self, x: Node, like: Node) -> bool:
-        """Whether two values are known to be flattened differently."""
         found, wanted = self.value(x), self.value(like)
-        return found is not None and wanted is not None and found.dim() != wanted.dim()
+        if found is None or wanted is None or found.dim() == wanted.dim():
+            return x
+        return self.shaped_rows(x, like, features)
 
     def cast(self, x: Node, dtype: torch.dtype) -> Node:
         """``x`` in another dtype."""

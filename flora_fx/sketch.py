@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
-__all__ = ["Sketch", "SketchColumns", "SketchWrite", "draw"]
+__all__ = ["Sketch", "SketchWrite", "draw"]
 
 INK, PAPER, MUTED = "#1f2933", "#ffffff", "#7b8794"
 BASE, DOWN, UP = "#3e7cb1", "#e07a3f", "#4f9d69"
@@ -23,19 +23,13 @@ BOX = 118
 
 @dataclass(frozen=True)
 class SketchWrite:
-    """One path: the indices of its base and down-projection, its up-projection's name, its scale."""
+    """One path: the indices of its base and down-projection, its up-projection's name, its scale.
+
+    The down-projection is None where it stands in another group: then the path widens this one.
+    """
 
     base: int
-    down: int
-    up: str
-    scale: float
-
-
-@dataclass(frozen=True)
-class SketchColumns:
-    """One path whose up-projection stands beside a base: the base's index, the up-projection's name, its scale."""
-
-    base: int
+    down: int | None
     up: str
     scale: float
 
@@ -59,7 +53,7 @@ class Sketch:
     bases: tuple[tuple[str, int], ...]
     downs: tuple[tuple[str, int], ...]
     writes: tuple[SketchWrite, ...]
-    columns: tuple[SketchColumns, ...]
+    columns: tuple[SketchWrite, ...]
     gemms: int
     joined: bool
 
@@ -94,8 +88,8 @@ def _anonymous(sketch: Sketch, pattern: Callable[[str], str]) -> Sketch:
         "x",
         tuple((_leaf(name), rows) for name, rows in sketch.bases),
         tuple((_leaf(name), rows) for name, rows in sketch.downs),
-        tuple(SketchWrite(w.base, w.down, _leaf(w.up), w.scale) for w in sketch.writes),
-        tuple(SketchColumns(c.base, _leaf(c.up), c.scale) for c in sketch.columns),
+        tuple(replace(path, up=_leaf(path.up)) for path in sketch.writes),
+        tuple(replace(path, up=_leaf(path.up)) for path in sketch.columns),
         sketch.gemms,
         sketch.joined,
     )
@@ -113,7 +107,7 @@ def _leaf(name: str) -> str:
 
 
 def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
-    written: tuple[SketchWrite | SketchColumns, ...] = (*sketch.writes, *sketch.columns)
+    written = (*sketch.writes, *sketch.columns)
     paths = {base: [path for path in written if path.base == base] for base in range(len(sketch.bases))}
     lines = sum(1 + len(found) for found in paths.values())
     height = max(lines * LINE, _stack_height(sketch), 108 if sketch.writes else 0) + 58
@@ -131,7 +125,7 @@ def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
     return height, "".join(parts)
 
 
-def _before(sketch: Sketch, paths: dict[int, list[SketchWrite | SketchColumns]], top: int, height: int) -> list[str]:
+def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, height: int) -> list[str]:
     parts, y = [], top
     middle = (top + height - 12) / 2
     parts.append(_circle(62, middle, "x"))
@@ -145,7 +139,7 @@ def _before(sketch: Sketch, paths: dict[int, list[SketchWrite | SketchColumns]],
         for write in paths[index]:
             y += LINE
             parts.append(_wire(110 + BOX, y + 13, 498, y + 13))
-            if isinstance(write, SketchWrite) and write.down not in drawn:
+            if write.down is not None and write.down not in drawn:
                 drawn.add(write.down)
                 low = sketch.downs[write.down][0]
                 parts += [_wire(76, middle, 110, y + 13), _box(110, y, BOX, DOWN, f"A {low}")]

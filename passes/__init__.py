@@ -26,6 +26,7 @@ from flora_fx.sketch import Sketch
 from .clean import clean
 from .decide import decide
 from .group import group
+from .modes import find_regions
 from .mutation import find_effects
 from .paths import find_paths
 from .projections import find_projections
@@ -78,11 +79,12 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     with timed("projections"):
         projections = find_projections(program, values, effects)
     with timed("paths"):
-        paths, refused = find_paths(program, values, effects, projections)
+        regions = find_regions(program.graph)
+        paths, refused = find_paths(program, values, effects, projections, regions)
     with timed("decide"):
         decisions = decide(program, values, projections, paths, config)
     with timed("group"):
-        grouping = group(program, values, projections, decisions, config)
+        grouping = group(program, values, projections, decisions, regions, config)
     ups = [path.up.weight for path in decisions.paths]
     if program.trains(ups):
         config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step

@@ -28,7 +28,6 @@ from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
 from .decide import Decisions
-from .modes import find_regions
 from .paths import live_users
 from .values import RESHAPES, Values, operation
 
@@ -82,13 +81,13 @@ def group(
     values: Values,
     projections: tuple[Projection, ...],
     decisions: Decisions,
+    regions: dict[Node, int],
     config: FuseConfig,
 ) -> Grouping:
     """Sort projections into groups and paths into groups or singles."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     ups = {path.up.node for path in decisions.paths}
     downs = {down.node: down for down in decisions.downs}
-    regions = find_regions(program.graph)
     buckets: dict[tuple[Node, int, torch.dtype, torch.device], list[Projection]] = defaultdict(list)
     for projection in projections:
         if projection.node not in ups:
@@ -212,7 +211,7 @@ class _Placer:
         start = min(self.order[member.node] for member in members)
         ups = [path.up for path in paths]
         stored = [part.weight for part in (*members, *ups)]
-        if self.program.trains(stored) or any(weight.tensor.requires_grad for weight in stored):
+        if any(weight.tensor.requires_grad for weight in stored):
             return False
         return all(
             self.order[path.low] < start

@@ -23,7 +23,6 @@ from torch.fx import Node
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
-from .modes import find_regions
 from .mutation import IN_PLACE_ADDS, Effects
 from .values import DROPOUTS, Values, operation, same_sizes
 
@@ -75,10 +74,14 @@ def live_users(node: Node) -> list[Node]:
 
 
 def find_paths(
-    program: Program, values: Values, effects: Effects, projections: tuple[Projection, ...]
+    program: Program,
+    values: Values,
+    effects: Effects,
+    projections: tuple[Projection, ...],
+    regions: dict[Node, int],
 ) -> tuple[tuple[LowRankPath, ...], tuple[Decline, ...]]:
     """All low-rank paths, in the order of their adds, and those that must stay as they are."""
-    finder = _Finder(program, values, {p.node: p for p in projections}, find_regions(program.graph))
+    finder = _Finder(program, values, {p.node: p for p in projections}, regions)
     paths: list[LowRankPath] = []
     declines: list[Decline] = []
     absorbed: set[Node] = set()

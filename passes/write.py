@@ -25,7 +25,7 @@ from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
 from flora_fx.program import Program
-from flora_fx.sketch import Sketch, SketchColumns, SketchWrite
+from flora_fx.sketch import Sketch, SketchWrite
 
 from .group import Group, Grouping, Write
 from .layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
@@ -305,7 +305,7 @@ def _sketch(group: Group, layout: Layout, gemms: int, joined: bool) -> Sketch:
             SketchWrite(row[w.base.node], low[w.path.down.node], w.path.up.weight.name, w.path.scale)
             for w in group.writes
         ),
-        tuple(SketchColumns(row[w.base.node], w.path.up.weight.name, w.path.scale) for w in group.widenings),
+        tuple(SketchWrite(row[w.base.node], None, w.path.up.weight.name, w.path.scale) for w in group.widenings),
         gemms,
         joined,
     )
