@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .accuracy_methods import FULL, LORA, Contestant
+from .method import interval
 
 __all__ = ["TARGET", "Interval", "Tried", "bootstrap", "chosen", "summary"]
 
@@ -80,8 +81,7 @@ def bootstrap(values: Sequence[Sequence[float]], *, draws: int = 10_000) -> Inte
     tasks, seeds = table.shape
     drawn = torch.randint(seeds, (draws, tasks, seeds), generator=torch.Generator().manual_seed(0))
     means = table.expand(draws, -1, -1).gather(2, drawn).mean((1, 2))
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(table.mean().item(), low, high)
+    return Interval(table.mean().item(), *interval(means))
 
 
 def summary(

@@ -31,6 +31,7 @@ __all__ = [
     "compare",
     "compilations",
     "difference",
+    "interval",
     "paired",
     "pinned",
     "take_turns",
@@ -96,6 +97,19 @@ def take_turns(calls: Mapping[str, Call], clock: Clock, order: random.Random) ->
     return {name: taken[name] for name in calls}
 
 
+def interval(draws: Tensor) -> tuple[float, float]:
+    """The ends of the 95% interval of a bootstrap.
+
+    Args:
+        draws: what the statistic was in each draw, float64.
+
+    >>> interval(torch.arange(1001, dtype=torch.float64))
+    (25.0, 975.0)
+    """
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
 def paired(
     samples: Sequence[Sequence[float]], reference: Sequence[Sequence[float]], *, processes: int = 1, seed: int = 0
 ) -> Timing:
@@ -116,7 +130,7 @@ def paired(
     process = torch.randint(processes, (1000, processes, 1), generator=draws)
     chosen = process * passes + torch.randint(passes, (1000, processes, passes), generator=draws)
     medians = torch.stack([ratios[rows.flatten()].flatten().quantile(0.5) for rows in chosen])
-    low, high = medians.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    low, high = interval(medians)
     middle = statistics.median(value for row in samples for value in row)
     return Timing(middle, ratios.flatten().quantile(0.5).item(), low, high)
 

@@ -29,12 +29,6 @@ from flora_fx.errors import AdapterError
 RECIPE = Recipe(steps=2, batch=4)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_seed: None) -> None:
-    """These models are so small that a second thread only waits."""
-    torch.set_num_threads(1)
-
-
 # --- tasks ------------------------------------------------------------------------------------------------
 
 

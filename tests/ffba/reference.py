@@ -211,6 +211,10 @@ def base_model(family: str, dtype: torch.dtype = torch.float64) -> Any:
     return model
 
 
+SCALE = 7 / 3
+"""Of an adapter that `attach` makes."""
+
+
 def attach(base: nn.Module, adapter: str = "default", **fields: Any) -> Any:
     """A copy of a base model with an adapter; where nothing else is said B is not zero, and the scale is 7/3."""
     config = FloraConfig(**({"r": 3, "alpha": 7, "init": "random"} | fields))

@@ -14,6 +14,7 @@ from .reference import (
     ACTIVATIONS,
     LAYOUTS,
     PLACES,
+    SCALE,
     assert_close,
     assert_differ,
     attach,
@@ -24,7 +25,6 @@ from .reference import (
     weights_of,
 )
 
-SCALE = 7 / 3
 OTHERS = sorted(LAYOUTS.keys() - {"llama", "gpt2"})
 NORMED = {family for family, layout in LAYOUTS.items() if layout.norms}
 

@@ -26,6 +26,7 @@ from flora_fx.passes.layout import ALIGNED
 from .reference import (
     LAYERS,
     PLACES,
+    SCALE,
     assert_close,
     assert_differ,
     attach,
@@ -36,7 +37,6 @@ from .reference import (
     weights_of,
 )
 
-SCALE = 7 / 3
 FIRST = (3, 2)
 """How many projections read the input of a Llama block: q, k, v; gate, up."""
 CONFIGS: dict[str, FuseConfig] = {

@@ -20,6 +20,7 @@ from flora_fx.errors import AdapterError
 from .reference import (
     ACTIVATIONS,
     PLACES,
+    SCALE,
     assert_close,
     assert_differ,
     attach,
@@ -31,7 +32,6 @@ from .reference import (
     weights_of,
 )
 
-SCALE = 7 / 3
 BLOCKS = ("attention", "mlp")
 
 
