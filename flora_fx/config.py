@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_type_hints
 
 __all__ = ["FuseConfig"]
 
-Layout = Literal["joined", "beside"]
+Layout = Literal["joined", "beside", "ahead"]
 Up = Literal["block_diagonal", "per_projection"]
 Accumulate = Literal["addmm", "add"]
 Write = Literal["widened", "accumulated"]
@@ -23,15 +23,18 @@ class FuseConfig:
     Attributes:
         layout: where the down-projections of a pack stand. ``"joined"``: as rows under the base weights, one GEMM for
             both. ``"beside"``: in a pack of their own, two GEMMs and no slice between base and down rows.
+            ``"ahead"``: beside, and run first, so that with ``write="widened"`` LoRA's up-projections are further input
+            columns of their bases, ``[W, B] [x; z]``, too: no accumulation at all. Down-projections that only others
+            wait for (FFBA) join the rows of several bases, which are sliced anyway.
         up: ``"block_diagonal"``: the up-projections that write into one pack are one block-diagonal GEMM (fewer
             launches, some zero work). ``"per_projection"``: one GEMM each (no zero work); always so where an
             up-projection requires gradients.
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
             ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
         write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is
-            there before that projection runs (FFBA). ``"widened"``: as further input columns, ``[W, B] [u; z]``, one
-            GEMM; not where one of them requires gradients, since columns of a wider matrix are strided.
-            ``"accumulated"``: a GEMM of its own, as LoRA's.
+            there before that projection runs (FFBA; LoRA with ``layout="ahead"``). ``"widened"``: as further input
+            columns, ``[W, B] [u; z]``, one GEMM; not where one of them requires gradients, since columns of a wider
+            matrix are strided. ``"accumulated"``: a GEMM of its own.
         fold_scale: multiply a constant scale into a copy of B instead of keeping it beside the GEMM; the copy is
             refreshed whenever B changes. Where a B requires gradients nothing is folded.
         pack_base: also pack projections that read one value where no adapter sits.

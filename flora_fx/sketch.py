@@ -25,7 +25,7 @@ BOX = 118
 class SketchWrite:
     """One path: the indices of its base and down-projection, its up-projection's name, its scale.
 
-    The down-projection is None where it stands in another group: then the path widens this one.
+    The down-projection is None where it stands in another group.
     """
 
     base: int
@@ -45,7 +45,7 @@ class Sketch:
         writes: the paths that are accumulated.
         columns: the paths that widen the group.
         gemms: GEMM launches after: packs and accumulations.
-        joined: whether bases and downs are one GEMM.
+        apart: how many downs, from the first on, are no rows under the bases.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Sketch:
     writes: tuple[SketchWrite, ...]
     columns: tuple[SketchWrite, ...]
     gemms: int
-    joined: bool
+    apart: int
 
 
 def draw(sketches: Sequence[Sketch], pattern: Callable[[str], str]) -> str:
@@ -91,7 +91,7 @@ def _anonymous(sketch: Sketch, pattern: Callable[[str], str]) -> Sketch:
         tuple(replace(path, up=_leaf(path.up)) for path in sketch.writes),
         tuple(replace(path, up=_leaf(path.up)) for path in sketch.columns),
         sketch.gemms,
-        sketch.joined,
+        sketch.apart,
     )
 
 
@@ -156,9 +156,9 @@ def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, heigh
 
 def _after(sketch: Sketch, top: int, height: int) -> list[str]:
     middle = (top + height - 12) / 2
-    stacks = [[*_slices(sketch.bases, BASE, "W"), *_slices(sketch.downs, DOWN, "A")]]
-    if not sketch.joined:
-        stacks = [s for s in (_slices(sketch.bases, BASE, "W"), _slices(sketch.downs, DOWN, "A")) if s]
+    apart, among = sketch.downs[: sketch.apart], sketch.downs[sketch.apart :]
+    first = [*_slices(sketch.bases, BASE, "W"), *_slices(among, DOWN, "A")]
+    stacks = [stack for stack in (first, _slices(apart, DOWN, "A")) if stack]
     total = sum(len(stack) * 26 for stack in stacks) + 14 * (len(stacks) - 1)
     y = middle - total / 2
     parts = [_circle(642, middle, "x, z" if sketch.columns else "x", wide=bool(sketch.columns))]
@@ -204,7 +204,7 @@ def _slices(members: Sequence[tuple[str, int]], color: str, letter: str) -> list
 
 
 def _stack_height(sketch: Sketch) -> int:
-    return (len(sketch.bases) + len(sketch.downs)) * 26 + (0 if sketch.joined else 14)
+    return (len(sketch.bases) + len(sketch.downs)) * 26 + (14 if sketch.apart else 0)
 
 
 def _box(x: float, y: float, width: float, color: str, label: str = "", radius: int = 4) -> str:

@@ -10,6 +10,8 @@ when its low-rank value z is there before that group is computed, and nothing wa
     o = linear(u, W_o)                                    Group(u, bases=(o,), downs=(),
     o' = o + s·linear(z, B)                                     widenings=(o' onto o by z and B,))
 
+With ``layout="ahead"`` the down-projections of a group run before its bases, so its own paths may widen it, too.
+
 Any other path is written where its add stands.
 """
 
@@ -57,7 +59,7 @@ class Group:
         reads: the value.
         bases, downs: the projections.
         writes: the paths that are accumulated, each from a down-projection of the group onto one of its bases.
-        widenings: the paths that are further columns, each from a value that is there before the group.
+        widenings: the paths that are further columns, each from a value that is there before the group's bases.
     """
 
     reads: Node
@@ -98,7 +100,7 @@ def group(
     groups: list[Group] = []
     home: dict[Node, int] = {}
     for (reads, *_), members in buckets.items():
-        if config.pack_base or any(m.node in downs for m in members):
+        if any(m.node in downs for m in members) or (config.pack_base and len(members) > 1):
             declines.extend(m.obstacle for m in members if m.obstacle is not None)
             declines.extend(_shared(m) for m in members if m.obstacle is None and m.node in decisions.shared)
         private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
@@ -108,7 +110,7 @@ def group(
         bases = tuple(m for m in private if m.node not in downs)
         groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs)))
     placer = _Placer(program, values, decisions, groups, home, order, regions)
-    groups, singles = placer.place(widen=config.write == "widened")
+    groups, singles = placer.place(config)
     kept = tuple(g for g in groups if g.widenings or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
     declines.extend(_strangers(decisions.paths, kept))
     return Grouping(kept, tuple(singles), tuple(declines))
@@ -146,18 +148,19 @@ class _Placer:
         self.at = {base.node: _Tip(i, base, base.node, ()) for i, group in enumerate(groups) for base in group.bases}
         self.started: set[Node] = set()
 
-    def place(self, *, widen: bool) -> tuple[list[Group], list[LowRankPath]]:
+    def place(self, config: FuseConfig) -> tuple[list[Group], list[LowRankPath]]:
         """The groups with their paths, and the paths that stand alone."""
+        widen, ahead = config.write == "widened", config.layout == "ahead"
         inside: dict[int, list[Write]] = defaultdict(list)
         columns: dict[int, list[Write]] = defaultdict(list)
         singles: list[LowRankPath] = []
         for add, same in groupby(self.decisions.paths, key=lambda path: path.write):
             parts = tuple(same)
             tip = self.tip_under(parts[0].target)
-            if tip is not None and all(self.is_inside(part, tip) for part in parts):
-                chosen = inside
-            elif tip is not None and widen and self.is_sole_way(tip.base.node, add) and self.may_widen(parts, tip):
+            if tip is not None and widen and self.may_widen(parts, tip, add, ahead=ahead):
                 chosen = columns
+            elif tip is not None and all(self.is_inside(part, tip) for part in parts):
+                chosen = inside
             else:
                 singles.extend(parts)
                 continue
@@ -201,28 +204,30 @@ class _Placer:
             node = readers[0]
         return True
 
-    def may_widen(self, paths: tuple[LowRankPath, ...], tip: _Tip) -> bool:
-        """Whether paths may be further columns of a base's group.
+    def may_widen(self, paths: tuple[LowRankPath, ...], tip: _Tip, add: Node, *, ahead: bool) -> bool:
+        """Whether paths may be further columns of a base's group; ``ahead``: those of its own down-projections, too.
 
         Columns are strided: what trains must not be stored so. Without shapes, all has to be seen to agree.
         """
+        if not self.is_sole_way(tip.base.node, add):
+            return False
         group = self.groups[tip.group]
         members = (*group.bases, *group.downs)
         start = min(self.order[member.node] for member in members)
-        ups = [path.up for path in paths]
-        stored = [part.weight for part in (*members, *ups)]
+        stored = [part.weight for part in (*members, *(path.up for path in paths))]
+        stored += [member.bias for member in members if member.bias is not None]
         if any(weight.tensor.requires_grad for weight in stored):
             return False
+        own = {path for path in paths if ahead and self.is_inside(path, tip)}
         return all(
-            self.order[path.low] < start
-            and self.home.get(path.down.node) != tip.group
+            (path in own or (self.order[path.low] < start and self.home.get(path.down.node) != tip.group))
             and self.regions[path.low] == self.regions[path.write] == self.regions[tip.base.node]
             and path.up.node not in self.decisions.shared
             and path.up.dtype == tip.base.dtype
             and path.up.weight.tensor.device == tip.base.weight.tensor.device
             and not path.factors
             and path.up.bias is None
-            and (self.program.value(path.low) is not None or self.is_flat(path, tip, group))
+            and (path in own or self.program.value(path.low) is not None or self.is_flat(path, tip, group))
             for path in paths
         )
 

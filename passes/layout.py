@@ -9,12 +9,13 @@
 A segment is a run of bases that the same scales are written onto; with ``up="per_projection"`` it is one base, or
 several that the same down-projections are written onto: their up-projections stand under each other, without zeros.
 
-A path from a value z outside of the group stands beside the rows of its base, [ W_q | B_q ], and z beside the read.
+A path from a value z outside of the group stands beside the rows of its base, [ W_q | B_q ], and z beside the read. So
+do the group's own paths where they widen it: then z is what the group's down-projections computed ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -53,24 +54,34 @@ class Columns:
     """Columns beside those of the bases: up-projections of one value, with one scale.
 
     Attributes:
-        low: the value that stands beside the group's read.
+        low: the value that stands beside the group's read; or the range of the group's own down-projections (indices
+            into the layout's) whose values stand there.
         scale: what it is multiplied by.
         rank: how many columns.
-        writes: the paths.
+        writes: the paths, each with the first of its columns among these.
     """
 
-    low: Node
+    low: Node | tuple[int, int]
     scale: float
     rank: int
-    writes: tuple[Write, ...]
+    writes: tuple[tuple[Write, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The order of a group's members, the blocks that accumulate, and what stands beside the bases."""
+    """The order of a group's members, the blocks that accumulate, and what stands beside the bases.
+
+    Attributes:
+        segments: the bases.
+        downs: the down-projections; first those that do not stand among the rows of the bases.
+        apart: how many these are.
+        blocks: what accumulates.
+        columns: what stands beside the bases.
+    """
 
     segments: tuple[tuple[Projection, ...], ...]
     downs: tuple[Projection, ...]
+    apart: int
     blocks: tuple[Block, ...]
     columns: tuple[Columns, ...]
 
@@ -104,23 +115,48 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
             same = [w for b in bases for w in by_base[b] if _scale(w, config) == scale]
             wanted.extend((index, scale, cells) for cells in _one_per_cell(same))
     used = (w.path.down for _, _, writes in wanted for w in writes)
-    downs = tuple(_unique(used, group.downs))
+    ahead = sorted(_own(group), key=lambda w: _scale(w, config))  # one range a scale
+    own = tuple(_unique(used, (w.path.down for w in ahead)))
+    downs = tuple(_unique(own, group.downs))
+    apart = {
+        "joined": 0,
+        "beside": len(downs),
+        "ahead": len(own) if len(group.bases) > 1 else len(downs),
+    }[config.layout]
     position = {down.node: index for index, down in enumerate(downs)}
     blocks = []
     for index, scale, writes in wanted:
         for run in _runs({position[w.path.down.node] for w in writes}):
             inside = tuple(w for w in writes if run[0] <= position[w.path.down.node] < run[1])
             blocks.append(Block(index, scale, run, inside))
-    return Layout(tuple(tuple(s) for s in ordered), downs, tuple(blocks), _columns(group.widenings, config))
+    columns = (*_columns_of_own(ahead, downs, config), *_columns_of_others(group, config))
+    return Layout(tuple(tuple(s) for s in ordered), downs, apart, tuple(blocks), columns)
 
 
-def _columns(widenings: Sequence[Write], config: FuseConfig) -> tuple[Columns, ...]:
-    found: list[Columns] = []
-    for low, scale in dict.fromkeys((w.path.low, _scale(w, config)) for w in widenings):
-        same = [w for w in widenings if w.path.low is low and _scale(w, config) == scale]
-        cells = _layers(same, lambda write: write.base.node)
-        found.extend(Columns(low, scale, writes[0].path.up.in_features, tuple(writes)) for writes in cells)
-    return tuple(found)
+def _own(group: Group) -> list[Write]:
+    """The widenings from the group's own down-projections."""
+    own = {down.node for down in group.downs}
+    return [write for write in group.widenings if write.path.low in own]
+
+
+def _columns_of_own(writes: Sequence[Write], downs: Sequence[Projection], config: FuseConfig) -> Iterator[Columns]:
+    position = {down.node: index for index, down in enumerate(downs)}
+    edges = _offsets(down.out_features for down in downs)
+    for scale in dict.fromkeys(_scale(w, config) for w in writes):
+        for cells in _one_per_cell([w for w in writes if _scale(w, config) == scale]):
+            for run in _runs({position[w.path.down.node] for w in cells}):
+                inside = [(w, position[w.path.down.node]) for w in cells]
+                placed = tuple((w, edges[at] - edges[run[0]]) for w, at in inside if run[0] <= at < run[1])
+                yield Columns(run, scale, edges[run[1]] - edges[run[0]], placed)
+
+
+def _columns_of_others(group: Group, config: FuseConfig) -> Iterator[Columns]:
+    own = _own(group)
+    writes = [write for write in group.widenings if write not in own]
+    for low, scale in dict.fromkeys((w.path.low, _scale(w, config)) for w in writes):
+        same = [w for w in writes if w.path.low is low and _scale(w, config) == scale]
+        for cells in _layers(same, lambda write: write.base.node):
+            yield Columns(low, scale, cells[0].path.up.in_features, tuple((write, 0) for write in cells))
 
 
 def rows_pack(
@@ -138,7 +174,7 @@ def rows_pack(
     members = (*bases, *downs)
     rows = _offsets(member.out_features for member in members)
     width = members[0].in_features
-    edges = _offsets([width, *(beside.rank for beside in columns)])
+    edges = [width + offset for offset in _offsets(beside.rank for beside in columns)]
     slices = tuple(
         Slice(
             member.weight.source,
@@ -153,9 +189,9 @@ def rows_pack(
     )
     row_of = {member.node: row for member, row in zip(members, rows, strict=False)}
     beside_them = tuple(
-        up_slice(write.path, row_of[write.base.node], edge, config)
-        for beside, edge in zip(columns, edges[1:], strict=False)
-        for write in beside.writes
+        up_slice(write.path, row_of[write.base.node], edge + first, config)
+        for beside, edge in zip(columns, edges, strict=False)
+        for write, first in beside.writes
     )
     like = members[0].like or members[0].weight
     height = rows[-1] if not (bases and downs) else -(-rows[-1] // ALIGNED) * ALIGNED

@@ -9,6 +9,8 @@ q' = q + s·u_q         k' = k + s·u_k
 
 o = linear(u, W_o)                                o' = linear([u, s·z], [W_o, B])
 o' = o + s·linear(z, B)
+
+"ahead" does the same with the group's own z: q', k' = split(linear([x, s·z], [W_q B_q 0; W_k 0 B_k])).
 """
 
 from __future__ import annotations
@@ -78,22 +80,23 @@ class Writer:
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
         with self.graph.inserting_before(first):
-            y, z = self.gemms(self.now(group.reads), bases, downs, layout.columns)
-            if y is not None and z is not None and trains:
-                z = self.program.contiguous(z)  # the backward keeps z, and must not keep y with it
+            y, z, lows = self.gemms(self.now(group.reads), layout, trains=trains)
             together = y is not None and z is not None
             plain, written = self.accumulated(layout, y, z if together else None)
-            lows = [] if z is None else self.cut(z, _width(downs), _ranges(down.out_features for down in downs))
         for base, value in plain.items():
             self.replace(base.node, self.shaped(base, group.reads, value))
-        for down, value in zip(downs, lows, strict=False):
-            self.replace(down.node, self.shaped(down, group.reads, value))
+        for down, low in zip(downs, lows, strict=True):
+            if low is not None:
+                self.replace(down.node, self.shaped(down, group.reads, low))
         for write in group.widenings:  # the base's value holds it already
-            self.replace(write.path.write, self.now(write.path.target))
-        joined = self.config.layout == "joined"
-        apart = (len(bases) if y is None else 1) + (len(downs) if z is None else 1)
+            self.program.origin = write.path.write
+            with self.graph.inserting_before(write.path.write):
+                value = self.cast_back(write.path, self.now(write.path.target))
+            self.replace(write.path.write, value)
+        of_bases = len(bases) if y is None else 1
+        of_downs = len(downs) if z is None else int(not bases or layout.apart > 0)
         ups = len(layout.blocks) if together else len(group.writes)
-        self.sketches.append(_sketch(group, layout, (1 if joined else apart) + ups, joined))
+        self.sketches.append(_sketch(group, layout, of_bases + of_downs + ups))
         if together:
             for base, value in written.items():
                 self.finish(group, [write for write in group.writes if write.base is base], value)
@@ -104,28 +107,48 @@ class Writer:
         """The weights of a group's low-rank paths."""
         return [down.weight for down in group.downs] + [write.path.up.weight for write in group.writes]
 
-    def gemms(
-        self, reads: Node, bases: Sequence[Projection], downs: Sequence[Projection], columns: Sequence[Columns]
-    ) -> tuple[Node | None, Node | None]:
-        """The values of all bases and of all downs, each in one piece; None for what stays as it is."""
-        if self.config.layout == "joined":
-            both, height = self.packed(reads, bases, downs, columns)
-            if not (bases and downs):
-                return (both, None) if bases else (None, both)
-            width, total = _width(bases), _width(bases) + _width(downs)
-            y, z = self.cut(both, height, [(0, width), (width, total)])
-            return y, z
-        several = len(bases) > 1 or columns
-        together = several or len(downs) > 1 or any(down.like is not None for down in downs)
-        return (
-            self.packed(reads, bases, (), columns)[0] if several else None,
-            self.packed(reads, (), downs, ())[0] if downs and together else None,
-        )
+    def gemms(self, reads: Node, layout: Layout, *, trains: bool) -> tuple[Node | None, Node | None, list[Node | None]]:
+        """The values of all bases, of what the group's own paths read, and of each down-projection.
+
+        None for what stays as it is.
+        """
+        bases, apart, among = layout.bases, layout.downs[: layout.apart], layout.downs[layout.apart :]
+        several = len(bases) > 1 or bool(bases and among) or bool(layout.columns)
+        together = several or len(layout.downs) > 1 or any(down.like is not None for down in layout.downs)
+        y = ahead = inside = None
+        if apart and together:
+            ahead = self.packed(reads, (), apart)[0]
+        if among and bases:
+            both, height = self.packed(reads, bases, among, layout, ahead)
+            width, total = _width(bases), _width(bases) + _width(among)
+            y, inside = self.cut(both, height, [(0, width), (width, total)])
+            if trains:
+                inside = self.program.contiguous(inside)  # the backward keeps z, and must not keep y with it
+        elif among:
+            inside = self.packed(reads, (), among)[0]
+        elif bases and several:
+            y = self.packed(reads, bases, (), layout, ahead)[0]
+        return y, ahead or inside, [*self.lows(ahead, apart), *self.lows(inside, among)]
+
+    def lows(self, z: Node | None, downs: Sequence[Projection]) -> list[Node | None]:
+        """The values of down-projections in one."""
+        if z is None or not downs:
+            return [None] * len(downs)
+        return [*self.cut(z, _width(downs), _ranges(down.out_features for down in downs))]
 
     def packed(
-        self, x: Node, bases: Sequence[Projection], downs: Sequence[Projection], columns: Sequence[Columns]
+        self,
+        x: Node,
+        bases: Sequence[Projection],
+        downs: Sequence[Projection],
+        layout: Layout | None = None,
+        ahead: Node | None = None,
     ) -> tuple[Node, int]:
-        """One GEMM over the rows of several projections, and over the columns beside them; how many rows these are."""
+        """One GEMM over the rows of several projections; how many rows these are.
+
+        With a layout, its columns stand beside them, for which ``ahead`` is the value of what it sets apart.
+        """
+        columns = layout.columns if layout else ()
         members = (*bases, *downs)
         name = self.names.of(bases or downs, "" if bases else "_down")
         pack = rows_pack(name, bases, downs, columns, self.config)
@@ -140,15 +163,21 @@ class Writer:
             trained = map(self.program.weight_node, weights)
             node = self.program.call(packed_projection, x, weight_node, bias_node, rows, *trained)
         else:
-            others = [self.beside(x, found) for found in columns]
+            others = [self.beside(x, found, layout, ahead) for found in columns] if layout else []
             given = (weight_node, bias_node)
             node = self.program.widened(x, others, *given) if others else self.program.linear(x, *given)
         self.labels[node] = name
         return node, pack.shape[0]
 
-    def beside(self, x: Node, columns: Columns) -> Node:
+    def beside(self, x: Node, columns: Columns, layout: Layout, ahead: Node | None) -> Node:
         """``s·z``, in the shape to stand beside a read."""
-        low = self.now(columns.low)
+        if isinstance(columns.low, Node):
+            low = self.now(columns.low)
+        else:
+            assert ahead is not None
+            apart = layout.downs[: layout.apart]
+            edges = list(running((down.out_features for down in apart), initial=0))
+            low = self.cut(ahead, edges[-1], [(edges[columns.low[0]], edges[columns.low[1]])])[0]
         if columns.scale != 1.0:
             low = self.program.call(self.program.ops.mul, low, columns.scale)
         return self.program.shaped_beside(low, x, columns.rank)
@@ -167,7 +196,8 @@ class Writer:
         before = self.cut(y, _width(layout.bases), _ranges(_width(segment) for segment in layout.segments))
         after = list(before)
         if z is not None:
-            edges = list(running((down.out_features for down in layout.downs), initial=0))
+            read = layout.downs[: layout.apart] or layout.downs
+            edges = list(running((down.out_features for down in read), initial=0))
             runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
                 scale = 1.0 if self.config.fold_scale else block.scale
@@ -261,7 +291,7 @@ class Writer:
     def cast_back(self, path: LowRankPath, value: Node) -> Node:
         """Where the user allowed a cast, the result still has the dtype it had."""
         wanted = self.values.dtype(path.write)
-        if path.up.like is None or wanted is None or wanted == path.up.dtype:
+        if path.up.like is None or wanted in (None, self.values.dtype(value)):
             return value
         return self.program.cast(value, wanted)
 
@@ -292,22 +322,26 @@ class Writer:
         self.replaced.append(old)
 
 
-def _sketch(group: Group, layout: Layout, gemms: int, joined: bool) -> Sketch:
+def _sketch(group: Group, layout: Layout, gemms: int) -> Sketch:
     bases, downs = layout.bases, layout.downs
     row = {base.node: index for index, base in enumerate(bases)}
     low = {down.node: index for index, down in enumerate(downs)}
+
+    def drawn(writes: Iterable[Write]) -> tuple[SketchWrite, ...]:
+        return tuple(
+            SketchWrite(row[w.base.node], low.get(w.path.down.node), w.path.up.weight.name, w.path.scale)
+            for w in writes
+        )
+
     return Sketch(
         Names.joined([member.weight.name for member in bases or downs]),
         group.reads.name,
         tuple((base.weight.name, base.out_features) for base in bases),
         tuple((down.weight.name, down.out_features) for down in downs),
-        tuple(
-            SketchWrite(row[w.base.node], low[w.path.down.node], w.path.up.weight.name, w.path.scale)
-            for w in group.writes
-        ),
-        tuple(SketchWrite(row[w.base.node], None, w.path.up.weight.name, w.path.scale) for w in group.widenings),
+        drawn(group.writes),
+        drawn(group.widenings),
         gemms,
-        joined,
+        layout.apart,
     )
 
 

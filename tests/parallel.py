@@ -25,6 +25,8 @@ CONFIGS = [
     FuseConfig(fold_scale=True),
     FuseConfig(up="per_projection", accumulate="add"),
     FuseConfig(layout="beside", fold_scale=True, pack_base=True),
+    FuseConfig(layout="ahead"),
+    FuseConfig(layout="ahead", fold_scale=True, pack_base=True),
 ]
 
 

@@ -96,6 +96,7 @@ def test_every_configuration_of_real_models(name: str) -> None:
         for config in (
             FuseConfig(layout="beside", up="per_projection", accumulate="add", fold_scale=True),
             FuseConfig(layout="beside"),
+            FuseConfig(layout="ahead"),
             FuseConfig(up="per_projection", pack_base=True),
         ):
             fused = flora_fx.fuse(flora_fx.capture(model, **inputs), config=config)

@@ -199,7 +199,7 @@ def test_adapters_of_another_dtype_pack_among_themselves() -> None:
     assert ("q.weight", "k.weight") not in [pack.members for pack in report.packs]
 
 
-@pytest.mark.parametrize("layout", ["joined", "beside"])
+@pytest.mark.parametrize("layout", ["joined", "beside", "ahead"])
 def test_allow_cast_joins_adapters_of_another_dtype(layout: Any) -> None:
     model = MixedSiblings().requires_grad_(False)
     x = torch.randn(64, D_IN, dtype=torch.bfloat16)

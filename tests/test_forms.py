@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -73,10 +74,14 @@ def test_every_form_is_fused_and_exact(form: str, capture: Callable[..., Any]) -
 
 
 @pytest.mark.parametrize("capture", KINDS)
-@pytest.mark.parametrize("layout", ["joined", "beside"])
-@pytest.mark.parametrize("up", ["block_diagonal", "per_projection"])
 @pytest.mark.parametrize(
-    ("accumulate", "fold_scale"), [("addmm", False), ("addmm", True), ("add", True), ("add", False)]
+    ("layout", "up", "accumulate", "fold_scale"),
+    [
+        *itertools.product(["joined", "beside"], ["block_diagonal", "per_projection"], ["addmm", "add"], [False, True]),
+        # Nothing accumulates: how it would makes no difference.
+        *[("ahead", "block_diagonal", "addmm", False), ("ahead", "per_projection", "add", False)],
+        ("ahead", "block_diagonal", "addmm", True),
+    ],
 )
 @pytest.mark.parametrize("scales", [(0.7, 0.7), (0.7, 1.9)])
 def test_every_configuration_is_exact(
@@ -98,7 +103,12 @@ def test_every_configuration_is_exact(
     assert not report.declines
     blocks = 1 if up == "block_diagonal" and (scales[0] == scales[1] or fold_scale) else 2
     packs = 2 if layout == "joined" else 4
-    assert report.ops_after["gemm"] == packs + blocks + 1
+    # Ahead, every B is columns, and each scale a product with the z's that it is for.
+    accumulations = 0 if layout == "ahead" else blocks + 1
+    assert report.ops_after["gemm"] == packs + accumulations
+    if layout == "ahead":
+        scaled = 0 if fold_scale else len(set(scales)) + 1
+        assert report.ops_after["elementwise"] == scaled + 1  # the residual
 
 
 def test_dynamic_sizes_stay_dynamic() -> None:

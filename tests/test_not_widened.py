@@ -162,16 +162,16 @@ def test_values_that_are_changed_in_between(function: Form) -> None:
             assert columns(report) == []
 
 
-@pytest.mark.parametrize("trained", ["b", "o", "p"])
+@pytest.mark.parametrize("trained", ["b.weight", "o.weight", "p.weight", "o.bias"])
 def test_nothing_that_trains_is_stored_as_columns(trained: str) -> None:
-    """Neither B nor a base of its group; gradients and the optimizer's step are the unfused model's."""
+    """Neither B nor what its group computes with; the gradients are the unfused model's."""
 
     def form(m: Wide, x: Tensor) -> Tensor:
         z, u = m.a(x), middle(m, x)
         return torch.cat([m.p(u), m.o(u) + m.b(z) * 0.7], -1)
 
-    model, x = wide(form), x_like()
-    model.get_submodule(trained).weight.requires_grad_(True)
+    model, x = wide(form, bias=True), x_like()
+    model.get_parameter(trained).requires_grad_(True)
     reference = copy.deepcopy(model)
     for capture in (traced, captured):
         fused = flora_fx.fuse(capture(model, x))
@@ -183,8 +183,8 @@ def test_nothing_that_trains_is_stored_as_columns(trained: str) -> None:
             model.zero_grad()
             module(x).square().sum().backward()
             if module is fused:
-                found = model.get_submodule(trained).weight.grad
-        torch.testing.assert_close(found, reference.get_submodule(trained).weight.grad, rtol=1e-10, atol=1e-10)
+                found = model.get_parameter(trained).grad
+        torch.testing.assert_close(found, reference.get_parameter(trained).grad, rtol=1e-10, atol=1e-10)
     program = flora_fx.fuse(exported(copy.deepcopy(reference), x))
     assert columns(flora_fx.report(program)) == []
 

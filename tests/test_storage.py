@@ -31,13 +31,15 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(params=["traced", "captured", "program"])
+@pytest.fixture(params=["traced", "captured", "program", "ahead"])
 def fused(request: pytest.FixtureRequest) -> FusedGraphModule:
     model = siblings()
     if request.param == "traced":
         return flora_fx.fuse(fx.symbolic_trace(model))  # type: ignore[return-value]
     if request.param == "captured":
         return flora_fx.fuse(flora_fx.capture(model, X))  # type: ignore[return-value]
+    if request.param == "ahead":
+        return flora_fx.fuse(flora_fx.capture(model, X), config=FuseConfig(layout="ahead"))  # type: ignore[return-value]
     return flora_fx.fuse(torch.export.export(model, (X,))).module()  # type: ignore[return-value]
 
 
@@ -75,8 +77,9 @@ def test_parameters_are_views_of_their_pack(fused: FusedGraphModule) -> None:
     bytes_of = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in fused.parameters()}
     packs = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in fused.buffers()}
     weights = sum(p.nbytes for p in fused.parameters())
-    zeros = sum(b.nbytes for name, b in fused.named_buffers() if name.endswith(("_up", "_bias")))
-    assert sum({**bytes_of, **packs}.values()) <= weights + zeros  # nothing is stored twice
+    filled = sum(fused.get_parameter(name).nbytes for pack in fused.fusion.packs for name in pack.members)
+    zeros = sum(b.nbytes for b in fused.buffers()) - filled
+    assert sum({**bytes_of, **packs}.values()) == weights + zeros  # nothing is stored twice
 
 
 def test_state_dict_names_are_those_of_the_model(fused: FusedGraphModule) -> None:
@@ -223,12 +226,17 @@ def test_two_captures_of_one_model_share_their_packs() -> None:
         assert_equal(two(X), model(X))
 
 
-def test_two_ways_of_fusing_one_model_take_turns_and_stay_right() -> None:
+def test_ways_of_fusing_one_model_take_turns_and_stay_right() -> None:
     model = siblings()
-    one = flora_fx.fuse(fx.symbolic_trace(model))
-    two = flora_fx.fuse(fx.symbolic_trace(model), config=FuseConfig(layout="beside", up="per_projection"))
+    configs = (
+        FuseConfig(),
+        FuseConfig(layout="beside", up="per_projection"),
+        FuseConfig(layout="ahead"),
+        FuseConfig(layout="ahead", fold_scale=True),
+    )
+    ways = [flora_fx.fuse(fx.symbolic_trace(model), config=config) for config in configs]
     for _ in range(2):
-        for fused in (one, two):
+        for fused in ways:
             randomize(model)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

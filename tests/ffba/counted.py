@@ -19,7 +19,7 @@ def gemms(
     place: str,
     *,
     layers: int = LAYERS,
-    beside: bool = False,
+    layout: str = "joined",
     widened: bool = True,
     stacked: bool = True,
 ) -> int:
@@ -28,22 +28,25 @@ def gemms(
     Args:
         place: a key of `PLACES`.
         layers: how many there are.
-        beside: whether A's stand beside the projections that read the same.
+        layout: of `FuseConfig`. Ahead, an A joins the projections that read the same only where these are several and
+            its B's wait for something else than it.
         widened: whether a B becomes columns of the projection that it writes onto where its z is there before.
         stacked: whether B's of one z that is computed with their projections are one GEMM.
     """
-    joined, onto = (2 if beside else 1), (0 if widened else 1)
+    ahead = layout == "ahead" and stacked
+    joined, onto = (2 if layout == "beside" else 1), (0 if widened else 1)
+    inside, alone = (2 if ahead else joined), (1 if layout == "joined" else 2)
     total = 1  # the head
     blocks = FIRST * layers
     for index, first in enumerate(blocks):
-        together = 1 if stacked else first
+        together = 0 if ahead and widened else 1 if stacked else first
         match place:
             case "block":
                 total += joined + 1 + onto
             case "forward":
-                total += joined + together + 1
+                total += inside + together + 1
             case "shared":
-                total += joined + together + 1 + onto
+                total += inside + together + 1 + onto
             case "backward":  # nothing joins the first projections, and nothing A
                 total += first + 1 + 1 + onto
             case "cross":
@@ -52,7 +55,7 @@ def gemms(
                     total += 1
                 else:
                     total += 2 * first if written else first
-                total += joined if read else 1
+                total += alone if read else 1
     return total
 
 

@@ -90,7 +90,7 @@ def test_inductor_trains_a_transformer() -> None:
 
 
 @pytest.mark.parametrize("up", ["block_diagonal", "per_projection"])
-@pytest.mark.parametrize("layout", ["joined", "beside"])
+@pytest.mark.parametrize("layout", ["joined", "beside", "ahead"])
 def test_every_form_trains_as_the_unfused_one(layout: str, up: str) -> None:
     model = net()
     options = {"flora.layout": layout, "flora.up": up, "flora.accumulate": "addmm"}
