@@ -1,7 +1,9 @@
 """From a transformers model with adapters to a fused ONNX directory, and back to tokens on ONNX Runtime.
 
-    source -> tracing (attention) -> flora_fx.fuse -> lowering -> checking (widening) -> directory, manifest
-    loading -> manifest, session -> decoder (sampling) | encoder
+    source -> tracing -> flora_fx.fuse -> lowering -> checking -> directory, manifest
+    loading -> manifest, session -> decoder (cache, sampling, swapping) | seq2seq_decoder (token_rules) | encoder
+
+A causal LM goes by target "decoder" (decoder_tracing, rotary, parts, decoder_lowering, genai), or by the general one.
 
 Only ``import flora_fx.export`` works with torch alone; each function asks for the extras that it needs.
 """
@@ -10,19 +12,25 @@ from __future__ import annotations
 
 from .decoder import Decoder, Streamer
 from .encoder import Encoder
-from .exporting import ONNX_FORMS, export_onnx
+from .exporting import export_onnx
+from .forms import DECODER_FORMS, ONNX_FORMS
 from .loading import load
 from .manifest import Manifest
+from .options import GenerationOptions
 from .result import ExportResult
 from .sampling import Sampling
+from .seq2seq_decoder import Seq2Seq
 
 __all__ = [
+    "DECODER_FORMS",
     "ONNX_FORMS",
     "Decoder",
     "Encoder",
     "ExportResult",
+    "GenerationOptions",
     "Manifest",
     "Sampling",
+    "Seq2Seq",
     "Streamer",
     "export_onnx",
     "load",

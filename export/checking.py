@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora_fx.errors import ExportError, require
+from flora_fx.errors import require
 
+from .checking_seq2seq import check_seq2seq
 from .decoder import Decoder
+from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
 from .encoder import Encoder
-from .manifest import DATA, MODEL, Manifest
+from .manifest import ENCODER, MODEL, Manifest
+from .seq2seq_decoder import Seq2Seq
 from .session import Session, usable_providers
 from .widening import save_in_float32
 
 __all__ = ["TOLERANCES", "Check", "check"]
 
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Allowed difference by dtype, over the largest magnitude that PyTorch computed: rounding adds up over the layers."""
-
 _NEW_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Check:
-    """What a check found; see `ExportResult`."""
-
-    max_abs_error: float
-    max_rel_error: float
-    greedy_tokens_equal: bool | None
-    checked_on: str
 
 
 def check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any] | None) -> Check:
@@ -55,14 +44,18 @@ def check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequ
     if manifest.dtype == "bfloat16" and usable == ["CPUExecutionProvider"]:
         # There are no bfloat16 kernels on the CPU (ONNX Runtime 1.31): the same graph is checked in float32.
         with tempfile.TemporaryDirectory(prefix="flora_fx-check-") as wide:
-            save_in_float32(directory / MODEL, Path(wide) / MODEL, data=DATA)
-            found = _check(Session(Path(wide) / MODEL, providers=usable), manifest, model)
+            for name in manifest.graphs:
+                save_in_float32(directory / name, Path(wide) / name, data=f"{name}.data")
+            found = _check(Path(wide), manifest, model, usable)
         return replace(found, checked_on=f"{found.checked_on}, in float32")
-    return _check(Session(directory / MODEL, providers=usable), manifest, model)
+    return _check(directory, manifest, model, usable)
 
 
 @torch.no_grad()
-def _check(session: Session, manifest: Manifest, model: nn.Module) -> Check:
+def _check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any]) -> Check:
+    session = Session(directory / MODEL, providers=providers)
+    if manifest.kind == "seq2seq-lm":
+        return check_seq2seq(Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest), model)
     if manifest.kind == "encoder":
         return _check_encoder(Encoder(session, manifest), model)
     return _check_decoder(Decoder(session, manifest), model)
@@ -78,16 +71,18 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     mask = torch.ones_like(ids)
     mask[1, :3] = 0  # the second prompt is shorter
 
-    logits, past = decoder.step(ids, mask)
+    logits = decoder(ids, mask)
     expected, cache = _run(model, ids, mask, transformers.DynamicCache())
     differences = Differences(decoder.manifest.dtype)
     differences.add("the logits of a prompt", logits[mask.bool()], expected[mask.bool()])
 
     token = expected[:, -1].argmax(-1, keepdim=True)
     mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-    logits, _ = decoder.step(token, mask, past)
+    past = decoder.new_cache()
+    past.prefill(ids, mask[:, :-1], room=1)
+    logits = past.decode(token[:, 0].tolist()).tensor
     expected, _ = _run(model, token, mask, cache)
-    differences.add("the logits of the next token", logits, expected)
+    differences.add("the logits of the next token", logits, expected[:, -1])
     equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
     return Check(differences.max_abs, differences.max_rel, equal, decoder.session.provider)
 
@@ -104,19 +99,8 @@ def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tenso
     return out.logits.cpu(), out.past_key_values
 
 
-@contextmanager
-def _endless(model: nn.Module) -> Iterator[None]:
-    """No token ends a generation: transformers takes what a given configuration leaves open from the model's own."""
-    own: Any = model.generation_config
-    ends, own.eos_token_id = own.eos_token_id, None
-    try:
-        yield
-    finally:
-        own.eos_token_id = ends
-
-
 def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, differences: Differences) -> bool:
-    """Greedy generation by both. Where PyTorch's two candidates are nearer than the tolerance, either may win."""
+    """Greedy generation by both, without a token that ends it."""
     transformers = require("transformers", "hf")
     device = next(model.parameters()).device
     limit = decoder.manifest.max_positions
@@ -126,23 +110,13 @@ def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, 
     plain = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=count, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    with _endless(model):
+    with own_config(model, plain):
         out = model.generate(  # type: ignore[operator]
             ids.to(device), attention_mask=mask.to(device), generation_config=plain
         )
     expected = out.sequences.cpu()
     found = decoder.generate(ids, mask, max_new_tokens=count, eos_token_id=[])
-    differ = expected != found
-    for row in differ.any(1).nonzero().flatten().tolist():
-        index = int(differ[row].nonzero()[0])
-        logits = out.logits[index - ids.shape[1]][row].float().cpu()
-        gap = float(logits[expected[row, index]] - logits[found[row, index]])
-        if gap > 2 * differences.tolerance * float(logits.abs().max()):
-            raise ExportError(
-                f"the export generates other tokens than PyTorch: token {index - ids.shape[1]} of row {row} is "
-                f"{int(found[row, index])} instead of {int(expected[row, index])}, whose logit is larger by {gap:.2g}"
-            )
-    return not bool(differ.any())
+    return same_tokens(found, expected, out.logits, ids.shape[1], differences)
 
 
 # --- encoders ---------------------------------------------------------------------------------------------
@@ -179,42 +153,3 @@ def _check_encoder(encoder: Encoder, model: nn.Module) -> Check:
             value, wanted_value = value[mask.bool()], wanted_value[mask.bool()]
         differences.add(name, value, wanted_value)
     return Check(differences.max_abs, differences.max_rel, None, encoder.session.provider)
-
-
-# --- both -------------------------------------------------------------------------------------------------
-
-
-class Differences:
-    """The largest differences seen, refused above a dtype's tolerance.
-
-    >>> differences = Differences("float32")
-    >>> differences.add("x", torch.tensor([1.0]), torch.tensor([1.5]))
-    Traceback (most recent call last):
-    ...
-    flora_fx.errors.ExportError: the export does not agree with PyTorch: x differs by 0.5 ...
-    """
-
-    def __init__(self, dtype: str) -> None:
-        self.tolerance = TOLERANCES[dtype]
-        self.max_abs = self.max_rel = 0.0
-
-    def add(self, what: str, found: Tensor, expected: Tensor) -> None:
-        """Compare two tensors.
-
-        Raises:
-            ExportError: they differ by more than the tolerance, in shape, or by a NaN.
-        """
-        if found.shape != expected.shape:
-            raise ExportError(f"the export returns {what} in shape {list(found.shape)}, not {list(expected.shape)}")
-        if not expected.numel():
-            return
-        difference = float((found.double() - expected.double()).abs().max())
-        scale = float(expected.double().abs().max())
-        relative = difference / scale if scale else difference
-        if not relative <= self.tolerance:  # also NaN
-            raise ExportError(
-                f"the export does not agree with PyTorch: {what} differs by {difference:.2g} where the largest value "
-                f"is {scale:.2g} (allowed: {self.tolerance:.0e} of it). Nothing was written; please report it with "
-                "the model's config"
-            )
-        self.max_abs, self.max_rel = max(self.max_abs, difference), max(self.max_rel, relative)

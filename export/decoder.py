@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 
+from .arguments import padding_mask, tokens
+from .cache import GrowingCache, SharedCache
+from .lora_source import read_lora
 from .manifest import Manifest
-from .sampling import Sampling
-from .session import Session, Value
+from .memory import SharedMemory
+from .options import GenerationOptions, Plan, plan
+from .sampling import seen_tokens
+from .session import Session
+from .swapping import LiveAdapter
 
 __all__ = ["Decoder", "Streamer"]
 
@@ -33,13 +40,22 @@ class Decoder:
     Attributes:
         manifest: what was exported.
         session: where it runs; ``session.provider`` names the execution provider.
+
+    Raises:
+        ExportError: a session with ``cuda_graph`` for a graph whose keys and values change their place.
     """
 
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self.session = session
         self.manifest = manifest
-        self._past = [name for name in manifest.inputs if name.startswith("past_key_values.")]
-        self._present = [name.replace("past_key_values.", "present.") for name in self._past]
+        if session.cuda_graph and manifest.target != "decoder":
+            raise ExportError(
+                f"cuda_graph needs an export whose target is 'decoder'; this one is {manifest.target!r}: its keys and "
+                "values change their place with every token"
+            )
+        self._adapter = LiveAdapter(session, manifest.live) if manifest.live else None
+        live = {} if self._adapter is None else self._adapter.places
+        self._memory = SharedMemory(session, manifest, live) if manifest.target == "decoder" else None
 
     def __repr__(self) -> str:
         return f"Decoder({self.manifest.architecture}, {self.manifest.dtype}, {self.session.provider})"
@@ -63,61 +79,52 @@ class Decoder:
             ExportError: ONNX Runtime fails.
         """
         ids, mask = self._checked(input_ids, attention_mask)
-        return self.step(ids, mask)[0]
+        return self.new_cache().score(ids, mask)
 
-    def step(self, ids: Tensor, mask: Tensor, past: Sequence[Value] | None = None) -> tuple[Tensor, list[Value]]:
-        """One run of the graph, unchecked: prefill without ``past``, decode with it.
+    def load_adapter(self, source: str | Path | nn.Module) -> None:
+        """Replace the LoRA by another one of the same base model, in place; on any error the old one stays.
+
+        It may have lower ranks than the exported one, and fewer layers. The next run uses it: a stream that is under
+        way goes on with it, on the keys and values that the old one left.
 
         Args:
-            ids: [batch, seq], int64.
-            mask: [batch, past + seq], int64.
-            past: what the last step returned; it stays on the session's device.
+            source: a directory that PEFT wrote (safetensors, no pickles), a Hub id, or a PEFT model, whose active
+                adapter is meant.
 
-        Returns:
-            logits [batch, seq, vocab], and keys and values for the next step.
+        Raises:
+            ExportError: the export was made without ``hot_swap``.
+            AdapterError: no LoRA, one that changes more than linear layers, is not whole, holds NaN or infinity, or has
+                layers, ranks or shapes that the exported one has not.
+            CheckpointNotFoundError: the directory or one of its files is missing.
+            TypeError: something else than a path or a PEFT model.
+
+        >>> decoder.load_adapter("path/to/another-lora")  # doctest: +SKIP
         """
-        if past is None:
-            past = [self.session.empty(name, {"batch": ids.shape[0], "past": 0}) for name in self._past]
-        inputs = {"input_ids": ids, "attention_mask": mask, **dict(zip(self._past, past, strict=True))}
-        limit = self.manifest.max_positions
-        try:
-            outputs = self.session.run(inputs, keep=self._present)
-        except ExportError as error:
-            if limit and mask.shape[1] > limit:  # learned positions end there; rotary ones would go on
-                raise ValueError(
-                    f"the prompt and the new tokens are {mask.shape[1]} together; this model has {limit} positions"
-                ) from error
-            raise
-        return outputs["logits"], [outputs[name] for name in self._present]
+        if self._adapter is None:
+            raise ExportError("the LoRA in this export cannot be replaced; export the model again with hot_swap=True")
+        self._adapter.write(read_lora(source))
+
+    def new_cache(self) -> GrowingCache | SharedCache:
+        """What runs one prompt and then its tokens, unchecked: see `GrowingCache`."""
+        if self._memory is not None:
+            return SharedCache(self._memory)
+        return GrowingCache(self.session, self.manifest)
 
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
         streamer: Streamer | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Tensor:
         """Continue prompts, as transformers' ``generate`` does.
 
         Args:
             input_ids: [batch, prompt], integers; shorter prompts are padded on the left.
             attention_mask: [batch, prompt]; 0 where padded. None for no padding.
-            max_new_tokens: at most so many are added.
-            do_sample, temperature, top_k, top_p: see `Sampling`; temperature 0 takes the likeliest token.
-            eos_token_id: token or tokens that end a row; None for the model's own, ``[]`` for none.
-            pad_token_id: what follows in rows that ended; None for the model's own, or else the first end token.
-            seed: for sampling; the same seed draws the same tokens.
-            generator: instead of ``seed``.
             streamer: gets the prompt, then each token, as it comes.
+            options: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...: see `GenerationOptions`.
 
         Returns:
             [batch, prompt + new], int64.
@@ -126,24 +133,12 @@ class Decoder:
             TypeError, ValueError: an argument that cannot be; padding on the right.
             ExportError: ONNX Runtime fails.
         """
-        tokens = self.stream(
-            input_ids,
-            attention_mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            seed=seed,
-            generator=generator,
-        )
+        stream = self.stream(input_ids, attention_mask, **options)
         prompt = input_ids.to("cpu", torch.int64)
         if streamer is not None:
             streamer.put(prompt)
         new = []
-        for token in tokens:
+        for token in stream:
             new.append(token)
             if streamer is not None:
                 streamer.put(token)
@@ -152,21 +147,12 @@ class Decoder:
         return torch.cat([prompt, torch.stack(new, 1)], 1)
 
     def stream(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_new_tokens: int = 20,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationOptions]
     ) -> Iterator[Tensor]:
         """As `generate`, one token of every row at a time. Arguments are checked at once, not at the first token.
+
+        A decoder of the target ``"decoder"`` has one memory for keys and values: as another prompt begins, the
+        streams before it end with a RuntimeError, if they are asked for more.
 
         Yields:
             [batch], int64.
@@ -178,73 +164,32 @@ class Decoder:
                 f"row {row} of attention_mask ends with 0: the prompt is padded on the right, and its continuation "
                 "would follow the padding. Pad on the left (tokenizer.padding_side = 'left')"
             )
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-            raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be a whole number")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-        if seed is not None:
-            if generator is not None:
-                raise ValueError("pass either seed or generator")
-            generator = torch.Generator().manual_seed(seed)
-        choose = Sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        ends = _token_ids("eos_token_id", self.manifest.eos_token_ids if eos_token_id is None else eos_token_id)
-        pad = self.manifest.pad_token_id if pad_token_id is None else _token_ids("pad_token_id", pad_token_id)[0]
-        if pad is None:
-            pad = ends[0] if ends else 0  # 0 is never used: without ends no row ends
-        return self._tokens(ids, mask, max_new_tokens, choose, torch.tensor(ends, dtype=torch.int64), pad)
+        return self._tokens(ids, mask, plan(options, self.manifest))
 
-    def _tokens(
-        self, ids: Tensor, mask: Tensor, count: int, choose: Sampling, ends: Tensor, pad: int
-    ) -> Iterator[Tensor]:
-        past: list[Value] | None = None
-        going = torch.ones(ids.shape[0], dtype=torch.bool)
-        for index in range(count):
-            logits, past = self.step(ids, mask, past)
-            token = torch.where(going, choose(logits[:, -1]), pad)
+    def _tokens(self, ids: Tensor, mask: Tensor, plan: Plan) -> Iterator[Tensor]:
+        cache = self.new_cache()
+        logits = cache.prefill(ids, mask, plan.count - 1)
+        vocab = logits.tensor.shape[-1]
+        seen = None if plan.choose.repetition_penalty == 1 else seen_tokens(ids, mask, vocab)
+        ended = [False] * len(ids)
+        for left in reversed(range(plan.count)):
+            token = plan.choose(logits, seen)
+            if any(ended):
+                token = token.masked_fill(torch.tensor(ended), plan.pad)
             yield token
-            going = going & ~torch.isin(token, ends)
-            if index + 1 == count or not bool(going.any()):
+            new = token.tolist()
+            ended = plan.stopping(new)
+            if left == 0 or all(ended):
                 return
-            ids = token[:, None]
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
+            if seen is not None:
+                seen.scatter_(1, token.clamp(0, vocab - 1)[:, None], True)  # what is clamped pads rows that ended
+            logits = cache.decode(new)
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both as int64 on the CPU, in the one shape [batch, seq]."""
-        ids = _integers("input_ids", input_ids)
-        if ids.dim() != 2:
-            raise ValueError(f"input_ids has shape {list(ids.shape)}; it must be [batch, prompt]")
-        if ids.numel() == 0:
-            raise ValueError(f"input_ids has shape {list(ids.shape)}; the prompt must hold at least one token")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or (self.manifest.vocab_size and high >= self.manifest.vocab_size):
-            raise ValueError(
-                f"input_ids holds {low if low < 0 else high}; the tokens of this model are 0 to "
-                f"{self.manifest.vocab_size - 1}"
-            )
-        if attention_mask is None:
-            return ids, torch.ones_like(ids)
-        mask = _integers("attention_mask", attention_mask)
-        if mask.shape != ids.shape:
-            raise ValueError(
-                f"attention_mask has shape {list(mask.shape)}; it must be that of input_ids, {list(ids.shape)}"
-            )
-        if not bool(((mask == 0) | (mask == 1)).all()):
-            raise ValueError("attention_mask holds other values than 0 and 1")
+        ids = tokens("input_ids", input_ids, self.manifest.vocab_size)
+        mask = padding_mask(attention_mask, ids)
+        if not bool(mask.any(1).all()):
+            row = int((~mask.any(1)).nonzero()[0])
+            raise ValueError(f"row {row} of attention_mask is all 0: there is no token in it")
         return ids, mask
-
-
-def _integers(name: str, value: Any) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor of integers")
-    if value.is_floating_point() or value.is_complex():
-        raise TypeError(f"{name} has dtype {value.dtype}; it must hold integers")
-    return value.detach().to("cpu", torch.int64)
-
-
-def _token_ids(name: str, value: Any) -> list[int]:
-    ids = [value] if isinstance(value, int) else list(value)
-    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise TypeError(
-            f"{name} is {value!r}; it must be a token id" + (" or a list of them" if name[0] == "e" else "")
-        )
-    return ids

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,26 @@ from torch import Tensor, nn
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse, report
+from flora_fx.fusion_report import combined
 
 from .checking import check
 from .directory import staged
+from .forms import forms_for
+from .genai import write_genai_config
+from .identity import identify
+from .live import check_swappable, make_live
 from .lowering import lower
-from .manifest import DATA, MANIFEST, MODEL, Manifest, versions, write_manifest
+from .manifest import ENCODER, MANIFEST, MODEL, Manifest, versions, write_manifest
+from .parts import join_heads, split_once
 from .result import ExportResult
-from .session import DEFAULT_PROVIDERS, usable_providers
-from .source import DTYPES, kind_of, private_copy, unwrap
-from .tracing import Traced, trace
+from .saving import save_graphs
+from .session import DEFAULT_PROVIDERS, provider_name, usable_providers
+from .source import DTYPES, Kind, kind_of, private_copy, unwrap
+from .token_rules import TokenRules
+from .traced import Target, Traced
+from .tracing import trace
 
-__all__ = ["ONNX_FORMS", "export_onnx"]
-
-ONNX_FORMS = FuseConfig(layout="beside", up="per_projection", accumulate="add", fold_scale=True)
-"""The fused forms for ONNX Runtime."""
+__all__ = ["export_onnx"]
 
 
 def export_onnx(
@@ -42,24 +48,32 @@ def export_onnx(
     providers: Sequence[Any] = DEFAULT_PROVIDERS,
     overwrite: bool = False,
     config: FuseConfig | None = None,
+    target: Target | None = None,
+    hot_swap: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Write a model with its adapters fused in as a directory for ONNX Runtime, and check it there.
 
     The directory holds ``model.onnx`` and ``model.onnx.data``, ``config.json``, ``generation_config.json``, the
-    tokenizer's files and ``flora_fx.json``. It appears when all is written and checked; on any error there is
-    nothing, or what was there before. The model is left as it is: mode, dtype, weights, config.
+    tokenizer's files and ``flora_fx.json``; of an encoder-decoder also ``encoder.onnx``, whose weights are in the same
+    data file. It appears when all is written and checked; on any error there is nothing, or what was there before. The
+    model is left as it is: mode, dtype, weights, config.
 
     Args:
-        model: a transformers causal LM or encoder, or a PEFT model around it with LoRA or FFBA adapters (the active
-            ones are exported, unmerged).
+        model: a transformers causal LM, encoder-decoder or encoder, or a PEFT model around it with LoRA or FFBA
+            adapters (the active ones are exported, unmerged).
         directory: to write; missing parents are made.
         example_inputs: by name, batch first; needed for encoders whose inputs cannot be guessed.
         tokenizer: a transformers tokenizer to save beside the model.
         dtype: float32, float16 or bfloat16, to cast to; None for the model's own.
         providers: ONNX Runtime execution providers for the check; those that this machine lacks are passed over.
         overwrite: replace an earlier export.
-        config: the fused forms; None for `ONNX_FORMS`.
+        config: the fused forms; None for those that were measured to be the fastest, see `forms_for`.
+        target: of a causal LM. ``"decoder"``: attention is ``com.microsoft::GroupQueryAttention``, and the directory is
+            a model directory of onnxruntime-genai. ``"general"``: plain ONNX operators. None: the first where the
+            model's attention is such, the second where it is not; `ExportResult.notes` says why.
+        hot_swap: let `Decoder.load_adapter` replace the LoRA in the exported graph (target ``"decoder"``). This
+            costs about 2% of prefill and decode on a CPU.
         progress: called with the name of each stage as it begins.
 
     Returns:
@@ -69,12 +83,19 @@ def export_onnx(
         ExportError: the model is of another kind, cannot be captured or translated, does not agree with PyTorch on
             ONNX Runtime, or the directory must not be written.
         TypeError: ``model`` is no module, ``dtype`` no dtype, ``config`` no `FuseConfig`.
-        AdapterError: an adapter weight holds NaN or infinity.
+        ValueError: an unknown target.
+        AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
+            linear layers.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
 
     The graph of a causal LM is prefill and decode in one, with onnxruntime-genai's names: ``input_ids`` [batch, seq],
-    ``attention_mask`` [batch, past + seq], ``past_key_values.N.key`` and ``.value`` [batch, kv_heads, past, head_dim]
-    in; ``logits`` [batch, seq, vocab], ``present.N.key`` and ``.value`` out. Positions are counted from the mask.
+    ``attention_mask`` [batch, total], ``past_key_values.N.key`` and ``.value`` [batch, kv_heads, past, head_dim] in;
+    ``logits`` [batch, seq, vocab], ``present.N.key`` and ``.value`` out. Positions are counted from the mask. Of target
+    ``"decoder"`` prompts are padded on the right, and past and present may be one buffer; docs/deploying.md.
+
+    That of an encoder-decoder is its decoder, likewise: ``input_ids`` [batch, target], ``encoder_attention_mask``
+    [batch, seq], ``cross_key_values.N.key`` and ``.value`` [batch, heads, seq, head_dim], ``past_key_values`` in. The
+    cross keys and values are what ``encoder.onnx`` makes of ``input_ids`` and ``attention_mask`` [batch, seq].
 
     >>> print(export_onnx(peft_model, "out", tokenizer=tokenizer))  # doctest: +SKIP
     exported to /home/me/out: 210 adapters fused, 0 declined
@@ -88,9 +109,13 @@ def export_onnx(
         raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
-    usable_providers(providers)  # before the work, not after
+    if target not in (None, *get_args(Target)):
+        raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
+    provider = provider_name(usable_providers(providers)[0])  # before the work, not after
     core = unwrap(model)
     kind = kind_of(core)
+    if hot_swap:
+        check_swappable(core)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -101,30 +126,49 @@ def export_onnx(
         yield
         seconds[name] = time.perf_counter() - start
 
-    target = Path(directory).absolute()
-    with staged(target, overwrite=overwrite, marker=MANIFEST) as place:
+    destination = Path(directory).absolute()
+    with staged(destination, overwrite=overwrite, marker=MANIFEST) as place:
         with stage("capture"):
             reference = private_copy(core, dtype)
-            traced = trace(reference, kind, example_inputs)
+            traced = trace(reference, kind, example_inputs, target=target, provider=provider)
+            if hot_swap and traced.target != "decoder":
+                raise ExportError(f"hot_swap is for target 'decoder'; {'; '.join(traced.notes) or kind}")
+            forms = config or forms_for(traced.target, hot_swap=hot_swap)
         with stage("fuse"):
-            fused = fuse(traced.program, config=config or ONNX_FORMS)
-            fusion = report(fused)
+            programs = {MODEL: traced} if traced.encoder is None else {ENCODER: traced.encoder, MODEL: traced}
+            fused = {name: fuse(part.program, config=forms) for name, part in programs.items()}
+            fusion = combined([report(part) for part in fused.values()])
+            if traced.target == "decoder":
+                split_once(fused[MODEL])
+                join_heads(fused[MODEL])
         with stage("translate"):
-            graph = lower(fused, traced)
+            graphs = {name: lower(fused[name], part) for name, part in programs.items()}
+            live = make_live(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
-            require("onnx_ir", "onnx").save(graph, place / MODEL, external_data=DATA)
-            manifest = _manifest(core, reference, traced, kind)
-            del graph, fused, traced  # they hold the packs: a second copy of the weights, not needed for the check
+            save_graphs(graphs, place)
+            manifest = replace(_manifest(core, reference, traced, kind), identity=identify(model, core), live=live)
+            if traced.target == "decoder":
+                write_genai_config(place, reference, traced, provider)
+            # They hold the packs: a second copy of the weights, not needed for the check.
+            del graphs, fused, programs, traced
             _write_companions(core, reference, place, tokenizer)
         with stage("check"):
             checked = check(place, manifest, reference, providers)
             manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked))
         with stage("seal"):
             files = write_manifest(place, manifest)
-    return ExportResult(target, fusion, **asdict(checked), files=files, seconds=seconds)
+    return ExportResult(
+        destination,
+        fusion,
+        **asdict(checked),
+        target=manifest.target,
+        notes=tuple(manifest.notes),
+        files=files,
+        seconds=seconds,
+    )
 
 
-def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Any) -> Manifest:
+def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind) -> Manifest:
     config: Any = core.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     generation = getattr(core, "generation_config", None)
@@ -138,19 +182,27 @@ def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Any) 
         return getattr(text, name, None) if found is None else found
 
     ends = token("eos_token_id")
+    start = token("decoder_start_token_id")
+    start = token("bos_token_id") if start is None else start  # as transformers' generate has it
+    # Whisper's decoder has its own.
+    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     return Manifest(
         kind=kind,
         architecture=type(core).__name__,
         dtype=names[weights],
         inputs=list(traced.inputs),
         outputs=list(traced.outputs),
+        target=traced.target,
+        notes=list(traced.notes),
         layers=traced.layers,
         kv_heads=traced.kv_heads,
         head_dim=traced.head_dim,
         vocab_size=getattr(text, "vocab_size", None) or 0,
-        max_positions=getattr(text, "max_position_embeddings", None) or 0,
+        max_positions=positions or 0,
         eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         pad_token_id=token("pad_token_id"),
+        decoder_start_token_id=start if kind == "seq2seq-lm" else None,
+        token_rules=TokenRules.of(generation) if kind == "seq2seq-lm" else TokenRules(),
         versions=versions(),
     )
 

@@ -10,7 +10,8 @@ from flora_fx.errors import ExportError
 
 from .decoder import Decoder
 from .encoder import Encoder
-from .manifest import MODEL, read_manifest
+from .manifest import ENCODER, MODEL, read_manifest
+from .seq2seq_decoder import Seq2Seq
 from .session import Session, usable_providers
 
 __all__ = ["load"]
@@ -22,7 +23,8 @@ def load(
     providers: Sequence[Any] | None = None,
     session_options: Any = None,
     verify: bool = True,
-) -> Decoder | Encoder:
+    cuda_graph: bool = False,
+) -> Decoder | Seq2Seq | Encoder:
     """Open what `export_onnx` wrote.
 
     Args:
@@ -31,13 +33,14 @@ def load(
             can be used, and the CPU.
         session_options: ``onnxruntime.SessionOptions``, for instance with a number of threads.
         verify: compare the SHA-256 of every file; sizes are compared in any case.
+        cuda_graph: capture the decode step as a CUDA graph and replay it (target ``"decoder"`` on CUDA).
 
     Returns:
-        A `Decoder` for a causal LM, an `Encoder` for an encoder.
+        A `Decoder` for a causal LM, a `Seq2Seq` for an encoder-decoder, an `Encoder` for an encoder.
 
     Raises:
         ExportError: the directory is missing, half written or changed, or ONNX Runtime cannot load it
-            here (bfloat16 needs a GPU).
+            here (bfloat16 needs a GPU), or ``cuda_graph`` where there is none.
         MissingExtraError: onnx or onnxruntime is not installed.
 
     >>> load("no-such-directory")
@@ -52,5 +55,8 @@ def load(
             f"{place} is in bfloat16, which ONNX Runtime does not compute on a CPU; use a GPU, or export the model "
             "again with dtype=torch.float32"
         )
-    session = Session(place / MODEL, providers=providers, session_options=session_options)
+    session = Session(place / MODEL, providers=providers, session_options=session_options, cuda_graph=cuda_graph)
+    if manifest.kind == "seq2seq-lm":
+        encoder = Session(place / ENCODER, providers=providers, session_options=session_options)
+        return Seq2Seq(encoder, session, manifest)
     return Decoder(session, manifest) if manifest.kind == "causal-lm" else Encoder(session, manifest)

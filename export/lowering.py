@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from flora_fx.errors import ExportError, require
 
+from .decoder_lowering import as_onnx_nodes, fuse_norms
 from .tracing import PREFIX, Traced
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
     exporters = require("transformers.exporters.exporter_onnx", "hf")
     patches = require("transformers.exporters.utils", "hf")
     with patches.apply_patches("onnx"), _quiet():
+        program = as_onnx_nodes(program)
         patches.apply_fx_node_fixes("onnx", program.graph_module)
         try:
             translated = torch.onnx.export(
@@ -59,6 +61,8 @@ def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
         _name_weights(model)
         _transpose_weights(model)
         _optimize(model)
+        if any(node.domain == "com.microsoft" for node in model.graph):  # not for any runtime as it is
+            fuse_norms(model)
         _name_axes(model, traced)
         onnx_ir.passes.common.ClearMetadataAndDocStringPass()(model)  # stack traces, with the user's paths
     model.producer_name = "flora_fx"

@@ -8,16 +8,20 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal, get_args
 
 from flora_fx.errors import ExportError, require
 
+from .identity import Identity
+from .live import LiveWeight
 from .source import Kind
+from .token_rules import TokenRules
 
-__all__ = ["DATA", "MANIFEST", "MODEL", "Manifest", "read_manifest", "versions", "write_manifest"]
+__all__ = ["DATA", "ENCODER", "MANIFEST", "MODEL", "Manifest", "read_manifest", "versions", "write_manifest"]
 
 MANIFEST = "flora_fx.json"
 MODEL = "model.onnx"
+ENCODER = "encoder.onnx"
 DATA = "model.onnx.data"
 _FORMAT = 1
 _AGAIN = "export the model again"
@@ -28,13 +32,20 @@ class Manifest:
     """The content of ``flora_fx.json``.
 
     Attributes:
-        kind: ``"causal-lm"`` or ``"encoder"``.
+        kind: ``"causal-lm"``, ``"seq2seq-lm"`` or ``"encoder"``.
+        target: of a causal LM. ``"general"``: keys and values grow from run to run, prompts are padded on the left.
+            ``"decoder"``: they may stay in one buffer, as GroupQueryAttention has it; prompts are padded on the right.
         architecture: the transformers class that was exported.
         dtype: of the weights, as torch names it.
-        inputs, outputs: names, in the graph's order.
+        inputs, outputs: names, in the graph's order; of an encoder-decoder, those of the decoder's graph.
         layers, kv_heads, head_dim: of the keys and values; 0 for encoders.
         vocab_size, max_positions: 0 where the model has none.
         eos_token_ids, pad_token_id: what `generate` stops at and fills up with.
+        decoder_start_token_id: what an encoder-decoder's `generate` starts with.
+        token_rules: what its generation config forces or forbids, see `TokenRules`.
+        notes: what a reader should know, such as why the target is not the one that is usual.
+        live: the weights of the adapter, where another one may replace it (``hot_swap``).
+        identity: base and adapters.
         versions: of the packages that made the directory.
         fusion: `FusionReport.to_dict` of the fused graph.
         check: what the export's check on ONNX Runtime found.
@@ -47,6 +58,7 @@ class Manifest:
     dtype: str
     inputs: list[str]
     outputs: list[str]
+    target: Literal["general", "decoder"] = "general"
     layers: int = 0
     kv_heads: int = 0
     head_dim: int = 0
@@ -54,11 +66,21 @@ class Manifest:
     max_positions: int = 0
     eos_token_ids: list[int] = field(default_factory=list)
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
+    token_rules: TokenRules = field(default_factory=TokenRules)
+    notes: list[str] = field(default_factory=list)
+    live: tuple[LiveWeight, ...] = ()
+    identity: Identity = field(default_factory=Identity)
     versions: dict[str, str] = field(default_factory=dict)
     fusion: dict[str, Any] = field(default_factory=dict)
     check: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = _FORMAT
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The ONNX files, in the order in which they run."""
+        return (ENCODER, MODEL) if self.kind == "seq2seq-lm" else (MODEL,)
 
 
 def versions() -> dict[str, str]:
@@ -104,18 +126,19 @@ def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
     if not path.is_file():
         raise ExportError(f"{directory} has no {MANIFEST}, so it is not an export or not a whole one; {_AGAIN}")
     manifest = _parse(path)
-    for name in (MODEL, *manifest.files):
+    for name in (*manifest.graphs, *manifest.files):
         if not _stays_inside(name):
             raise ExportError(f"{path} lists {name!r}, which is outside the directory; do not trust it, {_AGAIN}")
         if name not in manifest.files:
             raise ExportError(f"{path} does not list {name}; {_AGAIN}")
         _check_file(directory / name, manifest.files[name], verify=verify)
-    for location in _external_locations(directory / MODEL):
-        if not _stays_inside(location) or location not in manifest.files:
-            raise ExportError(
-                f"{directory / MODEL} reads its weights from {location!r}, which is not a file of this export; "
-                f"do not trust it, {_AGAIN}"
-            )
+    for graph in manifest.graphs:
+        for location in _external_locations(directory / graph):
+            if not _stays_inside(location) or location not in manifest.files:
+                raise ExportError(
+                    f"{directory / graph} reads its weights from {location!r}, which is not a file of this export; "
+                    f"do not trust it, {_AGAIN}"
+                )
     return manifest
 
 
@@ -127,8 +150,11 @@ def _parse(path: Path) -> Manifest:
                 f"{path} has format {content['format']}, this flora_fx reads {_FORMAT}; {_AGAIN} with this version"
             )
         known = {f.name for f in fields(Manifest)}
+        content["token_rules"] = TokenRules(**content.get("token_rules", {}))
+        content["identity"] = Identity.from_dict(content.get("identity", {}))
+        content["live"] = tuple(map(LiveWeight.from_dict, content.get("live", ())))
         manifest = Manifest(**{key: value for key, value in content.items() if key in known})
-        if manifest.kind not in ("causal-lm", "encoder") or not isinstance(manifest.files, dict):
+        if manifest.kind not in get_args(Kind) or not isinstance(manifest.files, dict):
             raise ValueError("kind or files")
     except (ValueError, KeyError, TypeError) as error:  # ValueError: also JSON and UTF-8
         raise ExportError(f"{path} cannot be read ({error}); it is cut off or changed: {_AGAIN}") from error

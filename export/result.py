@@ -24,6 +24,8 @@ class ExportResult:
         greedy_tokens_equal: whether greedy generation took the same tokens; None for encoders. False only where
             PyTorch's own logits of the two tokens were as close as the tolerance.
         checked_on: the execution provider of the check.
+        target: how the graph attends, see `export_onnx`.
+        notes: what a reader should know, such as why the target is not the one that is usual.
         files: sizes in bytes, by name.
         seconds: time per stage.
     """
@@ -34,6 +36,8 @@ class ExportResult:
     max_rel_error: float
     greedy_tokens_equal: bool | None
     checked_on: str
+    target: str
+    notes: tuple[str, ...]
     files: Mapping[str, int]
     seconds: Mapping[str, float]
 
@@ -47,6 +51,7 @@ class ExportResult:
             f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}",
             f"seconds: {stages}",
         ]
+        lines[1:1] = [f"  {note}" for note in self.notes]
         reasons = Counter(decline.reason.value for decline in self.report.declines)
         lines[1:1] = [f"  declined ×{count}: {reason}" for reason, count in reasons.items()]
         width = max(map(len, self.files), default=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from flora_fx.errors import ExportError, require
 
-__all__ = ["DEFAULT_PROVIDERS", "Session", "Value", "usable_providers"]
+from .buffer import Buffer, reachable
+
+__all__ = ["DEFAULT_PROVIDERS", "Binding", "Session", "Value", "provider_name", "usable_providers"]
 
 DEFAULT_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
@@ -50,17 +52,25 @@ def usable_providers(wanted: Sequence[Any] | None = None) -> list[Any]:
         (provider, {"use_tf32": "0"}) if provider == "CUDAExecutionProvider" else provider
         for provider in (DEFAULT_PROVIDERS if wanted is None else wanted)
     ]
-    usable = [provider for provider in named if _name(provider) in available]
+    usable = [provider for provider in named if provider_name(provider) in available]
     if not usable:
         raise ExportError(
-            f"none of the providers {', '.join(_name(p) for p in named) or '(none given)'} can be used here; "
+            f"none of the providers {', '.join(provider_name(p) for p in named) or '(none given)'} can be used here; "
             f"this machine has {', '.join(sorted(available))}"
         )
     return usable
 
 
-def _name(provider: Any) -> str:
+def provider_name(provider: Any) -> str:
+    """The name in a name, or in a (name, options) pair."""
     return provider if isinstance(provider, str) else str(provider[0])
+
+
+def _with_cuda_graph(provider: Any) -> Any:
+    if provider_name(provider) != "CUDAExecutionProvider":
+        return provider
+    options = {} if isinstance(provider, str) else provider[1]
+    return provider_name(provider), {**options, "enable_cuda_graph": "1"}
 
 
 def _has_cuda_driver() -> bool:
@@ -78,16 +88,35 @@ class Session:
         path: of the ``.onnx`` file.
         providers: as for `usable_providers`.
         session_options: ``onnxruntime.SessionOptions``; None for quiet defaults.
+        cuda_graph: let a `Binding` capture its run as a CUDA graph, and replay it.
+
+    Attributes:
+        path: of the graph.
+        provider: the first execution provider; ``device``, ``"cpu"`` or ``"cuda"``, is where it computes.
+        inputs: their shapes, with names for dynamic axes, and dtypes.
+        outputs: their names.
+        signature: shapes and dtypes of both, and of the initializers that may be overridden.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph, or lacks kernels for its dtype.
+        ExportError: ONNX Runtime cannot load the graph, or lacks kernels for its dtype; ``cuda_graph`` without CUDA.
     """
 
-    def __init__(self, path: Path, *, providers: Sequence[Any] | None = None, session_options: Any = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        providers: Sequence[Any] | None = None,
+        session_options: Any = None,
+        cuda_graph: bool = False,
+    ) -> None:
         ort = require("onnxruntime", "onnx")
         self._ort = ort
         chosen = usable_providers(providers)
-        if any(_name(provider) == "CUDAExecutionProvider" for provider in chosen) and hasattr(ort, "preload_dlls"):
+        if cuda_graph:
+            chosen = [_with_cuda_graph(provider) for provider in chosen]
+        if any(provider_name(provider) == "CUDAExecutionProvider" for provider in chosen) and hasattr(
+            ort, "preload_dlls"
+        ):
             ort.preload_dlls()  # CUDA's libraries from pip packages
         if session_options is None:
             session_options = ort.SessionOptions()
@@ -96,13 +125,20 @@ class Session:
             self._session = ort.InferenceSession(str(path), sess_options=session_options, providers=chosen)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
             raise ExportError(f"ONNX Runtime cannot load {path}: {_one_line(error)}") from error
+        self.path = path
         self.provider: str = self._session.get_providers()[0]
         self.device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
-        self.inputs: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
-            value.name: (tuple(value.shape), _ELEMENT_TYPES[value.type][1]) for value in self._session.get_inputs()
+        self.cuda_graph = cuda_graph
+        if cuda_graph and self.device != "cuda":
+            raise ExportError(f"cuda_graph needs the CUDAExecutionProvider; {path} runs on {self.provider}")
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        values = (*inputs, *self._session.get_overridable_initializers(), *outputs)
+        self.signature: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {
+            value.name: (tuple(value.shape), _ELEMENT_TYPES[value.type][1]) for value in values
         }
-        self._element = {value.name: _ELEMENT_TYPES[value.type][0] for value in self._session.get_inputs()}
-        self.outputs: list[str] = [value.name for value in self._session.get_outputs()]
+        self.inputs = {value.name: self.signature[value.name] for value in inputs}
+        self.outputs: list[str] = [value.name for value in outputs]
+        self._element = {value.name: _ELEMENT_TYPES[value.type][0] for value in values}
 
     def empty(self, name: str, sizes: dict[str, int]) -> Value:
         """An uninitialised tensor in the shape of an input, on the session's device.
@@ -131,12 +167,31 @@ class Session:
         for name in self.outputs:
             binding.bind_output(name, self.device if name in kept else "cpu")
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, self._run_options(None))
         except Exception as error:
             shapes = {name: list(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
             raise ExportError(f"ONNX Runtime failed on inputs {shapes}: {_one_line(error)}") from error
         values = zip(self.outputs, binding.get_outputs(), strict=True)
         return {name: value if name in kept else _tensor(value) for name, value in values}
+
+    def bind(self, places: Mapping[str, tuple[Buffer, Sequence[int]]], *, graph: int | None = None) -> Binding:
+        """Bind inputs and outputs to buffers, for as many runs as wanted.
+
+        Args:
+            places: by name, a buffer and the shape of what is at its beginning. An output may have the place of an
+                input, where the graph allows it.
+            graph: with ``cuda_graph``, a number above 0: the first run of this binding is captured under it, later
+                ones replay it. None to run the graph node by node.
+        """
+        return Binding(self, places, graph)
+
+    def _run_options(self, graph: int | None) -> Any:
+        if not self.cuda_graph:
+            return None
+        options = self._ort.RunOptions()
+        # -1: neither captured nor replayed; 0 is ONNX Runtime's own.
+        options.add_run_config_entry("gpu_graph_id", "-1" if graph is None else str(graph))
+        return options
 
     def _value(self, name: str, tensor: Tensor) -> Value:
         tensor = tensor.detach().to("cpu").contiguous()
@@ -144,6 +199,53 @@ class Session:
         if tensor.dtype == torch.bfloat16:  # numpy has none
             return make.ortvalue_from_numpy_with_onnx_type(tensor.view(torch.uint16).numpy(), self._element[name])
         return make.ortvalue_from_numpy(tensor.numpy())
+
+
+class Binding:
+    """Inputs and outputs that are bound once, for many runs. `Session.bind` makes one."""
+
+    def __init__(self, session: Session, places: Mapping[str, tuple[Buffer, Sequence[int]]], graph: int | None) -> None:
+        self._owner = session
+        self._session = session._session
+        self._options = session._run_options(graph)
+        self._binding = self._session.io_binding()
+        for name, (buffer, shape) in places.items():
+            bind = self._binding.bind_output if name in session.outputs else self._binding.bind_input
+            bind(name, session.device, 0, session._element[name], shape, buffer.address)
+        self._buffers = [buffer for buffer, _ in places.values()]  # they must outlive the binding
+
+    def run(self) -> None:
+        """Run the graph on what the buffers hold.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise ExportError(f"ONNX Runtime failed: {_one_line(error)}") from error
+
+    def run_with(self, inputs: Mapping[str, Tensor], output: str) -> Tensor:
+        """Run the graph on further inputs, of any length.
+
+        Args:
+            inputs: those that have no place in a buffer.
+            output: the one that has none.
+
+        Returns:
+            the output, on the session's device where torch can reach it, else on the CPU.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        for name, tensor in inputs.items():
+            self._binding.bind_ortvalue_input(name, self._owner._value(name, tensor))
+        device = self._owner.device if reachable(self._owner.device) else "cpu"
+        self._binding.bind_output(output, device)
+        self.run()
+        value = self._binding.get_outputs()[-1]  # bound last, the first time
+        self._binding.bind_output(output, device)  # or the binding would keep it until the next run
+        return torch.utils.dlpack.from_dlpack(value._get_c_value())
 
 
 def _tensor(value: Value) -> Tensor:

@@ -14,14 +14,15 @@ from flora_fx.errors import ExportError, require
 
 __all__ = ["DTYPES", "Kind", "kind_of", "private_copy", "unwrap"]
 
-Kind = Literal["causal-lm", "encoder"]
+Kind = Literal["causal-lm", "seq2seq-lm", "encoder"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """The dtypes that ONNX Runtime computes in, by the names that manifests use."""
 
 _SUPPORTED = (
-    "export_onnx takes a transformers causal language model (Llama, Qwen, GPT-2, OPT, ...) "
-    "or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA or FFBA adapters"
+    "export_onnx takes a transformers causal language model (Llama, Qwen, GPT-2, OPT, ...), an encoder-decoder "
+    "(T5, BART, Marian, Whisper, ...) or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA or FFBA "
+    "adapters"
 )
 
 
@@ -45,21 +46,29 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """Whether a transformers model generates tokens or encodes.
+    """Whether a transformers model generates tokens, from what, or encodes.
 
     Raises:
-        ExportError: an encoder-decoder, a recurrent model, or one that is not a text decoder but generates.
+        ExportError: a recurrent model, an encoder-decoder without a head for tokens, or one that generates something
+            else than text.
     """
     config: Any = model.config
     name = type(model).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(f"{name} is an encoder-decoder; {_SUPPORTED}")
     if getattr(model, "_is_stateful", False):
         raise ExportError(f"{name} keeps a recurrent state instead of keys and values; {_SUPPORTED}")
-    if not model.can_generate():  # type: ignore[operator]
+    generates = model.can_generate()  # type: ignore[operator]
+    names = require("transformers.models.auto.modeling_auto", "hf")
+    if getattr(config, "is_encoder_decoder", False):
+        known = {
+            *names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+            *names.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
+        }
+        if not generates or name not in known:
+            raise ExportError(f"{name} is an encoder-decoder that generates no text; {_SUPPORTED}")
+        return "seq2seq-lm"
+    if not generates:
         return "encoder"
-    causal = require("transformers.models.auto.modeling_auto", "hf").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if name not in causal.values():
+    if name not in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         raise ExportError(f"{name} is no causal language model; {_SUPPORTED}")
     return "causal-lm"
 

@@ -3,65 +3,63 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 
-from flora_fx.errors import ExportError, require
+from flora_fx.errors import ExportError
 
 from .attention import use_grouped_attention
+from .decoder_tracing import Unsuited, trace_decoder
+from .seq2seq import trace_seq2seq
 from .source import Kind, private_copy
+from .traced import PREFIX, Target, Traced, capture, text_config
 
 __all__ = ["PREFIX", "Traced", "trace"]
 
-PREFIX = "model."
-"""Where the wrappers below hold the model; cut off the names of the weights again."""
 
-
-@dataclass(frozen=True)
-class Traced:
-    """A captured model.
-
-    Attributes:
-        program: its graph.
-        inputs, outputs: their names, in order.
-        axes: names of the dynamic dimensions, by input.
-        layers: how many layers have keys and values; 0 for encoders.
-        kv_heads, head_dim: of the first layer's keys; 0 for encoders.
-    """
-
-    program: ExportedProgram
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    axes: Mapping[str, Mapping[int, str]]
-    layers: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-
-
-def trace(model: nn.Module, kind: Kind, example_inputs: Mapping[str, Tensor] | None = None) -> Traced:
+def trace(
+    model: nn.Module,
+    kind: Kind,
+    example_inputs: Mapping[str, Tensor] | None = None,
+    target: Target | None = None,
+    provider: str = "CPUExecutionProvider",
+) -> Traced:
     """Capture a model; it is left as it was.
 
     Args:
         model: a transformers model.
         kind: of the model.
-        example_inputs: by name, batch first, for an encoder whose inputs cannot be guessed. For a causal LM,
-            ``input_ids`` [batch, seq] that the trace may use.
+        example_inputs: by name, batch first, for an encoder whose inputs cannot be guessed. For a language
+            model, ``input_ids`` [batch, seq] that the trace may use.
+        target: for a causal LM; None for ``"decoder"`` where the model's attention is such, else ``"general"``.
+        provider: the execution provider that it is for.
 
     Raises:
-        ExportError: the model's inputs cannot be guessed, or the trace fails.
+        ExportError: the model's inputs cannot be guessed, the trace fails, or the model is not for the target.
     """
+    if target == "decoder" and kind != "causal-lm":
+        raise ExportError(f"{type(model).__name__} is no causal LM, so it is not for target 'decoder'; leave that out")
+    notes: tuple[str, ...] = ()
+    if kind == "causal-lm" and target != "general":
+        try:
+            return trace_decoder(model, provider)
+        except Unsuited as reason:
+            if target is not None:
+                raise ExportError(
+                    f"{type(model).__name__} is not for target {target!r}: {reason}. Without target= it is exported "
+                    "by the general route"
+                ) from reason
+            notes = (f"exported by the general route: {reason}",)
     twin = private_copy(model)
     use_grouped_attention(twin)
-    tracer = _trace_causal_lm if kind == "causal-lm" else _trace_encoder
+    tracers = {"causal-lm": _trace_causal_lm, "encoder": _trace_encoder, "seq2seq-lm": trace_seq2seq}
     try:
-        return tracer(twin, dict(example_inputs or {}))
+        return replace(tracers[kind](twin, dict(example_inputs or {})), notes=notes)
     except ExportError:
         raise
     except Exception as error:  # torch.export raises errors of many kinds
@@ -107,7 +105,7 @@ def _trace_causal_lm(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     ids = examples.get("input_ids")
     if ids is None or min(ids.shape) < 2:
         # Sizes 0 and 1 are special to torch.export; sizes that differ keep the dimensions apart.
-        ids = torch.arange(2 * 3, device=device).reshape(2, 3) % _config(model).vocab_size
+        ids = torch.arange(2 * 3, device=device).reshape(2, 3) % text_config(model).vocab_size
     batch, length = ids.shape
     past_length = length + 2
     wrapper = _CausalLM(model)
@@ -120,7 +118,7 @@ def _trace_causal_lm(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     rows, seq, old = Dim("batch"), Dim("sequence"), Dim("past")
     # AUTO: it is past + sequence, which torch.export finds, or a dimension of its own.
     shapes = ({0: rows, 1: seq}, {0: rows, 1: Dim.AUTO}, tuple({0: rows, 2: old} for _ in past))
-    program = _export(wrapper, (ids, mask, past), shapes)
+    program = capture(wrapper, (ids, mask, past), shapes)
     layers = len(past) // 2
     names = [f"{i}.{which}" for i in range(layers) for which in ("key", "value")]
     kv_axes = {0: "batch", 2: "past"}
@@ -178,7 +176,7 @@ def _trace_encoder(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     # Two-dimensional inputs are [batch, sequence]; an image's sides stay what its patches are made for. DYNAMIC: BERT
     # has an upper limit, which a named dimension would have to know.
     shapes = tuple({0: rows, 1: Dim.DYNAMIC} if value.dim() == 2 else {0: rows} for value in values)
-    program = _export(wrapper, values, (shapes,))
+    program = capture(wrapper, values, (shapes,))
     lengths = {value.shape[1] for value in values if value.dim() == 2}
     axes = {name: {0: "batch", 1: "sequence"} if v.dim() == 2 else {0: "batch"} for name, v in examples.items()}
     for name, value in outputs.items():
@@ -189,7 +187,7 @@ def _trace_encoder(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
 
 def _guess_inputs(model: nn.Module) -> dict[str, Tensor]:
     """Example inputs by the model's main input; batch 2, so that it is not taken for a constant."""
-    config = _config(model)
+    config = text_config(model)
     device = next(model.parameters()).device
     main = model.main_input_name
     parameters = inspect.signature(model.forward).parameters
@@ -208,37 +206,3 @@ def _guess_inputs(model: nn.Module) -> dict[str, Tensor]:
         f"{type(model).__name__} reads {main!r}, of which no example can be made up; "
         "pass example_inputs={name: tensor with the batch in front}"
     )
-
-
-# --- both -------------------------------------------------------------------------------------------------
-
-
-def _config(model: nn.Module) -> Any:
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _export(wrapper: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    with torch.no_grad(), _exportable(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations between torch and transformers, nothing for users
-        # Deferred: guards such as "length · min(12, 24 · length) is 12 · length" (from strides) are true, but not
-        # provable. A false one would be found by the check of the export, which runs other sizes.
-        return torch.export.export(
-            wrapper,
-            args,
-            strict=False,
-            dynamic_shapes=shapes,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-
-
-@contextmanager
-def _exportable() -> Iterator[None]:
-    """transformers' own replacements for what cannot be exported, for the time of a trace.
-
-    Read in transformers 5.23: `transformers.exporters` registers them as it is imported.
-    """
-    require("transformers.exporters.exporter_onnx", "hf")
-    patches = require("transformers.exporters.utils", "hf")
-    with patches.apply_patches("onnx"), patches.apply_patches("dynamo"):
-        yield

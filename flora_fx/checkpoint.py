@@ -22,9 +22,9 @@ from flora_fx.errors import AdapterError, FloraError, require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["CheckpointNotFoundError", "Task", "load_model", "load_tokenizer"]
+__all__ = ["CheckpointNotFoundError", "Task", "load_model", "load_tokenizer", "read_adapter"]
 
-Task = Literal["auto", "causal-lm", "encoder"]
+Task = Literal["auto", "causal-lm", "seq2seq-lm", "encoder"]
 
 _MODEL_FILE = "model.safetensors"
 _MODEL_INDEX = "model.safetensors.index.json"
@@ -68,8 +68,8 @@ def load_model(
         adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id; None
             for the base alone.
         dtype: of the weights; None keeps the checkpoint's own.
-        task: ``"causal-lm"`` loads with the language-model head, ``"encoder"`` without; ``"auto"`` reads the
-            architecture from the config.
+        task: ``"causal-lm"`` and ``"seq2seq-lm"`` (an encoder-decoder) load with the language-model head,
+            ``"encoder"`` without; ``"auto"`` reads the architecture from the config.
 
     Returns:
         A ``PreTrainedModel``, or with an adapter a ``PeftModel`` around it.
@@ -92,7 +92,7 @@ def load_model(
     adapter_directory = None if adapter is None else _resolve(adapter)
     tensors = {} if adapter_directory is None else _check_adapter_files(adapter_directory)
 
-    base = _load_base(base_directory, dtype=dtype, causal=_is_causal(config) if task == "auto" else task == "causal-lm")
+    base = _load_base(base_directory, _auto_class(config, task), dtype=dtype)
     loaded = base if adapter_directory is None else _load_adapter(base, adapter_directory, tensors)
     return loaded.eval()
 
@@ -189,6 +189,26 @@ def _weight_files(directory: Path) -> list[Path]:
 
 def _check_adapter_files(directory: Path) -> dict[str, Tensor]:
     """The adapter's tensors, by PEFT's key, after every check that does not need the model."""
+    _, tensors = read_adapter(directory)
+    path = directory / _ADAPTER_FILE
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise AdapterError(f"{path}: {key} holds NaN or Inf; its training diverged: take an earlier checkpoint")
+    return tensors
+
+
+def read_adapter(adapter: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a PEFT adapter (LoRA or FFBA), as they are on disk; the numbers are not looked at.
+
+    Args:
+        adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id.
+
+    Raises:
+        CheckpointNotFoundError: the directory or one of its files is missing.
+        AdapterError: files that cannot be read (truncated, pickles only), or an adapter of another kind.
+        MissingExtraError: safetensors is not installed.
+    """
+    directory = _resolve(adapter)
     if not (directory / _ADAPTER_CONFIG).is_file():
         hint = (
             "this is a model; pass it as the model"
@@ -196,7 +216,8 @@ def _check_adapter_files(directory: Path) -> dict[str, Tensor]:
             else "pass a directory written by PeftModel.save_pretrained()"
         )
         raise CheckpointNotFoundError(f"{directory} has no {_ADAPTER_CONFIG}; {hint}")
-    peft_type = _read_json(directory / _ADAPTER_CONFIG).get("peft_type")
+    settings = _read_json(directory / _ADAPTER_CONFIG)
+    peft_type = settings.get("peft_type")
     if peft_type not in _PREFIXES:
         raise AdapterError(
             f"{directory} has peft_type {peft_type!r}; only 'LORA' and 'FLORA' (FFBA) are supported: merge the adapter "
@@ -213,10 +234,7 @@ def _check_adapter_files(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = require("safetensors.torch", "hf").load_file(path)
     if not tensors:
         raise AdapterError(f"{path} holds no tensors; save the adapter again")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise AdapterError(f"{path}: {key} holds NaN or Inf; its training diverged: take an earlier checkpoint")
-    return tensors
+    return settings, tensors
 
 
 def _refuse_pickles(directory: Path, remedy: str) -> None:
@@ -255,15 +273,23 @@ def _read_json(path: Path) -> dict[str, Any]:
 # --- does it load -----------------------------------------------------------------------------------------
 
 
-def _is_causal(config: dict[str, Any]) -> bool:
-    """Whether the config's architecture is a decoder with a language-model head (``LlamaForCausalLM``)."""
-    architectures = config.get("architectures") or []
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-
-
-def _load_base(directory: Path, *, dtype: torch.dtype | None, causal: bool) -> nn.Module:
+def _auto_class(config: dict[str, Any], task: Task) -> Any:
+    """The class of transformers that loads a model for a task."""
     transformers = require("transformers", "hf")
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    names = require("transformers.models.auto.modeling_auto", "hf")
+    architectures = set(config.get("architectures") or []) if config.get("is_encoder_decoder") else set()
+    speech = bool(architectures & set(names.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values()))
+    if task == "auto":
+        if speech or architectures & set(names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()):
+            task = "seq2seq-lm"
+        elif any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or []):
+            task = "causal-lm"
+    if task == "seq2seq-lm":
+        return transformers.AutoModelForSpeechSeq2Seq if speech else transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM if task == "causal-lm" else transformers.AutoModel
+
+
+def _load_base(directory: Path, auto: Any, *, dtype: torch.dtype | None) -> nn.Module:
     try:
         model, info = auto.from_pretrained(
             directory,

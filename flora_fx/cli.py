@@ -34,6 +34,14 @@ class DType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Target(StrEnum):
+    """Names of the ways to export a causal LM."""
+
+    auto = "auto"
+    decoder = "decoder"
+    general = "general"
+
+
 def main() -> None:
     """The entry point of ``flora-fx``."""
     try:
@@ -98,15 +106,30 @@ def build_app() -> "typer.Typer":
         adapter: Annotated[str | None, adapter_option] = None,
         dtype: Annotated[DType, typer.Option("--dtype", help="Of the weights.")] = DType.float32,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+        target: Annotated[
+            Target, typer.Option("--target", help="Attention: GroupQueryAttention, or plain ONNX operators.")
+        ] = Target.auto,
+        hot_swap: Annotated[
+            bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
+        ] = False,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with _user_errors():
-            result = export(model, adapter, output, dtype=dtype, overwrite=overwrite)
+            options = {
+                "dtype": getattr(torch, dtype.value),
+                "overwrite": overwrite,
+                "target": None if target is Target.auto else target.value,
+                "hot_swap": hot_swap,
+            }
+            result = export(model, adapter, output, options)
             typer.echo(json.dumps(result, indent=2) if as_json else result["summary"])
 
     @app.command("generate", help="Continue a prompt with an exported directory.")
     def _generate(
         directory: Annotated[Path, typer.Option("--directory", help="What `flora-fx export` wrote.")],
+        adapter: Annotated[
+            Path | None, typer.Option("--adapter", help="Another LoRA, for an export with --hot-swap.")
+        ] = None,
         prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
         token_ids: Annotated[
             str | None, typer.Option("--token-ids", help="Token ids to continue, as in 3,14,15.")
@@ -117,14 +140,33 @@ def build_app() -> "typer.Typer":
         ] = 0.0,
         top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 takes all.")] = 0,
         top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+        min_p: Annotated[
+            float, typer.Option("--min-p", min=0.0, max=1.0, help="Of the likeliest token's probability.")
+        ] = 0.0,
+        repetition_penalty: Annotated[
+            float, typer.Option("--repetition-penalty", min=0.0, help="Above 1: repeats itself less.")
+        ] = 1.0,
+        stop: Annotated[
+            list[str] | None, typer.Option("--stop", help="Text that ends the continuation; may be repeated.")
+        ] = None,
         seed: Annotated[int, typer.Option("--seed")] = 0,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with _user_errors():
             if (prompt is None) is (token_ids is None):
                 raise typer.BadParameter("pass either --prompt or --token-ids")
-            sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-            generate(directory, prompt, token_ids, max_new_tokens, sampling, as_json=as_json)
+            options = {
+                "max_new_tokens": max_new_tokens,
+                "do_sample": temperature > 0,
+                "temperature": temperature,
+                "top_k": top_k,
+                "top_p": top_p,
+                "min_p": min_p,
+                "repetition_penalty": repetition_penalty,
+                "stop_strings": stop,
+                "seed": seed,
+            }
+            generate(directory, adapter, prompt, token_ids, options, as_json=as_json)
 
     @app.command("demo", help="Train a small model and an adapter, fuse, verify, export and measure them.")
     def _demo(
@@ -168,8 +210,8 @@ def inspect(model: str, adapter: str) -> Any:
         return flora_fx.report(flora_fx.fuse(graph))
 
 
-def export(model: str, adapter: str | None, output: Path, *, dtype: DType, overwrite: bool) -> dict[str, Any]:
-    """Write the fused ONNX directory and say what its own check found."""
+def export(model: str, adapter: str | None, output: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Write the fused ONNX directory and say what its own check found. Options are those of ``export_onnx``."""
     from flora_fx.checkpoint import load_model, load_tokenizer
     from flora_fx.export import export_onnx
 
@@ -177,42 +219,43 @@ def export(model: str, adapter: str | None, output: Path, *, dtype: DType, overw
         loaded = load_model(model, adapter)
         tokenizer = load_tokenizer(model)
         begin()
-        result = export_onnx(
-            loaded, output, tokenizer=tokenizer, dtype=getattr(torch, dtype.value), overwrite=overwrite
-        )
+        result = export_onnx(loaded, output, tokenizer=tokenizer, **options)
     return {
         "directory": str(output),
         "max_abs_error": result.max_abs_error,
         "greedy_tokens_equal": result.greedy_tokens_equal,
+        "target": result.target,
+        "notes": list(result.notes),
         "summary": str(result),
     }
 
 
 def generate(
     directory: Path,
+    adapter: Path | None,
     prompt: str | None,
     token_ids: str | None,
-    max_new_tokens: int,
-    sampling: dict[str, Any],
+    options: dict[str, Any],
     *,
     as_json: bool,
 ) -> None:
-    """Continue the prompt; text appears token by token, JSON at the end."""
+    """Continue the prompt; text appears token by token, JSON at the end. Options are those of ``Decoder.stream``."""
     from flora_fx.checkpoint import load_tokenizer
-    from flora_fx.export import load
+    from flora_fx.export import Decoder, load
 
     runner = load(directory)
+    if adapter is not None:
+        if not isinstance(runner, Decoder):
+            raise FloraError(f"--adapter is for causal LMs exported with --hot-swap; {directory} is none")
+        runner.load_adapter(adapter)
     tokenizer: Any = load_tokenizer(directory)
     if prompt is not None and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer; pass --token-ids instead of --prompt")
+    if options["stop_strings"] and tokenizer is None:
+        raise FloraError(f"{directory} has no tokenizer, which --stop needs")
     ids = _parse_ids(token_ids) if token_ids is not None else tokenizer(prompt)["input_ids"]
     try:
-        stream = runner.stream(
-            torch.tensor([ids], dtype=torch.int64),
-            max_new_tokens=max_new_tokens,
-            do_sample=sampling["temperature"] > 0,
-            **sampling,
-        )
+        stream = runner.stream(torch.tensor([ids], dtype=torch.int64), tokenizer=tokenizer, **options)
     except ValueError as error:  # a token outside of the vocabulary, an empty prompt, a top_p of 0
         raise FloraError(str(error)) from error
     new: list[int] = []

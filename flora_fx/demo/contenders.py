@@ -78,29 +78,28 @@ def onnx_latency(
     """
     warm_up = 3
     half = partial(_half, progress)
+    first = compare(
+        {name: partial(_first_token, runner, prompt) for name, runner in runners.items()},
+        reference="base",
+        rounds=rounds,
+        seed=seed,
+        progress=half(0),
+    )
     streams = {
         name: runner.stream(prompt, max_new_tokens=rounds + warm_up + 1, eos_token_id=[])
         for name, runner in runners.items()
     }
     for stream in streams.values():
         next(stream)  # the prefill
-    return {
-        "TTFT": compare(
-            {name: partial(_first_token, runner, prompt) for name, runner in runners.items()},
-            reference="base",
-            rounds=rounds,
-            seed=seed,
-            progress=half(0),
-        ),
-        "TPOT": compare(
-            {name: partial(next, stream) for name, stream in streams.items()},
-            reference="base",
-            rounds=rounds,
-            seed=seed,
-            warm_up=warm_up,
-            progress=half(1),
-        ),
-    }
+    later = compare(
+        {name: partial(next, stream) for name, stream in streams.items()},
+        reference="base",
+        rounds=rounds,
+        seed=seed,
+        warm_up=warm_up,
+        progress=half(1),
+    )
+    return {"TTFT": first, "TPOT": later}
 
 
 def _first_token(runner: Any, prompt: Tensor) -> Tensor:

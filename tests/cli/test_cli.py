@@ -104,6 +104,72 @@ def test_generate_sampling_follows_the_seed(exported: Path) -> None:
     assert sample(1) != sample(2)
 
 
+def test_generate_passes_every_option_on(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flora_fx.export import Decoder
+
+    passed: dict[str, object] = {}
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    options = (
+        "--min-p",
+        "0.1",
+        "--repetition-penalty",
+        "1.2",
+        "--temperature",
+        "0.5",
+        "--top-k",
+        "3",
+        "--top-p",
+        "0.9",
+    )
+    build_tokenizer(["one two three"], exported, vocabulary=96)
+    try:
+        more = ("--stop", "two", "--stop", "\n\n", "--max-new-tokens", "7", "--seed", "5")
+        result = invoke("generate", "--directory", exported, "--prompt", "a", *options, *more)
+    finally:
+        for file in exported.glob("tokenizer*"):
+            file.unlink()
+    assert result.exit_code == 0, result.output
+    assert passed.pop("tokenizer") is not None
+    assert passed == {
+        "max_new_tokens": 7,
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "stop_strings": ["two", "\n\n"],
+        "seed": 5,
+    }
+
+
+def test_generate_stops_at_a_string(exported: Path) -> None:
+    build_tokenizer(["one two three"], exported, vocabulary=96)
+    try:
+        options = ("generate", "--directory", exported, "--prompt", "a", "--max-new-tokens", "12", "--json")
+        free = json.loads(invoke(*options).stdout)
+        stopped = json.loads(invoke(*options, "--stop", free["text"][3]).stdout)
+    finally:
+        for file in exported.glob("tokenizer*"):
+            file.unlink()
+    count = len(stopped["token_ids"])
+    assert count < len(free["token_ids"])
+    assert stopped["token_ids"] == free["token_ids"][:count]
+    assert free["text"][3] in stopped["text"]
+
+
+def test_generate_stop_without_tokenizer(exported: Path) -> None:
+    result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--stop", "x")
+    assert result.exit_code == 1
+    assert "has no tokenizer, which --stop needs" in result.stderr
+
+
+def test_generate_repetition_penalty_of_0(exported: Path) -> None:
+    result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--repetition-penalty", "0")
+    assert result.exit_code == 1
+    assert "repetition_penalty is 0.0; it must be above 0" in result.stderr
+
+
 def test_generate_text(exported: Path) -> None:
     build_tokenizer(["one two three"], exported, vocabulary=96)
     try:

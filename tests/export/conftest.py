@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-from exported_models import Exported, build
+from exported_models import Export, Exported, build
 
 from flora_fx.export import export_onnx, load
+from flora_fx.export.traced import Target
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports by the names of `build`, each made when it is first asked for."""
-    cache: dict[str, Exported] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """Exports by the names of `build` and by target, each made when it is first asked for."""
+    cache: dict[tuple[str, Target | None], Exported] = {}
     root = tmp_path_factory.mktemp("exports")
 
-    def get(name: str) -> Exported:
-        if name not in cache:
+    def get(name: str, target: Target | None = None) -> Exported:
+        if (name, target) not in cache:
             model = build(name)
-            result = export_onnx(model, root / name)
-            cache[name] = Exported(model, result, load(root / name))
-        return cache[name]
+            result = export_onnx(model, root / f"{name} {target}", target=target)
+            cache[name, target] = Exported(model, result, load(result.directory))
+        return cache[name, target]
 
     return get
 
 
 @pytest.fixture
-def llama(exported: Callable[[str], Exported]) -> Exported:
-    return exported("llama")
+def llama(exported: Export) -> Exported:
+    """By the general route."""
+    return exported("llama", "general")

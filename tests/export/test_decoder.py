@@ -6,25 +6,32 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from exported_models import VOCAB, Exported
 from torch import Tensor
 
+from flora_fx.demo.train import build_tokenizer
 from flora_fx.export import Encoder
+from flora_fx.export.stopping import Stopping
 
 PLAIN = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])
 PADDED = torch.tensor([[11, 23, 5, 40], [0, 0, 61, 8]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
 
 
-def by_pytorch(exported: Exported, ids: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    from transformers import GenerationConfig
-
+def by_pytorch(
+    exported: Exported, ids: Tensor, mask: Tensor | None, *, tokenizer: Any = None, **options: Any
+) -> Tensor:
     model = exported.model.eval()
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     mask = torch.ones_like(ids) if mask is None else mask
     tokens: Tensor = model.base_model.model.generate(  # type: ignore[union-attr, operator]
-        ids, attention_mask=mask, generation_config=GenerationConfig(**options)
+        ids,
+        attention_mask=mask,
+        generation_config=transformers.GenerationConfig(**options),
+        **({} if tokenizer is None else {"tokenizer": tokenizer}),
     )
     return tokens
 
@@ -109,6 +116,77 @@ def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported) -> None:
     assert torch.equal(llama.decoder.generate(PLAIN, top_k=1, seed=3, **options), greedy)
     assert torch.equal(llama.decoder.generate(PLAIN, top_p=1e-6, seed=3, **options), greedy)
     assert torch.equal(llama.decoder.generate(PLAIN, **{**options, "temperature": 0}), greedy)
+    assert torch.equal(llama.decoder.generate(PLAIN, min_p=1.0, seed=3, **options), greedy)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.6])
+def test_a_repetition_penalty_is_pytorchs(llama: Exported, penalty: float) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": penalty}
+    expected = by_pytorch(llama, PADDED, MASK, **options)
+    assert not torch.equal(expected, by_pytorch(llama, PADDED, MASK, max_new_tokens=40))
+    assert torch.equal(llama.decoder.generate(PADDED, MASK, eos_token_id=[], **options), expected)
+    ends = [int(expected[0, 12]), int(expected[1, 9])]
+    options |= {"eos_token_id": ends, "pad_token_id": 96}
+    assert torch.equal(llama.decoder.generate(PADDED, MASK, **options), by_pytorch(llama, PADDED, MASK, **options))
+
+
+# Stop strings and text
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """Of as many tokens as the models have: letters, and what a few of them make."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.randint(0, 8, (4000,), generator=generator).tolist()
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|end|>"], show_progress=False)
+    bpe.train_from_iterator(["".join("abcdefg "[i] for i in letters)], trainer)
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>")
+    assert len(made) == VOCAB
+    return made
+
+
+@pytest.mark.parametrize("cut", [(0, None), (1, None), (0, -1), (1, -1)], ids=["whole", "late", "early", "inside"])
+def test_stop_strings_are_pytorchs(llama: Exported, tokenizer: Any, cut: tuple[int, int | None]) -> None:
+    free = llama.decoder.generate(PADDED, MASK, max_new_tokens=30, eos_token_id=[])
+    strings = [tokenizer.decode(free[row, at : at + 3])[slice(*cut)] for row, at in ((0, 11), (1, 20))]
+    options: dict[str, Any] = {"max_new_tokens": 30, "stop_strings": strings, "tokenizer": tokenizer}
+    expected = by_pytorch(llama, PADDED, MASK, pad_token_id=96, **options)
+    assert expected.shape[1] < 34, "both rows end"
+    found = llama.decoder.generate(PADDED, MASK, pad_token_id=96, eos_token_id=[], **options)
+    assert torch.equal(found, expected)
+    alone = llama.decoder.generate(PADDED[:1], **{**options, "stop_strings": strings[0]}, eos_token_id=[])
+    assert strings[0] in tokenizer.decode(alone[0, 4:])
+    assert strings[0] not in tokenizer.decode(alone[0, 4:-1])
+
+
+def test_stopping_is_transformers(tokenizer: Any) -> None:
+    strings = ["bad", " ", "<|end|>", "gg"]
+    theirs = transformers.StopStringCriteria(tokenizer, strings)
+    ids = torch.randint(0, VOCAB, (16, 40))
+    ours, ended = Stopping([], strings, tokenizer), torch.zeros(16, dtype=torch.bool)
+    for count in range(1, 41):
+        ended |= theirs(ids[:, :count], None)
+        assert ours(ids[:, count - 1].tolist()) == ended.tolist()
+
+
+def test_a_stop_string_of_many_tokens(tmp_path: Any) -> None:
+    tokenizer: Any = build_tokenizer(["plain text"], tmp_path, vocabulary=300)
+    text = "x" * 50 + "die Blüte, 花 und mehr"
+    ids = tokenizer(text)["input_ids"]
+    stopping = Stopping([], "te, 花 und", tokenizer)
+    seen = [stopping([token])[0] for token in ids]
+    first = seen.index(True)
+    assert "花 und" in tokenizer.decode(ids[: first + 1])
+    assert "花 und" not in tokenizer.decode(ids[:first])
+
+
+def test_transformers_text_streamer(llama: Exported, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True)
+    tokens = llama.decoder.generate(PLAIN[:1], max_new_tokens=9, eos_token_id=[], streamer=streamer)
+    assert capsys.readouterr().out == tokenizer.decode(tokens[0, 4:]) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +201,7 @@ def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported) -> None:
         ((PLAIN - 20,), {}, ValueError, "holds -17"),
         ((PLAIN, MASK[:, :3]), {}, ValueError, "attention_mask has shape"),
         ((PLAIN, MASK * 2), {}, ValueError, "other values than 0 and 1"),
+        ((PLAIN, MASK * 0), {}, ValueError, "row 0 of attention_mask is all 0"),
         ((PLAIN, MASK.flip(1)), {}, ValueError, "row 1 of attention_mask ends with 0: .* padded on the right"),
         ((PLAIN,), {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         ((PLAIN,), {"max_new_tokens": 1.5}, TypeError, "max_new_tokens"),
@@ -132,6 +211,15 @@ def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported) -> None:
         ((PLAIN,), {"top_k": 2.0}, TypeError, "top_k"),
         ((PLAIN,), {"top_p": 0.0}, ValueError, "top_p is 0.0"),
         ((PLAIN,), {"top_p": 1.1}, ValueError, "top_p is 1.1"),
+        ((PLAIN,), {"min_p": -0.1}, ValueError, "min_p is -0.1"),
+        ((PLAIN,), {"min_p": 1.5}, ValueError, "min_p is 1.5"),
+        ((PLAIN,), {"min_p": "0.1"}, TypeError, "min_p is '0.1'; it must be a number"),
+        ((PLAIN,), {"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0; it must be above 0"),
+        ((PLAIN,), {"repetition_penalty": None}, TypeError, "repetition_penalty is None; it must be a number"),
+        ((PLAIN,), {"stop_strings": "."}, ValueError, "stop_strings needs the model's tokenizer"),
+        ((PLAIN,), {"stop_strings": [""]}, ValueError, "stop_strings holds an empty string"),
+        ((PLAIN,), {"stop_strings": [7]}, TypeError, "stop_strings holds 7"),
+        ((PLAIN,), {"num_beams": 4}, TypeError, "unknown option num_beams; there are max_new_tokens, do_sample"),
         ((PLAIN,), {"eos_token_id": "</s>"}, TypeError, "eos_token_id"),
         ((PLAIN,), {"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
     ],

@@ -193,7 +193,7 @@ def refused() -> list[tuple[Any, type[Exception], str]]:
     gpt2 = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2)
     prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     return [
-        (transformers.T5ForConditionalGeneration(t5), ExportError, "is an encoder-decoder; .* causal language model"),
+        (transformers.T5Model(t5), ExportError, "encoder-decoder that generates no text; .* causal language model"),
         (transformers.MambaForCausalLM(mamba), ExportError, "recurrent state"),
         (peft.get_peft_model(transformers.GPT2LMHeadModel(gpt2), prefix), ExportError, "virtual tokens"),
         (Odd(), ExportError, "Odd is not a transformers model; .* encoder"),

@@ -1,0 +1,233 @@
+"""An encoder-decoder on ONNX Runtime, with the face of transformers' ``generate``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from flora_fx.errors import ExportError
+
+from .arguments import padding_mask, token_ids, tokens
+from .decoder import Streamer
+from .manifest import Manifest
+from .options import GenerationOptions, Plan, plan
+from .sampling import seen_tokens
+from .session import Session, Value
+from .token_rules import TokenRules
+
+__all__ = ["Encoded", "Seq2Seq"]
+
+Encoded = dict[str, Any]
+"""What `Seq2Seq.encode` returns: inputs of the decoder's graph by name, the large ones on the session's device."""
+
+
+class Seq2Seq:
+    """An exported encoder-decoder. Make one with `flora_fx.export.load`.
+
+    Attributes:
+        manifest: what was exported.
+        encoder, session: where the two graphs run; ``session.provider`` names the execution provider.
+    """
+
+    def __init__(self, encoder: Session, session: Session, manifest: Manifest) -> None:
+        self.encoder = encoder
+        self.session = session
+        self.manifest = manifest
+        self._past = [name for name in manifest.inputs if name.startswith("past_key_values.")]
+        self._present = [name.replace("past_key_values.", "present.") for name in self._past]
+        self._reads = next(name for name in encoder.inputs if name != "attention_mask")
+
+    def __repr__(self) -> str:
+        return f"Seq2Seq({self.manifest.architecture}, {self.manifest.dtype}, {self.session.provider})"
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, decoder_input_ids: Tensor) -> Tensor:
+        """See `forward`."""
+        return self.forward(input_ids, attention_mask, decoder_input_ids=decoder_input_ids)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, decoder_input_ids: Tensor) -> Tensor:
+        """Logits of every position of the decoder.
+
+        Args:
+            input_ids: [batch, seq], integers; of a speech model its features [batch, mels, frames], floats.
+            attention_mask: [batch, seq]; 0 where a row is padded, on either side. None for no padding.
+            decoder_input_ids: [batch, target], integers.
+
+        Returns:
+            [batch, target, vocab] in the export's dtype.
+
+        Raises:
+            TypeError, ValueError: inputs of the wrong type or shape, or tokens outside of the vocabulary.
+            ExportError: ONNX Runtime fails.
+        """
+        inputs = self._checked(input_ids, attention_mask)
+        prompt = self._prompt(decoder_input_ids, len(inputs[self._reads]))
+        return self.step(prompt, self.encode(inputs))[0]
+
+    def encode(self, inputs: dict[str, Tensor]) -> Encoded:
+        """One run of the encoder's graph, unchecked.
+
+        Args:
+            inputs: of that graph, by name.
+        """
+        encoded = self._run(self.encoder, inputs, self.encoder.outputs, inputs[self._reads].shape[1])
+        if "encoder_attention_mask" in self.session.inputs:
+            encoded["encoder_attention_mask"] = inputs["attention_mask"]
+        return encoded
+
+    def step(
+        self, ids: Tensor, encoded: Encoded, past: Sequence[Value] | None = None, *, length: int = 0
+    ) -> tuple[Tensor, list[Value]]:
+        """One run of the decoder's graph, unchecked: prefill without ``past``, decode with it.
+
+        Args:
+            ids: [batch, target], int64.
+            encoded: what `encode` returned.
+            past: what the last step returned; it stays on the session's device.
+            length: how many tokens there are in ``past``.
+
+        Returns:
+            logits [batch, target, vocab], and keys and values for the next step.
+        """
+        if past is None:
+            past = [self.session.empty(name, {"batch": ids.shape[0], "past": 0}) for name in self._past]
+        inputs = {"input_ids": ids, **encoded, **dict(zip(self._past, past, strict=True))}
+        outputs = self._run(self.session, inputs, self._present, length + ids.shape[1])
+        return outputs["logits"], [outputs[name] for name in self._present]
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        forced_bos_token_id: int | None = None,
+        streamer: Streamer | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Tensor:
+        """Answer prompts, as transformers' ``generate`` does without beams.
+
+        Of the model's generation config the start, end and padding tokens hold, and what `TokenRules` has.
+
+        Args:
+            input_ids: [batch, prompt], integers; shorter prompts are padded on either side. Of a speech model its
+                features [batch, mels, frames], floats.
+            attention_mask: [batch, prompt]; 0 where padded. None for no padding.
+            decoder_input_ids: [batch, start], what the decoder starts from, without padding; None for the model's own
+                start token.
+            forced_bos_token_id: the first token, such as a language; None for the model's own, if it has one.
+            streamer: gets what the decoder starts from, then each token, as it comes.
+            options: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...: see `GenerationOptions`.
+
+        Returns:
+            [batch, start + new], int64.
+
+        Raises:
+            TypeError, ValueError: an argument that cannot be.
+            ExportError: ONNX Runtime fails.
+        """
+        answer = self.stream(
+            input_ids,
+            attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            forced_bos_token_id=forced_bos_token_id,
+            **options,
+        )
+        start = self._prompt(decoder_input_ids, len(input_ids))
+        if streamer is not None:
+            streamer.put(start)
+        new = []
+        for token in answer:
+            new.append(token)
+            if streamer is not None:
+                streamer.put(token)
+        if streamer is not None:
+            streamer.end()
+        return torch.cat([start, torch.stack(new, 1)], 1)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        forced_bos_token_id: int | None = None,
+        **options: Unpack[GenerationOptions],
+    ) -> Iterator[Tensor]:
+        """As `generate`, one token of every row at a time. Arguments are checked at once, not at the first token.
+
+        Yields:
+            [batch], int64.
+        """
+        inputs = self._checked(input_ids, attention_mask)
+        start = self._prompt(decoder_input_ids, len(inputs[self._reads]))
+        rules = self.manifest.token_rules
+        if forced_bos_token_id is not None:
+            (first,) = token_ids("forced_bos_token_id", forced_bos_token_id)
+            rules = replace(rules, forced_bos_token_id=first)
+        return self._tokens(inputs, start, rules, plan(options, self.manifest))
+
+    def _tokens(self, inputs: dict[str, Tensor], start: Tensor, rules: TokenRules, plan: Plan) -> Iterator[Tensor]:
+        encoded = self.encode(inputs)
+        logits, past = self.step(start, encoded)
+        prompt, vocab = start.shape[1], logits.shape[-1]
+        seen = seen_tokens(start, torch.ones_like(start), vocab) if plan.choose.repetition_penalty != 1 else None
+        ended = torch.zeros(len(start), dtype=torch.bool)
+        for index in range(plan.count):
+            allowed = rules(logits[:, -1], index=index, count=plan.count, prompt=prompt)
+            token = plan.choose(allowed, seen).masked_fill(ended, plan.pad)
+            yield token
+            ended = torch.tensor(plan.stopping(token.tolist()))
+            if index + 1 == plan.count or bool(ended.all()):
+                return
+            if seen is not None:
+                seen.scatter_(1, token.clamp(0, vocab - 1)[:, None], True)
+            logits, past = self.step(token[:, None], encoded, past, length=prompt + index)
+
+    def _run(self, session: Session, inputs: dict[str, Any], keep: Sequence[str], length: int) -> dict[str, Any]:
+        limit = self.manifest.max_positions
+        try:
+            return session.run(inputs, keep=keep)
+        except ExportError as error:
+            if limit and length > limit:  # learned positions end there
+                raise ValueError(f"a sequence has {length} tokens; this model has {limit} positions") from error
+            raise
+
+    def _checked(self, input_ids: Any, attention_mask: Any) -> dict[str, Tensor]:
+        """The inputs of the encoder's graph, on the CPU."""
+        if self._reads != "input_ids":
+            return {self._reads: self._features(input_ids, attention_mask)}
+        ids = tokens("input_ids", input_ids, self.manifest.vocab_size)
+        mask = padding_mask(attention_mask, ids)
+        if not bool(mask.any(1).all()):
+            raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all 0: there is no prompt")
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _features(self, value: Any, mask: Any) -> Tensor:
+        shape, dtype = self.encoder.inputs[self._reads]
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{self.manifest.architecture} reads {self._reads}; they must be a torch.Tensor of floats")
+        fits = value.dim() == len(shape) and all(
+            not isinstance(wanted, int) or wanted == size for wanted, size in zip(shape, value.shape, strict=True)
+        )
+        if not fits or value.numel() == 0:
+            raise ValueError(f"{self._reads} has shape {list(value.shape)}; it must be [{', '.join(map(str, shape))}]")
+        if mask is not None:
+            raise TypeError(f"{self.manifest.architecture} takes no attention_mask: its features have one length")
+        return value.detach().to("cpu", dtype)
+
+    def _prompt(self, value: Any, batch: int) -> Tensor:
+        """What the decoder starts from: [batch, start]."""
+        if value is None:
+            if self.manifest.decoder_start_token_id is None:
+                raise ValueError(
+                    f"{self.manifest.architecture} names no decoder_start_token_id: pass decoder_input_ids"
+                )
+            return torch.full((batch, 1), self.manifest.decoder_start_token_id, dtype=torch.int64)
+        ids = tokens("decoder_input_ids", value, self.manifest.vocab_size)
+        if len(ids) != batch:
+            raise ValueError(f"decoder_input_ids has {len(ids)} rows and input_ids has {batch}")
+        return ids
