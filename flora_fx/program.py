@@ -102,7 +102,10 @@ class Program(ABC):
     def shaped_rows(self, x: Node, like: Node, features: int) -> Node:
         """``x`` with the leading dimensions of ``like`` and ``features`` at the end."""
         value = self.value(like)
-        if value is None or value.dim() == 2:
+        if value is None:
+            leading = self.call(operator.getitem, self.call(getattr, like, "shape"), slice(None, -1))
+            return self.call(self.ops.reshape, x, self.call(operator.add, leading, (features,)))
+        if value.dim() == 2:
             return self.call(self.ops.reshape, x, [-1, features])
         return self.call(self.ops.reshape, x, [*self.sizes(like)[:-1], features])
 

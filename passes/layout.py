@@ -126,7 +126,9 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
     position = {down.node: index for index, down in enumerate(downs)}
     blocks = []
     for index, scale, writes in wanted:
-        for run in _runs({position[w.path.down.node] for w in writes}):
+        # Two up-projections beside each other are strided, and a pack of them gives no gradients.
+        trained = any(w.path.up.weight.tensor.requires_grad for w in writes)
+        for run in _runs({position[w.path.down.node] for w in writes}, single=trained):
             inside = tuple(w for w in writes if run[0] <= position[w.path.down.node] < run[1])
             blocks.append(Block(index, scale, run, inside))
     columns = (*_columns_of_own(ahead, downs, config), *_columns_of_others(group, config))
@@ -258,11 +260,11 @@ def _unique(first: Iterable[Projection], rest: Iterable[Projection]) -> Iterable
     return {down.node: down for down in (*first, *rest)}.values()
 
 
-def _runs(positions: set[int]) -> list[tuple[int, int]]:
-    """Contiguous ranges that cover a set of positions."""
+def _runs(positions: set[int], *, single: bool = False) -> list[tuple[int, int]]:
+    """Contiguous ranges that cover a set of positions; ``single``: one for each."""
     runs: list[tuple[int, int]] = []
     for position in sorted(positions):
-        if runs and runs[-1][1] == position:
+        if runs and runs[-1][1] == position and not single:
             runs[-1] = (runs[-1][0], position + 1)
         else:
             runs.append((position, position + 1))

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from flora_fx.ops import accumulate, matrix_vector, packed_projection
 
-__all__ = ["Effects", "find_effects", "is_in_place_add", "may_alias"]
+__all__ = ["Effects", "find_effects", "is_in_place_add", "may_alias", "written"]
 
 aten = torch.ops.aten
 
@@ -65,6 +65,7 @@ FRESH = {
     "sin",
     aten.clone.default,
 }
+RESHAPES = {aten.view.default, aten.reshape.default, torch.reshape, "view", "reshape"}
 LAYOUT_READERS = {
     aten.as_strided.default,
     torch.as_strided,
@@ -89,7 +90,7 @@ def find_effects(graph: Graph, root: nn.Module) -> Effects:
         if _kind(node) in LAYOUT_READERS:
             seeds.update(node.all_input_nodes[:1])
         elif not is_in_place_add(node, root):
-            seeds.update(_written(node, root))
+            seeds.update(written(node, root))
     touched: set[Node] = set()
     pending = list(seeds)
     while pending:
@@ -103,10 +104,12 @@ def find_effects(graph: Graph, root: nn.Module) -> Effects:
 
 
 def is_in_place_add(node: Node, root: nn.Module) -> bool:
-    """An in-place add into a fresh value that nothing else reads."""
+    """An in-place add into a fresh value, or a reshape of one, that nothing else reads."""
     if _kind(node) not in IN_PLACE_ADDS or not isinstance(node.args[0], Node):
         return False
     into = node.args[0]
+    while _kind(into) in RESHAPES and len(into.users) == 1:
+        into = into.all_input_nodes[0]
     fresh = _kind(into) in FRESH or _is_fresh_operator(into) or is_in_place_add(into, root)
     if into.op == "call_module":
         fresh = isinstance(root.get_submodule(str(into.target)), nn.Linear)
@@ -126,29 +129,29 @@ def _is_fresh_operator(node: Node) -> bool:
     return not named and all(result.alias_info is None for result in target._schema.returns)
 
 
-def _written(node: Node, root: nn.Module) -> list[Node]:
+def written(node: Node, root: nn.Module) -> list[Node]:
     """The nodes whose values a node changes."""
     out = node.kwargs.get("out")
-    written = [out] if isinstance(out, Node) else []
+    changed = [out] if isinstance(out, Node) else []
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
-        return written + (node.all_input_nodes if getattr(module, "inplace", False) else [])
+        return changed + (node.all_input_nodes if getattr(module, "inplace", False) else [])
     kind = _kind(node)
     if isinstance(kind, torch._ops.OpOverload):
         if kind._schema.is_mutable:
             for position, argument in enumerate(kind._schema.arguments):
                 value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
                 if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                    written.append(value)
-        return written
+                    changed.append(value)
+        return changed
     name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
     of_operator = getattr(kind, "__module__", "") == "_operator"
     in_place_name = name.endswith("_") and not name.endswith("__") and not of_operator  # operator.and_ is none
     in_place_operator = of_operator and name.startswith("i") and name[1:] in _INPLACE
     in_place_flag = node.kwargs.get("inplace") is True or (kind is F.dropout and node.args[3:4] == (True,))
     if in_place_name or in_place_operator or in_place_flag or kind is operator.setitem:
-        written.extend(node.all_input_nodes[:1])
-    return written
+        changed.extend(node.all_input_nodes[:1])
+    return changed
 
 
 _INPLACE = {
@@ -182,4 +185,4 @@ def _aliased(node: Node, root: nn.Module) -> list[Node]:
         return [] if fresh else node.all_input_nodes
     if _kind(node) in FRESH or _is_fresh_operator(node):
         return []
-    return _written(node, root) or node.all_input_nodes
+    return written(node, root) or node.all_input_nodes

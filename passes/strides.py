@@ -3,6 +3,7 @@
 q = split(p)[0]            a slice of p: not contiguous
 view(q, …)                 -> reshape(q, …)            a view may be impossible, a reshape never is
 output(q), custom_op(q)    -> clone(q, contiguous)     whoever receives it may count on the layout it had
+q += v                     -> clone(q, contiguous)     autograd lets no part of a split be changed in place
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.fx import Node
 
 from flora_fx.program import Program
 
-from .mutation import may_alias
+from .mutation import may_alias, written
 from .values import TORCHS_OWN, operation
 
 __all__ = ["soften"]
@@ -39,7 +40,7 @@ def soften(program: Program, slices: Iterable[Node]) -> None:
         while pending:
             node = pending.pop()
             for user in list(node.users):
-                strict = strict or _counts_on_layout(program, user)
+                strict = strict or _counts_on_layout(program, user) or node in written(user, program.root)
                 if operation(user) in WITHOUT_STRIDES and not (user.op == "call_method" and _views_dtype(user)):
                     user.target = WITHOUT_STRIDES[operation(user)]
                 if user not in seen and user.op != "output" and may_alias(user, program.root):
