@@ -18,7 +18,9 @@ STYLE = {"font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "flora_fx
 Panels = Mapping[str, Mapping[str, Mapping[str, Timing]]]
 
 
-def draw_bars(panels: Panels, colours: Mapping[str, str], path: Path, *, title: str, note: str) -> list[Path]:
+def draw_bars(
+    panels: Panels, colours: Mapping[str, str], path: Path, *, title: str, note: str, base: str = "base"
+) -> list[Path]:
     """Draw one panel per runner with bars of added latency, in percent of the base, and their 95% intervals.
 
     Args:
@@ -27,6 +29,7 @@ def draw_bars(panels: Panels, colours: Mapping[str, str], path: Path, *, title: 
         path: without a suffix; ``.svg`` and ``.png`` are written.
         title: what was measured.
         note: one line below it, for the conditions.
+        base: what the base is called.
 
     Returns:
         The two files.
@@ -42,8 +45,8 @@ def draw_bars(panels: Panels, colours: Mapping[str, str], path: Path, *, title: 
         figure = figures.Figure(figsize=(width * max(2, len(panels)), 4.2), facecolor="white", layout="constrained")
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (runner, metrics) in zip(axes, panels.items(), strict=True):
-            _draw_panel(axis, runner, metrics, colours)
-        axes[0].set_ylabel("latency added to the base", color=PALE)
+            _draw_panel(axis, runner, metrics, colours, base)
+        axes[0].set_ylabel(f"latency added to {'the base' if base == 'base' else base}", color=PALE)
         drawn = {name for metrics in panels.values() for timings in metrics.values() for name in timings}
         handles = [
             matplotlib.patches.Patch(facecolor=colour, label=name) for name, colour in colours.items() if name in drawn
@@ -73,7 +76,7 @@ def write(figure: Any, path: Path, *, title: str, note: str) -> list[Path]:
 
 
 def _draw_panel(
-    panel: Any, runner: str, phases: Mapping[str, Mapping[str, Timing]], colours: Mapping[str, str]
+    panel: Any, runner: str, phases: Mapping[str, Mapping[str, Timing]], colours: Mapping[str, str], base: str
 ) -> None:
     """Bars of one runner: a group per metric, a bar per contender."""
     names = [name for name in colours if any(name in phase for phase in phases.values())]
@@ -113,7 +116,7 @@ def _draw_panel(
     panel.set_xticks(range(len(phases)), list(phases), color=INK)
     panel.tick_params(axis="both", length=0, labelcolor=PALE)
     panel.tick_params(axis="x", labelcolor=INK)
-    panel.yaxis.set_major_formatter(lambda value, _: _percent(value) if value else "base")
+    panel.yaxis.set_major_formatter(lambda value, _: _percent(value) if value else base)
     panel.grid(axis="y", color="#eceef1", zorder=0)
     panel.spines[:].set_visible(False)
 

@@ -13,7 +13,20 @@ from typing import Any
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
-from . import accuracy, accuracy_data, accuracy_view, fusing, gpu, kernels, latency, latency_view, scaling, training
+from . import (
+    accuracy,
+    accuracy_data,
+    accuracy_view,
+    fusing,
+    generation,
+    goals,
+    gpu,
+    kernels,
+    latency,
+    latency_view,
+    scaling,
+    training,
+)
 from .accuracy_methods import FULL, METHODS
 from .accuracy_model import Pretraining
 from .accuracy_run import Recipe
@@ -22,7 +35,7 @@ from .page import Chapter, setup, write_page
 from .results import RECORD, save
 from .settings import DTYPES, PROJECTIONS, SHAPES, Settings
 from .sheet import Sheet
-from .torch_contenders import RUNNERS
+from .torch_contenders import LIVE, RUNNERS
 
 __all__ = ["chapters", "main", "parser"]
 
@@ -46,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
         print(f"written to {write_page(chapters(RECORD))}")
         return
     if options.suite == "gpu":
-        sys.exit(gpu.run(options.output, minutes=options.minutes, rehearse=options.rehearse))
+        sections = [section for section in gpu.SECTIONS if section.name in options.sections or not options.sections]
+        sys.exit(gpu.run(options.output, minutes=options.minutes, rehearse=options.rehearse, sections=sections))
     try:
         settings = _plan(options) if options.suite == "accuracy" else _settings(options)
     except (ValueError, OSError) as error:
@@ -123,6 +137,34 @@ def _latency(settings: Settings, options: Options, bar: Bar) -> Result:
         rounds=options.rounds,
         processes=options.processes,
         contenders=options.contenders,
+        reference=options.reference,
+        progress=bar,
+    )
+
+
+def _decoder(settings: Settings, options: Options, bar: Bar) -> Result:
+    return latency.measure(
+        settings,
+        runners=("onnxruntime",),
+        prompts=options.prompts,
+        new=options.new,
+        rounds=options.rounds,
+        processes=options.processes,
+        contenders=options.contenders or tuple(dict.fromkeys((*goals.CONTENDERS[settings.device], options.reference))),
+        reference=options.reference,
+        peers=goals.peers(settings.device),
+        progress=bar,
+    )
+
+
+def _generation(settings: Settings, options: Options, bar: Bar) -> Result:
+    return generation.measure(
+        settings,
+        prompt=options.prompts[0],
+        new=options.new,
+        rounds=options.rounds,
+        processes=options.processes,
+        swaps=options.swaps,
         progress=bar,
     )
 
@@ -151,6 +193,8 @@ def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
 
 _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "latency": _latency,
+    "decoder": _decoder,
+    "generation": _generation,
     "layouts": _latency,
     "training": _training,
     "scaling": _scaling,
@@ -160,6 +204,8 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
 
 SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "latency": latency_view.sheets,
+    "decoder": lambda result: [*latency_view.sheets(result), *goals.sheets(result)],
+    "generation": generation.sheets,
     "layouts": latency_view.sheets,
     "training": training.sheets,
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
@@ -169,6 +215,7 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
 
 PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
     "latency": latency_view.draw,
+    "decoder": latency_view.draw,
     "scaling": scaling.draw,
     "accuracy": accuracy_view.draw,
 }
@@ -178,6 +225,17 @@ SETUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {"accuracy": accuracy_vi
 
 TITLES = {
     "latency": ("Latency", "TTFT, TPOT and total latency of every form of the model under every runner."),
+    "decoder": (
+        "The exported decoder",
+        "Our graphs beside the onnxruntime-genai builder's and the transformers exporter's, and what was to be shown. "
+        "Ours and the builder's have one buffer per layer for past and present, the others a cache that grows. Each "
+        "process loads them in another order: where in memory weights lie moves a token by some percent.",
+    ),
+    "generation": (
+        "Generation",
+        "Whole loops on an exported directory, from `load` and from onnxruntime-genai: tokens are chosen, not given. "
+        "Then what of a token is our Python, and swaps of the adapter between generations.",
+    ),
     "layouts": ("Forms of the fused graph", "Every form that `FuseConfig` can write; all graphs are captured."),
     "training": ("Training step", "Forward, backward and AdamW on A and B; the same losses and gradients are checked."),
     "scaling": ("Scaling", "TPOT with one setting varied at a time, and what `fuse` itself takes."),
@@ -217,18 +275,28 @@ def _check(options: Options) -> None:
         if runner not in known:
             raise ValueError(f"unknown runner {runner!r}; it must be one of {', '.join(known)}")
     contenders = getattr(options, "contenders", ())
-    named = {*GRAPHS, *itertools.chain(*RUNNERS.values())}
-    for contender in contenders:
+    named = {*GRAPHS, *LIVE, *itertools.chain(*RUNNERS.values())}
+    for contender in (*contenders, *filter(None, [getattr(options, "reference", None)])):
         if contender not in named:
             raise ValueError(f"unknown contender {contender!r}; it must be one of {', '.join(sorted(named))}")
-    if contenders and "base" not in contenders:
-        raise ValueError("--contenders must have base among them: ratios are taken to it")
-    for name in ("rounds", "processes", "new", "sequence"):
+    if hasattr(options, "reference"):
+        _check_reference(options.reference, contenders, getattr(options, "runners", ["onnxruntime"]))
+    for name in ("rounds", "processes", "new", "sequence", "swaps"):
         if getattr(options, name, 1) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     for name in ("runners", "prompts"):
         if not getattr(options, name, True):
             raise ValueError(f"--{name} names none")
+
+
+def _check_reference(reference: str, contenders: Sequence[str], runners: Sequence[str]) -> None:
+    if contenders and reference not in contenders:
+        raise ValueError(f"--contenders must have {reference} among them: ratios are taken to it")
+    if reference in LIVE and not contenders:
+        raise ValueError(f"--reference is {reference}, which takes part only if --contenders names it")
+    for runner in runners:
+        if reference not in ({*GRAPHS, *LIVE} if runner == "onnxruntime" else RUNNERS[runner]):
+            raise ValueError(f"--reference is {reference}, and {runner} has none")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -242,36 +310,52 @@ def parser() -> argparse.ArgumentParser:
         default=RECORD if RECORD.is_dir() else Path("flora-bench"),
         help="folder for JSON and pictures (%(default)s)",
     )
-    model = argparse.ArgumentParser(add_help=False, parents=[output])
-    model.add_argument("--name", help="of the JSON file; the suite's by default")
-    model.add_argument("--shape", default="smollm-135m", help=f"one of {', '.join(SHAPES)} (%(default)s)")
-    model.add_argument("--layers", type=int, default=0, help="cut to so many decoder layers")
-    model.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)} (%(default)s)")
-    model.add_argument("--rank", type=int, default=16, help="of the LoRA (%(default)s)")
-    model.add_argument("--targets", type=_names, default=PROJECTIONS, help="adapted projections, with commas (all)")
-    model.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
-    model.add_argument("--threads", type=int, default=2, help="CPU threads and cores (%(default)s)")
-    model.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
 
+    def model(layers: int = 0) -> argparse.ArgumentParser:  # anew each time: parsers share their parents' defaults
+        model = argparse.ArgumentParser(add_help=False, parents=[output])
+        model.add_argument("--name", help="of the JSON file; the suite's by default")
+        model.add_argument("--shape", default="smollm-135m", help=f"one of {', '.join(SHAPES)} (%(default)s)")
+        model.add_argument(
+            "--layers", type=int, default=layers, help="cut to so many decoder layers (%(default)s; 0: all)"
+        )
+        model.add_argument("--dtype", default="float32", help=f"one of {', '.join(DTYPES)} (%(default)s)")
+        model.add_argument("--rank", type=int, default=16, help="of the LoRA (%(default)s)")
+        model.add_argument("--targets", type=_names, default=PROJECTIONS, help="adapted projections, with commas (all)")
+        model.add_argument("--batch", type=int, default=1, help="sequences (%(default)s)")
+        model.add_argument("--threads", type=int, default=2, help="CPU threads and cores (%(default)s)")
+        model.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+        return model
+
+    turns = argparse.ArgumentParser(add_help=False)
+    turns.add_argument(
+        "--contenders", nargs="+", default=(), metavar="NAME", help="only these, the reference among them"
+    )
     forms = [runner for runner in RUNNERS if runner.startswith("forms")]
     for name, runners, text in (
         ("latency", ["eager", "inductor", "onnxruntime"], "TTFT, TPOT and total latency beside every peer"),
         ("layouts", forms, "the same for every form of a fused graph"),
     ):
-        suite = suites.add_parser(name, parents=[model], help=text)
+        suite = suites.add_parser(name, parents=[model(), turns], help=text)
         known = ", ".join([*RUNNERS, "onnxruntime"])
         suite.add_argument("--runners", type=_names, default=runners, help=f"with commas, of: {known}")
-        suite.add_argument("--contenders", nargs="+", default=(), metavar="NAME", help="only these, base among them")
-        suite.add_argument("--prompts", type=_numbers, default=[128, 1024], help="prompt lengths (128,1024)")
-        suite.add_argument("--new", type=int, default=64, help="tokens after the prompt (%(default)s)")
-        suite.add_argument("--rounds", type=int, default=30, help="generations by each contender (%(default)s)")
-        suite.add_argument("--processes", type=int, default=3, help="spread over so many processes (%(default)s)")
+        suite.add_argument("--reference", default="base", help="contender that ratios are taken to (%(default)s)")
+        _passes(suite, prompts=[128, 1024], new=64, rounds=30, processes=3)
 
-    suite = suites.add_parser("training", parents=[model], help="time and peak memory of a training step")
+    suite = suites.add_parser(
+        "decoder", parents=[model(layers=4), turns], help="exported graphs beside other exporters'"
+    )
+    suite.add_argument("--reference", default="base (genai)", help="contender that ratios are taken to (%(default)s)")
+    _passes(suite, prompts=[128], new=16, rounds=80, processes=8)
+
+    suite = suites.add_parser("generation", parents=[model(layers=4)], help="whole loops from an export, and swaps")
+    suite.add_argument("--swaps", type=int, default=100, help="of the adapter (%(default)s)")
+    _passes(suite, prompts=[128], new=32, rounds=40, processes=8)
+
+    suite = suites.add_parser("training", parents=[model()], help="time and peak memory of a training step")
     suite.add_argument("--sequence", type=int, default=128, help="tokens per sequence (%(default)s)")
     suite.add_argument("--rounds", type=int, default=30, help="steps by each contender (%(default)s)")
 
-    suite = suites.add_parser("scaling", parents=[model], help="cost against rank, batch and depth; fuse time")
+    suite = suites.add_parser("scaling", parents=[model()], help="cost against rank, batch and depth; fuse time")
     suite.add_argument("--runner", default="eager", help="one of those of latency (%(default)s)")
     suite.add_argument("--ranks", type=_numbers, default=scaling.AXES["rank"], help="with commas; empty for none")
     suite.add_argument("--batches", type=_numbers, default=scaling.AXES["batch"], help="likewise")
@@ -280,7 +364,7 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
 
-    suite = suites.add_parser("kernels", parents=[model], help="launches per decoder layer, counted")
+    suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]
     suite.add_argument("--runners", type=_names, default=counted, help=f"separated by commas, of: {', '.join(counted)}")
 
@@ -304,6 +388,10 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--device", default=Recipe.device, help="cpu or cuda (%(default)s)")
 
     suite = suites.add_parser("gpu", parents=[output], help="all that a GPU host should run")
+    names = [section.name for section in gpu.SECTIONS]
+    suite.add_argument(
+        "--sections", nargs="+", default=(), choices=names, metavar="NAME", help=f"of: {', '.join(names)}"
+    )
     suite.add_argument("--minutes", type=float, default=20.0, help="stop starting sections after this (%(default)s)")
     suite.add_argument("--rehearse", action="store_true", help="the same sections, tiny and on the CPU")
 
@@ -321,3 +409,11 @@ def _rates(text: str) -> list[float]:
 
 def _numbers(text: str) -> list[int]:
     return [int(number) for number in _names(text)]
+
+
+def _passes(suite: argparse.ArgumentParser, *, prompts: list[int], new: int, rounds: int, processes: int) -> None:
+    lengths = ",".join(map(str, prompts))
+    suite.add_argument("--prompts", type=_numbers, default=prompts, help=f"prompt lengths ({lengths})")
+    suite.add_argument("--new", type=int, default=new, help="tokens after the prompt (%(default)s)")
+    suite.add_argument("--rounds", type=int, default=rounds, help="generations by each contender (%(default)s)")
+    suite.add_argument("--processes", type=int, default=processes, help="spread over so many processes (%(default)s)")

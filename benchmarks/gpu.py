@@ -6,6 +6,7 @@ fails leaves its last lines in ``gpu.json`` and the next one begins.
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import goals
 from .results import save
 
 __all__ = ["SECTIONS", "Section", "run"]
@@ -48,13 +50,30 @@ class Section:
 _1B = ("--shape", "llama-3.2-1b", "--device", "cuda", "--threads", "8")
 _3B = ("--shape", "llama-3.2-3b", "--device", "cuda", "--threads", "8")
 _COUNTED = "graph,eager,inductor,eager-profiled,inductor-profiled"
-_EXPORTS = ("base", "fused", "base (genai)", "PEFT (genai)", "PEFT (transformers, ort_fusions)")  # minutes each
 _FEW = ("base", "merged", "PEFT", "fused", "FFBA block (fused)", "FFBA shared (fused)")  # all do not fit into memory
 _AXES = ("--ranks", "8,32,128,512", "--batches", "1,8,64", "--depths", "2,8")
 _SHORT = ("--new", "32", "--rounds", "30", "--processes", "1")
 
 SECTIONS: tuple[Section, ...] = (
     Section("tests", "pytest", ("-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"), 4),
+    Section(
+        "decoder-1b-fp16",  # its goals are printed
+        "benchmarks",
+        (
+            *("decoder", *_1B, "--layers", "0", "--dtype", "float16"),
+            *("--prompts", "1024", "--new", "32", "--rounds", "16", "--processes", "2"),
+        ),
+        9.5,
+    ),
+    Section(
+        "generation-1b-fp16",
+        "benchmarks",
+        (
+            *("generation", *_1B, "--layers", "0", "--dtype", "float16"),
+            *("--prompts", "1024", "--new", "32", "--rounds", "12", "--processes", "2"),
+        ),
+        5,
+    ),
     Section(
         "latency-1b-bf16",
         "benchmarks",
@@ -68,12 +87,6 @@ SECTIONS: tuple[Section, ...] = (
         8,
     ),
     Section("training-1b", "benchmarks", ("training", *_1B, "--dtype", "bfloat16", "--sequence", "512"), 6),
-    Section(
-        "latency-1b-onnx",
-        "benchmarks",
-        ("latency", *_1B, *_SHORT, "--dtype", "float16", "--runners", "onnxruntime", "--contenders", *_EXPORTS),
-        8,
-    ),
     Section(
         "latency-3b-bf16",
         "benchmarks",
@@ -109,6 +122,20 @@ _REHEARSAL = {
         "--rounds",
         "2",
     ],
+    "decoder": [
+        *_TINY,
+        "--layers",
+        "1",
+        "--reference",
+        "base",
+        "--contenders",
+        *("base", "fused", "PEFT (eager)"),
+        *("--prompts", "8", "--new", "4", "--rounds", "2", "--processes", "1"),
+    ],
+    "generation": [
+        *(*_TINY, "--layers", "1"),
+        *("--prompts", "8", "--new", "4", "--rounds", "2", "--processes", "1", "--swaps", "3"),
+    ],
     "kernels": [*_TINY, "--layers", "1", "--runners", "graph"],
     "training": [*_TINY, "--sequence", "8", "--rounds", "2"],
     "scaling": [*_TINY, "--runner", "eager", "--ranks", "2", "--batches", "", "--depths", "", "--rounds", "1"],
@@ -137,6 +164,9 @@ def run(output: Path, *, minutes: float = 20.0, rehearse: bool = False, sections
         print(f"{section.name}: {outcome['status']}, {outcome.get('seconds', 0)} s", flush=True)
         if outcome["status"] not in ("done", "no time left"):
             print(outcome["output"], flush=True)
+        elif section.arguments[:1] == ("decoder",) and outcome["status"] == "done":
+            for sheet in goals.sheets(json.loads((output / f"gpu-{section.name}.json").read_text())):
+                print(sheet.markdown(), flush=True)
         save("gpu", {"sections": done}, output, f"python -m benchmarks gpu --minutes {minutes:g}")
     return int(any(outcome["status"] != "done" for outcome in done))
 

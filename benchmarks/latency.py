@@ -27,7 +27,7 @@ from .method import Clock, Timing, bandwidth, compilations, difference, paired, 
 from .models import Adapted, ffba_of, make_model, weights_of
 from .settings import Settings
 from .step import CachedStep, empty_cache
-from .torch_contenders import RUNNERS, Form, available, make_contender
+from .torch_contenders import LIVE, RUNNERS, Form, available, make_contender
 
 __all__ = ["CHECKED", "METRICS", "TOLERANCE", "Job", "measure", "rows", "sample"]
 
@@ -51,6 +51,8 @@ def measure(
     rounds: int = 30,
     processes: int = 3,
     contenders: Sequence[str] = (),
+    reference: str = "base",
+    peers: Sequence[str] = (),
     progress: Any = lambda label: lambda done, total: None,
 ) -> dict[str, Any]:
     """Measure every contender of every runner.
@@ -62,11 +64,15 @@ def measure(
         new: tokens after the prompt.
         rounds: passes in all, over the processes.
         processes: how many times everything is built anew, in a process of its own.
-        contenders: names to measure, ``base`` among them; empty for all of a runner's.
+        contenders: names to measure, the reference among them; empty for all of a runner's. ``onnxruntime`` also has
+            those of `LIVE`, if they are named.
+        reference: the contender that ratios are taken to.
+        peers: contenders that ratios are taken to as well.
         progress: makes a progress callback from a label.
 
     Returns:
-        ``{"settings", "bandwidth", "rows"}``; see `rows`. A runner that fails has one row that says why.
+        ``{"settings", "reference", "bandwidth", "rows"}`` and more; see `rows`. A runner that fails has one row that
+        says why. Rows of ``onnxruntime`` have the ``nodes`` of their graph, too.
     """
     ceiling = bandwidth(settings.device, dtype=settings.torch_dtype)
     result: dict[str, Any] = {
@@ -74,18 +80,23 @@ def measure(
         "new": new,
         "rounds": rounds,
         "processes": processes,
+        "reference": reference,
         "bandwidth": ceiling,
         "rows": [],
     }
     with tempfile.TemporaryDirectory() as place:
         graphs: Mapping[str, Path | str] = {}
+        nodes: dict[str, int] = {}
         if "onnxruntime" in runners:
-            from .onnx_exports import write_graphs
+            from .onnx_exports import count_nodes, write_graphs
 
             graphs = write_graphs(settings, Path(place), progress("export to ONNX"), names=contenders)
+            written = {name: graph for name, graph in graphs.items() if isinstance(graph, Path)}
+            nodes = {name: sum(count_nodes(graph).values()) for name, graph in written.items()}
         for runner, prompt in itertools.product(runners, prompts):
             tick = progress(f"{runner}, prompt of {prompt}")
-            job = Job(settings, runner, prompt, new, max(1, rounds // processes), graphs, tuple(contenders))
+            passes = max(1, rounds // processes)
+            job = Job(settings, runner, prompt, new, passes, graphs, tuple(contenders), reference, tuple(peers))
             try:
                 groups = [
                     isolated(sample, job, index, threads=settings.threads, progress=_part(tick, index, processes))
@@ -94,7 +105,10 @@ def measure(
             except RuntimeError as error:
                 result["rows"].append({"runner": runner, "prompt": prompt, "variant": "all", "refused": str(error)})
                 continue
-            result["rows"] += rows(groups, job, ceiling)
+            found = rows(groups, job, ceiling)
+            if runner == "onnxruntime":
+                found = [row | {"nodes": nodes[name]} if (name := row["variant"]) in nodes else row for row in found]
+            result["rows"] += found
     return result
 
 
@@ -110,6 +124,8 @@ class Job:
         passes: generations that are measured.
         graphs: for ``onnxruntime``, what `write_graphs` returned.
         contenders: which; empty for all.
+        reference: the one that ratios are taken to.
+        peers: others that they are taken to as well.
     """
 
     settings: Settings
@@ -119,6 +135,8 @@ class Job:
     passes: int
     graphs: Mapping[str, Path | str] = field(default_factory=dict)
     contenders: tuple[str, ...] = ()
+    reference: str = "base"
+    peers: tuple[str, ...] = ()
 
     @property
     def models(self) -> Mapping[str, Adapted]:
@@ -126,7 +144,7 @@ class Job:
         if self.runner == "onnxruntime":
             from .onnx_exports import GRAPHS
 
-            return GRAPHS
+            return GRAPHS | {name: form.adapted for name, form in LIVE.items()}
         return {name: form.adapted for name, form in RUNNERS[self.runner].items()}
 
 
@@ -136,11 +154,12 @@ def _part(progress: Progress, index: int, count: int) -> Progress:
 
 
 def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
-    """Build the contenders of a runner, check them and let them take turns.
+    """Build the contenders of a runner in an order of this process, check them and let them take turns.
 
     Returns:
         ``samples``: metric -> contender -> milliseconds, a list of rounds per pass; ``refused``: contender -> why its
-        ratios must not be shown; ``unavailable``: contender -> why it could not be built.
+        ratios must not be shown; ``unavailable``: contender -> why it could not be built; ``notes``: contender -> what
+        readers should know.
     """
     drawn = torch.Generator().manual_seed(seed)
     settings = job.settings
@@ -151,13 +170,14 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
         return tokens[:, : job.prompt].contiguous(), tokens[:, job.prompt :].split(1, dim=1)
 
     prompt, following = text()
-    built = _build(job, prompt)
+    order = random.Random(seed)
+    built = _build(job, prompt, order)
     contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
     refused = _disagreements(contenders, job, prompt, following[:CHECKED])
     refused |= _not_compiled(contenders, prompt, following[0])
     compiled_before = compilations()
 
-    clock, order = Clock(settings.device), random.Random(seed)
+    clock = Clock(settings.device)
     samples: dict[str, Samples] = {metric: {name: [] for name in contenders} for metric in METRICS}
     _generate(contenders, prompt, following, clock, order)  # warms up
     for done in range(job.passes):
@@ -171,7 +191,8 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     if compilations() != compiled_before:
         refused |= {name: "something was compiled while the clock ran" for name, c in contenders.items() if c.compiled}
     unavailable = {name: why for name, why in built.items() if isinstance(why, str)}
-    return {"samples": samples, "refused": refused, "unavailable": unavailable}
+    notes = {name: contender.note for name, contender in contenders.items() if contender.note}
+    return {"samples": samples, "refused": refused, "unavailable": unavailable, "notes": notes}
 
 
 def _generate(
@@ -191,17 +212,28 @@ def _generate(
     ]
 
 
-def _build(job: Job, prompt: Tensor) -> Mapping[str, Contender | str]:
-    """The contenders by name, or why there is none."""
-    if job.runner == "onnxruntime":
-        from .onnx_contenders import onnx_contenders
+def _build(job: Job, prompt: Tensor, order: random.Random) -> Mapping[str, Contender | str]:
+    """The contenders by name, or why there is none.
 
-        return onnx_contenders(job.settings, job.graphs)
-    return {
-        name: _build_one(form, job, prompt)
-        for name, form in RUNNERS[job.runner].items()
-        if (not job.contenders or name in job.contenders) and available(form, job.settings.device)
+    They are made in any order: who comes first gets other addresses, which alone moves a token by some percent.
+    """
+    onnx = job.runner == "onnxruntime"
+    graphs = job.graphs if onnx else {}
+    forms = {
+        name: form
+        for name, form in (LIVE if onnx else RUNNERS[job.runner]).items()
+        if (name in job.contenders or not (job.contenders or onnx)) and available(form, job.settings.device)
     }
+    names = [*graphs, *forms]
+    built: dict[str, Contender | str] = {}
+    for name in order.sample(names, len(names)):
+        if name in forms:
+            built[name] = _build_one(forms[name], job, prompt)
+        else:
+            from .onnx_contenders import onnx_contenders
+
+            built |= onnx_contenders(job.settings, {name: graphs[name]}, job.new)
+    return {name: built[name] for name in names}
 
 
 def _build_one(form: Form, job: Job, prompt: Tensor) -> Contender | str:
@@ -231,11 +263,15 @@ def _disagreements(
             raise RuntimeError(f"the logits of {one} and {other} differ too little for a check to tell them apart")
     found = {}
     for name, contender in contenders.items():
-        steps = [contender.prefill(prompt).cpu(), *(contender.decode(token).cpu() for token in following)]
+        steps = [_copied(contender.prefill(prompt)), *(_copied(contender.decode(token)) for token in following)]
         worst = max(difference(*pair) for pair in zip(steps, expected[computed[name]], strict=True))
         if not worst <= tolerance:  # NaN too
             found[name] = f"its logits are off by {worst:.1e} of the float64 reference; {tolerance:.0e} is allowed"
     return found
+
+
+def _copied(logits: Tensor) -> Tensor:
+    return logits.to("cpu", copy=True)
 
 
 def _unmerged(adapted: Adapted) -> Adapted:
@@ -267,18 +303,20 @@ def _not_compiled(contenders: Mapping[str, Contender], prompt: Tensor, token: Te
 def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[dict[str, Any]]:
     """What `sample` found in one or several processes, as one row per contender.
 
-    A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to ``base`` with its interval,
-    the arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
-    (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is among a kind too, if it has a PEFT), and for
-    TPOT the fraction of the weight-streaming limit. FFBA's rows have ``ffba``, placement and rank, and what they leave
-    is of the overhead of PEFT's LoRA. A contender that was refused has the reason instead.
+    A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to the reference with its
+    interval, the same to each peer (``against``), the arithmetic floor of that ratio, the share of PEFT's overhead that
+    is left, the ratio to the base of its own kind (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is
+    among a kind too, if it has a PEFT), and for TPOT the fraction of the weight-streaming limit. FFBA's rows have
+    ``ffba``, placement and rank, and what they leave is of the overhead of PEFT's LoRA. A contender that was refused
+    has the reason instead; ``note`` is what readers should know.
     """
     batch = job.settings.batch
     refused = {name: why for group in groups for name, why in group["refused"].items()}
     unavailable = {name: why for group in groups for name, why in group["unavailable"].items()}
+    notes = {name: note for group in groups for name, note in group["notes"].items()}
     found: list[dict[str, Any]] = []
 
-    def related(name: str, metric: str, to: str = "base") -> Timing:
+    def related(name: str, metric: str, to: str = job.reference) -> Timing:
         passes = {n: [p for group in groups for p in group["samples"][metric][n]] for n in (name, to)}
         return paired(passes[name], passes[to], processes=len(groups))
 
@@ -287,14 +325,18 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
         weights = weights_of(job.settings, model)
         row: dict[str, Any] = {"runner": job.runner, "prompt": job.prompt, "variant": name}
         row |= ffba_of(job.settings, model)
-        if why := refused.get(name) or refused.get("base"):
+        if name in notes:
+            row["note"] = notes[name]
+        if why := refused.get(name) or refused.get(job.reference) or unavailable.get(job.reference):
             found.append(row | {"refused": why})
             continue
         for metric in METRICS:
             timing = related(name, metric)
             row[metric] = asdict(timing)
             shown = groups[0]["samples"][metric].keys() - refused.keys()
-            if (base := f"base{_kind(name)}") in shown - {name, "base"}:
+            if peers := {peer: asdict(related(name, metric, peer)) for peer in job.peers if peer in shown - {name}}:
+                row[metric]["against"] = peers
+            if (base := f"base{_kind(name)}") in shown - {name, job.reference}:
                 row[metric]["own"] = related(name, metric, base).ratio
             if {(peft := f"PEFT{_kind(name)}"), base} - shown:
                 peft, base = "PEFT", "base"
@@ -302,7 +344,7 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
                 row[metric]["left"] = (related(name, metric, base).ratio - 1) / (related(peft, metric, base).ratio - 1)
         if weights.adapter:
             floors = {"ttft": weights.floor(job.prompt * batch), "tpot": weights.floor(batch)}
-            once, each = (related("base", metric).milliseconds for metric in ("ttft", "tpot"))
+            once, each = (related(job.reference, metric).milliseconds for metric in ("ttft", "tpot"))
             parts = {"ttft": once, "tpot": job.new * each}
             floors["total"] = sum(floors[part] * taken for part, taken in parts.items()) / sum(parts.values())
             for metric, floor in floors.items():

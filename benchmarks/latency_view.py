@@ -19,12 +19,15 @@ Row = Mapping[str, Any]
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "total": "total"}
 
 COLOURS = {
+    "base": "#e3d8bd",
+    "PEFT (eager)": "#dfe2e6",
     "PEFT": "#c9cdd3",
     "PEFT (freezing)": "#aeb4bc",
     "PEFT (transformers)": "#c9cdd3",
     "PEFT (transformers, ort_fusions)": "#aeb4bc",
     "PEFT (genai)": "#8f97a1",
     "fused": "#2f7d5b",
+    "fused (hot swap)": "#8cc4a8",
     "fused (freezing)": "#5aa583",
     "fused (flora backend)": "#1b5a40",
     "FFBA block (fused)": "#3c6fb0",
@@ -48,16 +51,26 @@ def _groups(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, int], list[Row]]]:
 def _sheet(runner: str, prompt: int, rows: list[Row], result: Mapping[str, Any]) -> Sheet:
     header = [""]
     for metric in METRICS.values():
-        header += [f"{metric}, ms", "× base", "× own base", "left"]
+        header += [f"{metric}, ms", f"× {_reference(result)}", "× own base", "left"]
     header.append("of stream")
     body = [_cells(row) for row in rows]
     floors: Row = next((row for row in rows if row.get("ttft", {}).get("floor")), {})
     if floors:
         body.append(["arithmetic floor", *itertools.chain(*(_floor(floors[metric]) for metric in METRICS)), ""])
+    if any("nodes" in row for row in rows):
+        header.append("nodes")
+        for row, cells in zip(rows, body, strict=False):
+            cells += [""] * (len(header) - 1 - len(cells)) + [str(row.get("nodes", ""))]
     notes = [f"{row['variant']} refused: {_last_line(row['refused'])}." for row in rows if "refused" in row]
+    notes += [f"{row['variant']} {row['note']}." for row in rows if "note" in row]
     notes += ffba.note(rows)
     title = f"{runner}, prompt of {prompt}, {result['new']} new tokens"
     return Sheet(title, header, body, notes)
+
+
+def _reference(result: Mapping[str, Any]) -> str:
+    """What ratios are taken to."""
+    return str(result.get("reference", "base"))
 
 
 def _cells(row: Row) -> list[str]:
@@ -114,9 +127,13 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
             f"medians of {result['rounds']} paired generations, 95% intervals"
         )
         also = ", and an FFBA adapter of no more parameters" if ffba.note(rows) else ""
-        title = f"What a LoRA costs{also}, beside the base under the same runner"
+        reference = _reference(result)
+        whom = "the base under the same runner" if reference == "base" else reference
+        title = f"What a LoRA costs{also}, beside {whom}"
+        colours = {name: colour for name, colour in COLOURS.items() if name != reference}
         if panels:
-            files += draw_bars(panels, COLOURS, path.with_name(f"{path.name}-{prompt}"), title=title, note=note)
+            place = path.with_name(f"{path.name}-{prompt}")
+            files += draw_bars(panels, colours, place, title=title, note=note, base=reference)
     return files
 
 

@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .trace import trace
 
-__all__ = ["live_bytes", "peak_bytes", "tracked"]
+__all__ = ["live_bytes", "peak_bytes", "resident_bytes", "tracked"]
 
 
 def live_bytes(device: str) -> int:
@@ -73,6 +74,20 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     events = [event for event in trace(call, device, memory=True) if event["name"] == "[memory]"]
     changes = (int(event["args"]["Bytes"]) for event in sorted(events, key=lambda event: float(event["ts"])))
     return before + max(accumulate(changes, initial=0))
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds, whatever is in it: a figure to see growth in, not to compare programs by.
+
+    >>> resident_bytes() > 10e6
+    True
+    """
+    import resource  # Windows has none
+
+    statm = Path("/proc/self/statm")  # of Linux; elsewhere the most that there was
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

@@ -4,7 +4,8 @@
   users of the machine, clocks, caches) hits all of them; only ratios within a round are compared.
 - A figure is the median of those ratios. Its interval is a bootstrap over *passes* (a pass is one prompt and the tokens
   after it), since neighbouring rounds are not independent, and over processes where there are several: another process
-  means other addresses for all weights, which alone moves a ratio by a percent.
+  means other addresses for all weights, which alone moves a ratio by some percent, so each makes its contenders in an
+  order of its own.
 - A ratio is refused, not printed, when a contender's outputs differ from a float64 reference, when it was to be
   compiled and a profile shows that it was not, or when something was compiled while the clock ran.
 - On a GPU the time is between two CUDA events, and the L2 cache is overwritten before each call. On a CPU the turns do

@@ -1,7 +1,13 @@
-"""Exported graphs as contenders: each in a plain ONNX Runtime session, bound the same way."""
+"""Exported graphs as contenders: each in a plain ONNX Runtime session, with the same options.
+
+Those whose past and present may be one buffer (GroupQueryAttention without a bias: ours of target ``"decoder"`` and the
+onnxruntime-genai builder's) all run as `flora_fx.export.Decoder` runs its own: one buffer per layer, allocated and
+bound once. The others return a present that is longer than the past.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,24 +17,32 @@ import torch
 from torch import Tensor
 
 from flora_fx.errors import ExportError, FloraError, require
+from flora_fx.export import Decoder, Manifest
+from flora_fx.export.genai import GENAI_CONFIG
+from flora_fx.export.manifest import MANIFEST, read_manifest
 from flora_fx.export.session import Session
 
+from .contender import Contender
 from .onnx_exports import PREFILL, PROVIDERS, decode_graph
-from .settings import Settings
+from .settings import SHAPES, Settings
 from .step import empty_cache
 
-__all__ = ["OnnxContender", "onnx_contenders"]
+__all__ = ["SPINNING", "GrowingContender", "SharedContender", "onnx_contenders", "session_options"]
+
+SPINNING = ("session.force_spinning_stop", "1")
+"""An entry of `session_options`."""
 
 _Cache = dict[tuple[int, str], Any]
 """``onnxruntime.OrtValue`` by layer and by ``key`` or ``value``."""
 
 
-def onnx_contenders(settings: Settings, graphs: Mapping[str, Path | str]) -> dict[str, OnnxContender | str]:
+def onnx_contenders(settings: Settings, graphs: Mapping[str, Path | str], room: int) -> dict[str, Contender | str]:
     """Load what `write_graphs` wrote.
 
     Args:
         settings: what the graphs were written for.
-        graphs: by name, a folder, or why there is none.
+        graphs: by name, a folder, or why there is none; loaded in this order.
+        room: tokens after the prompt; memory is allocated for both.
 
     Returns:
         by the same names: what runs it, or why nothing does (ONNX Runtime cannot load it, or there is no graph).
@@ -37,16 +51,111 @@ def onnx_contenders(settings: Settings, graphs: Mapping[str, Path | str]) -> dic
         MissingExtraError: onnxruntime is not installed.
     """
     require("onnxruntime", "onnx")
-    loaded: dict[str, OnnxContender | str] = {}
+    loaded: dict[str, Contender | str] = {}
     for name, graph in graphs.items():
         try:
-            loaded[name] = graph if isinstance(graph, str) else OnnxContender(settings, graph)
+            loaded[name] = graph if isinstance(graph, str) else _load(settings, graph, room)
         except FloraError as error:
             loaded[name] = str(error)
     return loaded
 
 
-class OnnxContender:
+def _load(settings: Settings, directory: Path, room: int) -> Contender:
+    if not _shares(directory):
+        return GrowingContender(settings, directory)
+    if settings.device == "cpu":
+        return SharedContender(settings, directory, room)
+    try:
+        captured = SharedContender(settings, directory, room, cuda_graph=True)
+        captured.prefill(torch.zeros(settings.batch, 2, dtype=torch.int64))
+        captured.decode(torch.zeros(settings.batch, 1, dtype=torch.int64))
+    except ExportError as error:
+        plain = SharedContender(settings, directory, room)
+        plain.note = f"runs without a CUDA graph: {error}"
+        return plain
+    return captured
+
+
+def _shares(directory: Path) -> bool:
+    """Whether a graph's exporter says that past and present may be one buffer."""
+    config = directory / GENAI_CONFIG
+    return config.exists() and bool(json.loads(config.read_text())["search"]["past_present_share_buffer"])
+
+
+def session_options(settings: Settings) -> Any:
+    """The ``onnxruntime.SessionOptions`` of every contender."""
+    options = require("onnxruntime", "onnx").SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.log_severity_level = 3
+    # Threads wait actively within a run, as by default, and not after it: that would slow down who comes next
+    # (seen on 2 cores: three sessions and a torch function in turns all took twice as long as alone).
+    options.add_session_config_entry(*SPINNING)
+    return options
+
+
+def _session(settings: Settings, path: Path, *, cuda_graph: bool = False) -> Session:
+    providers = [PROVIDERS[settings.device]]
+    session = Session(path, providers=providers, session_options=session_options(settings), cuda_graph=cuda_graph)
+    if session.device != settings.device:
+        raise ExportError(f"ONNX Runtime runs {path} on {session.device}, not on {settings.device}")
+    return session
+
+
+class SharedContender:
+    """One exported model with one buffer per layer for its keys and values; see `Contender`.
+
+    Args:
+        settings: threads, device, shape of the cache.
+        directory: a folder of `write_graphs`.
+        room: tokens after the prompt.
+        cuda_graph: capture the decode step as a CUDA graph.
+
+    Attributes:
+        note: what readers of its figures should know.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the graph on the device, or not as a CUDA graph.
+    """
+
+    compiled = False
+
+    def __init__(self, settings: Settings, directory: Path, room: int, *, cuda_graph: bool = False) -> None:
+        session = _session(settings, decode_graph(directory), cuda_graph=cuda_graph)
+        self._cache = Decoder(session, _manifest(settings, directory, session)).new_cache()
+        self._room = room
+        self.note = ""
+
+    def prefill(self, prompt: Tensor) -> Tensor:
+        """Start a new sequence: tokens [batch, prompt] -> logits [batch, vocabulary]."""
+        ids = prompt.cpu()
+        return self._cache.prefill(ids, torch.ones_like(ids), self._room).tensor
+
+    def decode(self, token: Tensor) -> Tensor:
+        """Go on by one token: [batch, 1] -> logits [batch, vocabulary]."""
+        return self._cache.decode(token[:, 0].tolist()).tensor
+
+
+def _manifest(settings: Settings, directory: Path, session: Session) -> Manifest:
+    """The export's own, or what it would say of a peer's graph."""
+    if (directory / MANIFEST).exists():
+        return read_manifest(directory, verify=False)
+    shape: Any = SHAPES[settings.shape]
+    return Manifest(
+        kind="causal-lm",
+        architecture=settings.shape,
+        dtype=settings.dtype,
+        inputs=list(session.inputs),
+        outputs=session.outputs,
+        target="decoder",
+        layers=settings.depth,
+        kv_heads=shape["num_key_value_heads"],
+        head_dim=shape["head_dim"],
+        vocab_size=settings.vocabulary,
+        max_positions=shape["max_position_embeddings"],
+    )
+
+
+class GrowingContender:
     """One exported model with its growing cache; see `Contender`.
 
     Tokens, keys, values and logits stay on the device: the present of one step is the past of the next one.
@@ -60,6 +169,7 @@ class OnnxContender:
     """
 
     compiled = False
+    note = ""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         prefill = directory / PREFILL
@@ -93,17 +203,7 @@ class _Graph:
     """One session, whoever exported it: inputs are found by their names."""
 
     def __init__(self, settings: Settings, path: Path) -> None:
-        ort = require("onnxruntime", "onnx")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = settings.threads
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = 3
-        # Threads wait actively within a run, as by default, and not after it: that would slow down who comes next
-        # (seen on 2 cores: three sessions and a torch function in turns all took twice as long as alone).
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        self._session = Session(path, providers=[PROVIDERS[settings.device]], session_options=options)
-        if self._session.device != settings.device:
-            raise ExportError(f"ONNX Runtime runs {path} on {self._session.device}, not on {settings.device}")
+        self._session = _session(settings, path)
         self._past = {name: slot for name in self._session.inputs if (slot := _slot(name))}
         self._present = {name: slot for name in self._session.outputs if (slot := _slot(name))}
 

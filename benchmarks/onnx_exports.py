@@ -162,9 +162,13 @@ def _log(directory: Path, adapted: Adapted) -> Path:
     return directory / f"{adapted}.log"
 
 
-def _by_flora_fx(settings: Settings, model: Any, folders: list[Path]) -> Iterator[None]:
-    export_onnx(model, folders[0], providers=[PROVIDERS[settings.device]], overwrite=True)
+def _by_flora_fx(settings: Settings, model: Any, folders: list[Path], **options: Any) -> Iterator[None]:
+    export_onnx(model, folders[0], providers=[PROVIDERS[settings.device]], overwrite=True, **options)
     yield
+
+
+_hot_swap = partial(_by_flora_fx, hot_swap=True)
+_general = partial(_by_flora_fx, target="general")
 
 
 def _by_transformers(settings: Settings, model: Any, folders: list[Path]) -> Iterator[None]:
@@ -213,11 +217,14 @@ def _tokenizer() -> Any:
 _WRITERS: dict[Adapted, dict[tuple[str, ...], _Writer]] = {
     "base": {
         ("base",): _by_flora_fx,
+        ("base (general)",): _general,
         ("base (transformers)", "base (transformers, ort_fusions)"): _by_transformers,
         ("base (genai)",): _by_genai,
     },
     "peft": {
         ("fused",): _by_flora_fx,
+        ("fused (hot swap)",): _hot_swap,
+        ("fused (general)",): _general,
         ("PEFT (transformers)", "PEFT (transformers, ort_fusions)"): _by_transformers,
         ("PEFT (genai)",): _by_genai,
     },

@@ -24,18 +24,22 @@ How to read the tables:
 
 - **× base** is the median of ratios to the base *in the same round*, with a 95% bootstrap interval over generations and
   processes; a shared machine moves milliseconds, not these.
+- **× base (genai)**, where it stands instead, is the same to the onnxruntime-genai builder's graph without an adapter.
 - **× own base** is the same to the base of the contender's own kind: `base (genai)` for `PEFT (genai)`.
 - **left** is the share of PEFT's overhead that is left, (ours − base) / (PEFT − base): 0 is the base, 1 is PEFT, above
   1 is slower than PEFT. It means nothing where PEFT costs nothing. `fused (freezing)` is related to `PEFT (freezing)`
   and `base (freezing)`; under ONNX Runtime there is none, since no exporter's PEFT graph is *the* PEFT.
 - **arithmetic floor** is what unmerged adapters cost if nothing but arithmetic cost anything: 1 + adapter bytes / base
   bytes for a token, 1 + adapter FLOPs / base FLOPs for a prompt.
+- **nodes** are those of the decode graph as its exporter wrote it; **at most** is what was to be shown.
 - **of stream** is the weight-streaming limit (bytes of weights / measured bandwidth) as a fraction of TPOT.
 - **FFBA block** and **FFBA shared** are fused forward-backward adapters (`flora_fx.adapters`) instead of the LoRA, each
   of the largest rank with no more parameters than it; what they leave is of the same PEFT LoRA's overhead.
 - *live* contenders are the model as transformers and PEFT run it; *captured* ones are graphs of `flora_fx.capture`, and
   **fused** is the captured PEFT graph after `flora_fx.fuse`. *Refused* is a figure whose contender did not compute what
   the float64 reference computes, or did not run compiled.
+- **fused (hot swap)** is exported for `load_adapter`; **(general)** is our export to plain operators, without
+  GroupQueryAttention.
 - Contenders take turns token by token, each with weights of its own: the token before leaves none in a cache.
 """
 

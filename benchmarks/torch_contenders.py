@@ -20,7 +20,7 @@ from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 from .step import CachedStep, empty_cache
 
-__all__ = ["RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
+__all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
 
 Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora"]
 
@@ -87,6 +87,9 @@ RUNNERS: dict[str, dict[str, Form]] = {
 }
 """What takes turns under each runner; ``base`` is what ratios are taken to. CUDA graphs need a GPU."""
 
+LIVE: dict[str, Form] = {f"{name} (eager)": RUNNERS["eager"][name] for name in ("base", "PEFT")}
+"""Live models that may take turns with ONNX Runtime's."""
+
 
 def available(form: Form, device: str) -> bool:
     """Whether this installation can run a form at all."""
@@ -102,6 +105,8 @@ class TorchContender:
         cache: see `empty_cache`.
         compiled: whether Dynamo compiled both.
     """
+
+    note = ""
 
     def __init__(
         self,

@@ -44,6 +44,8 @@ def trace(
     """
     if target == "decoder" and kind != "causal-lm":
         raise ExportError(f"{type(model).__name__} is no causal LM, so it is not for target 'decoder'; leave that out")
+    if kind == "causal-lm" and (unknown := dict(example_inputs or {}).keys() - {"input_ids", "attention_mask"}):
+        raise ExportError(f"example_inputs has {', '.join(sorted(unknown))}; a causal LM takes input_ids only")
     notes: tuple[str, ...] = ()
     if kind == "causal-lm" and target != "general":
         try:
@@ -99,8 +101,6 @@ class _CausalLM(nn.Module):
 
 
 def _trace_causal_lm(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
-    if unknown := examples.keys() - {"input_ids", "attention_mask"}:
-        raise ExportError(f"example_inputs has {', '.join(sorted(unknown))}; a causal LM takes input_ids only")
     device = next(model.parameters()).device
     ids = examples.get("input_ids")
     if ids is None or min(ids.shape) < 2:

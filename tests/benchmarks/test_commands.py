@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from flora_fx import cli
-from flora_fx.benchmarks import gpu
+from flora_fx.benchmarks import goals, gpu, latency
 from flora_fx.benchmarks.commands import chapters, main
 from flora_fx.benchmarks.gpu import SECTIONS, Section
 from flora_fx.benchmarks.page import write_page
 from flora_fx.benchmarks.results import RECORD, environment, save
+from flora_fx.benchmarks.settings import Settings
 
 TINY = ["--shape", "tiny", "--rank", "4", "--threads", "1"]
 QUICK = ["--runners", "eager", "--prompts", "5", "--new", "2", "--rounds", "2", "--processes", "1"]
@@ -64,6 +67,12 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
         (["latency", "--prompts", ""], "--prompts names none"),
         (["latency", "--contenders", "base", "vLLM"], "unknown contender 'vLLM'; it must be one of FFBA block"),
         (["latency", "--contenders", "fused"], "--contenders must have base among them"),
+        (["decoder", "--contenders", "base"], "--contenders must have base (genai) among them"),
+        (["decoder", "--reference", "vLLM"], "unknown contender 'vLLM'"),
+        (["latency", "--reference", "base (genai)"], "--reference is base (genai), and eager has none"),
+        (["latency", "--runners", "onnxruntime", "--reference", "base (eager)"], "only if --contenders names it"),
+        (["generation", "--swaps", "0"], "--swaps is 0; it must be at least 1"),
+        (["gpu", "--sections", "tests", "everything"], "invalid choice: 'everything'"),
         (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
         (["training", "--dtype", "float16"], "does not train in pure float16"),
         (["nonsense"], "invalid choice: 'nonsense'"),
@@ -77,6 +86,31 @@ def test_arguments_that_make_no_sense(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_decoder_suite_is_a_preset_of_latency(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def measure(settings: Settings, **options: Any) -> dict[str, Any]:
+        asked.update(options, settings=settings)
+        return {"settings": asdict(settings), "reference": options["reference"], "rounds": 1, "new": 1, "rows": []}
+
+    monkeypatch.setattr(latency, "measure", measure)
+    main(["decoder", "--output", str(tmp_path)])
+    assert asked["settings"] == Settings("smollm-135m", layers=4)
+    assert asked["runners"] == ("onnxruntime",)
+    assert asked["prompts"] == [128]
+    assert asked["new"] >= 16
+    assert asked["processes"] >= 8
+    assert asked["reference"] == "base (genai)"
+    assert set(asked["contenders"]) == set(goals.CONTENDERS["cpu"])
+    assert asked["peers"] == ("base (genai)", "PEFT (genai)", "PEFT (transformers, ort_fusions)")
+    main(["decoder", "--output", str(tmp_path), "--reference", "base (general)"])
+    assert set(asked["contenders"]) == {*goals.CONTENDERS["cpu"], "base (general)"}
+    main(["latency", "--output", str(tmp_path)])
+    assert asked["settings"] == Settings("smollm-135m", layers=0)
+    assert asked["reference"] == "base"
+    assert {file.name for file in tmp_path.iterdir()} == {"decoder.json", "latency.json"}
 
 
 def test_json_appears_when_it_is_whole(tmp_path: Path) -> None:
@@ -102,6 +136,20 @@ def test_gpu_sections_go_on_past_a_failure_and_a_hang(tmp_path: Path, capsys: py
     assert gpu.run(tmp_path, minutes=0, sections=sections) == 1
     told = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert {entry["status"] for entry in told} == {"no time left"}
+
+
+def test_gpu_prints_what_was_asked_beside_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timing = {"milliseconds": 1.0, "ratio": 0.7, "low": 0.69, "high": 0.71, "against": {}}
+    row = {"variant": "fused", "prompt": 1024, "tpot": timing, "ttft": timing}
+    settings = {"device": "cuda", "layers": 16}
+    result = {"settings": settings, "reference": "base", "rows": [row]}
+    monkeypatch.setattr(gpu, "_run", lambda command, seconds: {"status": "done", "seconds": 1, "output": "much"})
+    (tmp_path / "gpu-decoder-1b-fp16.json").write_text(json.dumps(result))
+    [section] = [section for section in SECTIONS if section.name == "decoder-1b-fp16"]
+    assert gpu.run(tmp_path, sections=[section]) == 0
+    assert "| fused: TPOT × base | 1.03 | 0.700 (0.690–0.710) | yes |" in capsys.readouterr().out
 
 
 def test_gpu_sections_are_commands_that_parse(tmp_path: Path) -> None:

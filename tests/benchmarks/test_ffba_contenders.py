@@ -97,6 +97,7 @@ def test_what_ffba_leaves_is_of_the_loras_overhead() -> None:
     taken = {"base": 10.0, "PEFT": 15.0, "FFBA block": 14.0, "FFBA block (fused)": 12.0}
     turns = {name: [[milliseconds, milliseconds]] for name, milliseconds in taken.items()}
     group = {"samples": dict.fromkeys(latency.METRICS, turns), "refused": {}, "unavailable": {"FFBA shared": "no rank"}}
+    group["notes"] = {}
     rows = {row["variant"]: row for row in latency.rows([group], _job(TINY, "eager"), ceiling=1e9)}
     left = {name: row["tpot"]["left"] for name, row in rows.items() if "left" in row.get("tpot", {})}
     assert left == pytest.approx({"FFBA block": 0.8, "FFBA block (fused)": 0.4})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -121,9 +122,32 @@ def test_a_contender_that_did_not_compile_is_refused() -> None:
 
 def test_nothing_is_related_to_a_base_that_was_refused() -> None:
     turns = {"base": [[1.0]], "PEFT": [[2.0]]}
-    group = {"samples": dict.fromkeys(latency.METRICS, turns), "refused": {"base": "wrong"}, "unavailable": {"x": "no"}}
+    told = {"refused": {"base": "wrong"}, "unavailable": {"x": "no"}, "notes": {}}
+    group = {"samples": dict.fromkeys(latency.METRICS, turns), **told}
     rows = latency.rows([group], _job(), ceiling=1e9)
     assert [(row["variant"], row["refused"]) for row in rows] == [("base", "wrong"), ("PEFT", "wrong"), ("x", "no")]
+
+
+def test_nothing_is_related_to_a_base_that_is_not_there() -> None:
+    told = {"refused": {}, "unavailable": {"base": "it was not exported"}, "notes": {}}
+    group = {"samples": {metric: {"PEFT": [[2.0]]} for metric in latency.METRICS}, **told}
+    rows = latency.rows([group], _job(), ceiling=1e9)
+    assert [(row["variant"], row["refused"]) for row in rows] == [
+        ("PEFT", "it was not exported"),
+        ("base", "it was not exported"),
+    ]
+
+
+def test_contenders_are_made_in_an_order_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Form] = []
+    monkeypatch.setattr(latency, "_build_one", lambda form, job, prompt: made.append(form) or "none")
+    orders = []
+    for seed in (0, 0, 1):
+        assert list(latency._build(_job(), PROMPT, random.Random(seed))) == list(RUNNERS["eager"])
+        orders.append(tuple(made))
+        made.clear()
+    assert orders[0] == orders[1] != orders[2]
+    assert set(orders[0]) == set(RUNNERS["eager"].values())
 
 
 def test_compiled_forms_agree_and_run_compiled() -> None:

@@ -7,35 +7,25 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks import onnx_exports
+from flora_fx.benchmarks import goals, latency, latency_view, onnx_contenders, onnx_exports
 from flora_fx.benchmarks.method import difference
 from flora_fx.benchmarks.models import make_model
-from flora_fx.benchmarks.onnx_contenders import OnnxContender, onnx_contenders
+from flora_fx.benchmarks.onnx_contenders import GrowingContender, SharedContender
 from flora_fx.benchmarks.onnx_exports import GRAPHS, count_nodes, write_graphs
 from flora_fx.benchmarks.settings import Settings
+from flora_fx.errors import ExportError
 
 SETTINGS = Settings(shape="tiny", layers=1, rank=6, threads=1)
 PROMPT, NEW = 9, 3
 
 Graphs = Mapping[str, Path | str]
-
-
-@pytest.fixture(scope="module")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Graphs:
-    """One of each kind that is written fast."""
-    steps: list[tuple[int, int]] = []
-    names = ("PEFT (genai)", "FFBA shared (fused)", "base", "fused")
-    place = tmp_path_factory.mktemp("graphs")
-    written = write_graphs(SETTINGS, place, lambda done, total: steps.append((done, total)), names=names)
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert list(written) == ["base", "fused", "PEFT (genai)", "FFBA shared (fused)"]
-    return written
 
 
 @torch.no_grad()
@@ -49,12 +39,12 @@ def _check(graphs: Graphs, batch: int) -> None:
         expected[adapted] = model(tokens).logits[:, PROMPT - 1 :].unbind(1)
     for one, other in itertools.combinations(expected.keys() - {"merged"}, 2):
         assert difference(expected[one][0], expected[other][0]) > 0.1
-    for name, contender in onnx_contenders(settings, graphs).items():
-        assert isinstance(contender, OnnxContender), contender
+    for name, contender in onnx_contenders.onnx_contenders(settings, graphs, NEW).items():
+        assert not isinstance(contender, str), contender
         assert not contender.compiled
         for _ in range(2):
-            found = [contender.prefill(tokens[:, :PROMPT])]
-            found += [contender.decode(token) for token in tokens[:, PROMPT:].split(1, dim=1)]
+            found = [contender.prefill(tokens[:, :PROMPT]).clone()]
+            found += [contender.decode(token).clone() for token in tokens[:, PROMPT:].split(1, dim=1)]
         for logits, reference in zip(found, expected[GRAPHS[name]], strict=True):
             assert difference(logits, reference) < 1e-5, name
 
@@ -99,6 +89,85 @@ def test_counts(graphs: Graphs) -> None:
     assert genai["Add"] == 7
     base, fused = count_nodes(paths["base"]), count_nodes(paths["fused"])
     assert fused["MatMul"] - base["MatMul"] < 2 * 7
+    assert fused["GroupQueryAttention"] == genai["GroupQueryAttention"] == SETTINGS.layers
+    swapped, general = count_nodes(paths["fused (hot swap)"]), count_nodes(paths["fused (general)"])
+    sizes = [sum(nodes.values()) for nodes in (fused, swapped, genai, general)]
+    assert sizes == sorted(sizes)
+    assert "GroupQueryAttention" not in general
+
+
+def test_what_may_share_past_and_present_does(graphs: Graphs) -> None:
+    """One buffer for all that can, whoever exported it; nothing is compared under two ways to keep a cache."""
+    loaded = onnx_contenders.onnx_contenders(SETTINGS, graphs, NEW)
+    growing = {name for name, contender in loaded.items() if isinstance(contender, GrowingContender)}
+    assert growing == {"fused (general)"}
+    assert all(isinstance(loaded[name], SharedContender) for name in loaded.keys() - growing)
+
+
+def test_graph_that_cannot_be_captured_runs_without_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing:
+        note = ""
+
+        def __init__(self, *_: Any, cuda_graph: bool = False) -> None:
+            if cuda_graph:
+                raise ExportError("nodes are on the CPU")
+
+    monkeypatch.setattr(onnx_contenders, "SharedContender", Refusing)
+    monkeypatch.setattr(onnx_contenders, "_shares", lambda directory: True)
+    settings: Any = SimpleNamespace(device="cuda", batch=1)
+    contender = onnx_contenders._load(settings, Path(), NEW)
+    assert contender.note == "runs without a CUDA graph: nodes are on the CPU"
+
+
+def test_ratios_to_another_reference_and_to_peers(graphs: Graphs) -> None:
+    """As the decoder suite has them; a live model takes turns with ONNX Runtime's if it is named."""
+    names = ("base", "fused", "PEFT (genai)", "PEFT (eager)")
+    few = {name: graph for name, graph in graphs.items() if name in names}
+    job = latency.Job(SETTINGS, "onnxruntime", PROMPT, NEW, 2, few, names, "PEFT (genai)", ("base",))
+    group = latency.sample(job, 0, lambda done, total: None)
+    assert group["refused"] == group["unavailable"] == group["notes"] == {}
+    rows = {row["variant"]: row for row in latency.rows([group, group], job, ceiling=1e9)}
+    assert list(rows) == list(names)
+    assert rows["PEFT (genai)"]["tpot"]["ratio"] == 1
+    assert list(rows["fused"]["tpot"]["against"]) == ["base"]
+    assert rows["fused"]["tpot"]["against"]["base"]["ratio"] == rows["fused"]["tpot"]["own"]
+    assert "against" not in rows["base"]["tpot"]
+    found = [row | {"nodes": 12, "note": "runs backwards"} for row in rows.values()]
+    [sheet] = latency_view.sheets({"reference": "PEFT (genai)", "new": NEW, "rows": found})
+    assert sheet.header[2] == "× PEFT (genai)"
+    assert sheet.header[-1] == "nodes"
+    assert [row[-1] for row in sheet.rows if row[0] in names] == ["12"] * 4
+    assert "fused runs backwards." in sheet.notes
+
+
+def _row(variant: str, ratio: float, against: Mapping[str, float], nodes: int) -> dict[str, Any]:
+    def timing(ratio: float) -> dict[str, Any]:
+        return {"milliseconds": 2.0, "ratio": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
+
+    timings = timing(ratio) | {"against": {peer: timing(to) for peer, to in against.items()}}
+    return {"variant": variant, "prompt": 8, "ttft": timings, "tpot": timings, "nodes": nodes}
+
+
+def test_goals_stand_beside_what_was_measured() -> None:
+    rows = [
+        _row("base (genai)", 1, {}, 56),
+        _row("fused", 1.045, {"PEFT (genai)": 0.98}, 101),
+        _row("FFBA block (fused)", 1.0, {}, 62),
+        {"variant": "fused (hot swap)", "prompt": 8, "refused": "wrong"},
+    ]
+    settings = {"device": "cpu", "layers": 4}
+    [sheet] = goals.sheets({"settings": settings, "reference": "base (genai)", "rows": rows})
+    assert [list(row) for row in sheet.rows] == [
+        ["fused: TPOT × base (genai)", "1.05", "1.045 (1.035–1.055)", "by the median, not by the whole interval"],
+        ["fused: TTFT × base (genai)", "1.07", "1.045 (1.035–1.055)", "yes"],
+        ["fused: TPOT × PEFT (genai)", "1.00", "0.980 (0.970–0.990)", "yes"],
+        ["fused: TTFT × PEFT (genai)", "1.00", "0.980 (0.970–0.990)", "yes"],
+        ["fused: nodes", "100", "101", "no"],
+        ["FFBA block (fused): nodes", "64", "62", "yes"],
+    ]
+    assert goals.sheets({"settings": settings | {"layers": 3}, "reference": "base", "rows": rows[:1]}) == []
+    for device, asked in goals.GOALS.items():
+        assert {goal.contender for goal in asked} | set(goals.peers(device)) <= set(goals.CONTENDERS[device])
 
 
 def test_a_peer_that_fails_says_why_and_stops_nobody(tmp_path: Path) -> None:
@@ -143,6 +212,7 @@ def test_what_was_written_before_the_process_died_counts(tmp_path: Path, monkeyp
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
-    loaded = onnx_contenders(SETTINGS, {"broken": tmp_path, "missing": "it was not exported"})
+    graphs = {"broken": tmp_path, "missing": "it was not exported"}
+    loaded = onnx_contenders.onnx_contenders(SETTINGS, graphs, NEW)
     assert loaded["missing"] == "it was not exported"
     assert str(loaded["broken"]).startswith(f"ONNX Runtime cannot load {tmp_path / 'model.onnx'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from exported_models import Export, Exported, build
+from genai_models import Built, build_by_genai
 
 from flora_fx.export import export_onnx, load
 from flora_fx.export.traced import Target
@@ -29,3 +30,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def llama(exported: Export) -> Exported:
     """By the general route."""
     return exported("llama", "general")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """By the model builder of onnxruntime-genai."""
+    return build_by_genai(tmp_path_factory.mktemp("genai"))

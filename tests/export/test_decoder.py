@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import tokenizers
 import torch
 import transformers
-from exported_models import VOCAB, Exported
+from exported_models import VOCAB, Export, Exported
 from torch import Tensor
 
 from flora_fx.demo.train import build_tokenizer
@@ -38,10 +37,8 @@ def by_pytorch(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize(("ids", "mask"), [(PLAIN, None), (PADDED, MASK)], ids=["plain", "left-padded"])
-def test_64_greedy_tokens_are_pytorchs(
-    exported: Callable[[str], Exported], name: str, ids: Tensor, mask: Tensor | None
-) -> None:
-    export = exported(name)
+def test_64_greedy_tokens_are_pytorchs(exported: Export, name: str, ids: Tensor, mask: Tensor | None) -> None:
+    export = exported(name, "general")
     expected = by_pytorch(export, ids, mask, max_new_tokens=64)
     assert all(len(set(row.tolist())) > 8 for row in expected), "a sequence that repeats itself proves nothing"
     assert torch.equal(export.decoder.generate(ids, mask, max_new_tokens=64, eos_token_id=[]), expected)
@@ -49,8 +46,8 @@ def test_64_greedy_tokens_are_pytorchs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["opt", "mistral", "gemma3"])
-def test_positions_from_masks_and_sliding_windows(exported: Callable[[str], Exported], name: str) -> None:
-    export = exported(name)
+def test_positions_from_masks_and_sliding_windows(exported: Export, name: str) -> None:
+    export = exported(name, "general")
     expected = by_pytorch(export, PADDED, MASK, max_new_tokens=40)
     assert torch.equal(export.decoder.generate(PADDED, MASK, max_new_tokens=40, eos_token_id=[]), expected)
 
@@ -245,6 +242,6 @@ def test_a_decoder_is_no_encoder(llama: Exported) -> None:
     assert "LlamaForCausalLM" in repr(llama.runner)
 
 
-def test_more_tokens_than_positions(exported: Callable[[str], Exported]) -> None:
+def test_more_tokens_than_positions(exported: Export) -> None:
     with pytest.raises(ValueError, match="are 260 together; this model has 256 positions"):
-        exported("gpt2").decoder(torch.ones(1, 260, dtype=torch.long))
+        exported("gpt2", "general").decoder(torch.ones(1, 260, dtype=torch.long))

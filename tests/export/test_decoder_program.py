@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
-from exported_models import build
+from exported_models import build, plain
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from flora_fx import fuse
+from flora_fx.adapters import FloraConfig
+from flora_fx.adapters.config import Placement
 from flora_fx.export.decoder_tracing import Unsuited, trace_decoder
 from flora_fx.export.forms import DECODER_FORMS
 from flora_fx.export.parts import join_heads, split_once
@@ -61,9 +64,14 @@ def attention(
     return ((scores + attention_mask).softmax(-1) @ value).transpose(1, 2), None
 
 
-def in_float64(name: str, **changes: Any) -> Any:
+def in_float64(name: str) -> Any:
     """A model by name, with adapters inside, of which every number is a float64."""
-    model: Any = private_copy(unwrap(build(name, **changes))).double()
+    return exactly(unwrap(build(name)))
+
+
+def exactly(core: nn.Module) -> Any:
+    """A copy of a model, of which every number is a float64."""
+    model: Any = private_copy(core).double()
     for path, module in list(model.named_modules()):
         if type(module).__name__.endswith(("RMSNorm", "CohereLayerNorm")):
             model.set_submodule(path, Norm(module))
@@ -90,10 +98,11 @@ def attentions(program: ExportedProgram) -> list[Node]:
 class Rows:
     """Rows of different lengths, through a program and its keys and values."""
 
-    def __init__(self, program: ExportedProgram, model: Any, capacity: int) -> None:
+    def __init__(self, program: ExportedProgram, model: Any, capacity: int, tolerance: float) -> None:
         self.module: Any = program.module(check_guards=False)
         self.model = model
         self.capacity = capacity
+        self.tolerance = tolerance
         self.tokens: list[list[int]] = [[], [], []]
         first = attentions(program)[0].args[3].meta["val"]  # type: ignore[union-attr]
         shape = (3, first.shape[1], capacity, first.shape[3])
@@ -113,12 +122,12 @@ class Rows:
         logits, *self.past = self.module(ids, mask, tuple(self.past))
         for row, tokens, found in zip(self.tokens, new, logits, strict=True):
             wanted = self.model(torch.tensor([row])).logits[0, -len(tokens) :]
-            torch.testing.assert_close(found[: len(tokens)], wanted, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(found[: len(tokens)], wanted, rtol=self.tolerance, atol=self.tolerance)
 
 
-def compare(program: ExportedProgram, model: Any, capacity: int) -> None:
+def compare(program: ExportedProgram, model: Any, capacity: int, tolerance: float) -> None:
     """Prompts of different lengths, tokens one by one, and three at once."""
-    rows = Rows(program, model, capacity)
+    rows = Rows(program, model, capacity, tolerance)
     rows.extend([[11, 23, 5, 40, 9, 8, 7, 6], [61, 8], [3, 5, 2, 7, 1]])
     for step in range(3):
         rows.extend([[step + 4], [step + 50], [step + 90]])
@@ -126,38 +135,72 @@ def compare(program: ExportedProgram, model: Any, capacity: int) -> None:
     rows.extend([[1], [2], [3]])
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a family's program holds.
+
+    Attributes:
+        absorbed: attentions that rotate.
+        joined: attentions that take q, k and v as one value.
+        scale, windows, softcap: of the attentions.
+        interleaved: whether neighbours are rotated together.
+        outside: whether rotary positions are computed outside of the attention.
+        tolerance: to the model in float64.
+    """
+
+    absorbed: int = LAYERS
+    joined: int = LAYERS
+    scale: float = 0.25
+    windows: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    interleaved: bool = False
+    outside: bool = False
+    tolerance: float = 1e-10
+
+
 FAMILIES = {
-    # absorbed rotaries, joined heads
-    "Llama": (2, 2),
-    "Qwen3": (2, 0),  # norms between the projections and the rotary
-    "Mistral": (2, 2),
-    "Phi-3": (2, 2),
-    "Gemma-2": (2, 2),
-    "Cohere": (2, 2),
-    "SmolLM3": (1, 2),  # a layer without positions
-    "GLM": (2, 2),
-    "GLM, 8": (0, 0),
-    "GPT-NeoX": (2, 0),  # q, k and v of each head are neighbours
-    "OPT": (0, 0),  # q is scaled
+    "Llama": Expected(),
+    "Qwen3": Expected(joined=0, scale=32**-0.5),  # norms between the projections and the rotary
+    "Mistral": Expected(windows=(6, 6)),
+    "Phi-3": Expected(),
+    "Gemma-2": Expected(windows=(6, -1), scale=24**-0.5, softcap=12.0),
+    "Granite": Expected(scale=0.2),
+    "Cohere": Expected(interleaved=True, tolerance=1e-6),  # rotates in float32
+    "SmolLM3": Expected(absorbed=1),  # a layer without positions
+    "GLM": Expected(interleaved=True, scale=32**-0.5),
+    "GLM, 8": Expected(absorbed=0, joined=0, outside=True),
+    "GPT-NeoX": Expected(joined=0, scale=32**-0.5),  # q, k and v of each head are neighbours
+    "OPT": Expected(absorbed=0, joined=0, scale=1.0),  # q is scaled before
 }
-FAST = ("Llama", "Qwen3", "Gemma-2", "SmolLM3", "GLM, 8")
+FAST = ("Llama", "Qwen3", "Gemma-2", "GLM, 8")
 
 
 @pytest.mark.parametrize(
     "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 )
 def test_the_program_is_the_model(name: str) -> None:
-    model = in_float64(name)
+    model, expected = in_float64(name), FAMILIES[name]
     program, joined = rewritten(model)
     nodes = attentions(program)
     assert len(nodes) == LAYERS
-    absorbed, heads = FAMILIES[name]
-    assert sum(node.args[COS] is not None for node in nodes) == absorbed
-    assert joined == sum(node.args[KEY] is None for node in nodes) == heads
-    assert (count_rotary(program) > 0) == name.endswith(", 8")
-    assert {node.args[INTERLEAVED] for node in nodes} == {name in ("Cohere", "GLM")}
-    for capacity in (0, 40):  # what grows, and one buffer that stays
-        compare(program, model, capacity)
+    assert sum(node.args[COS] is not None for node in nodes) == expected.absorbed
+    assert joined == sum(node.args[KEY] is None for node in nodes) == expected.joined
+    assert {node.args[SCALE] for node in nodes} == {expected.scale}
+    assert tuple(node.args[WINDOW] for node in nodes) == expected.windows
+    assert {node.args[SOFTCAP] for node in nodes} == {expected.softcap}
+    assert {node.args[INTERLEAVED] for node in nodes if node.args[COS] is not None} <= {expected.interleaved}
+    assert (count_rotary(program) > 0) == expected.outside
+    for capacity in (0, 40):  # keys and values that grow, and in one buffer that stays
+        compare(program, model, capacity, expected.tolerance)
+
+
+@pytest.mark.parametrize("placement", ["shared", pytest.param("block", marks=pytest.mark.slow)])
+def test_the_program_with_ffba_is_the_model(placement: Placement) -> None:
+    adapters = FloraConfig(r=5, alpha=7, placement=placement, init="random")
+    model = exactly(unwrap(peft.get_peft_model(plain("Llama"), adapters)))
+    program, joined = rewritten(model)
+    assert joined == LAYERS
+    compare(program, model, 0, 1e-10)
 
 
 # Positions
@@ -168,17 +211,6 @@ class OwnPositions(transformers.LlamaForCausalLM):
 
     def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
         return super().forward(*args, **kwargs)
-
-
-class OwnRotary(nn.Module):
-    """Counts the positions of rotary tables from 0."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
-        return self.inner(x, torch.arange(x.shape[1])[None] + position_ids[:, :1] * 0)
 
 
 def test_positions_of_its_own_are_found_out() -> None:

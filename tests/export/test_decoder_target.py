@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import onnxruntime_genai
 import pytest
 import torch
@@ -32,7 +33,7 @@ def by_pytorch(model: Any) -> Tensor:
     assert all(len(set(row.tolist())) > 8 for row in tokens), "a sequence that repeats itself proves nothing"
     logits = torch.stack(out.logits)
     first, second = logits.topk(2).values.unbind(-1)
-    assert (first - second).min() > 2e-5 * logits.abs().max(), "a near tie, which another processor may decide otherwise"
+    assert (first - second).min() > 2e-5 * logits.abs().max(), "a near tie, which other processors may break"
     return tokens
 
 
@@ -84,12 +85,30 @@ def test_windows_and_soft_caps_matter_to_these_prompts(exported: Export, name: s
     assert not torch.equal(by_pytorch(build(name, **changes)), by_decoder(exported(name)))
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_several_tokens_behind_others(exported: Export, name: str) -> None:
+    """As plain ONNX Runtime has it: a prompt, then three tokens at once."""
+    export = exported(name)
+    runs = onnxruntime.InferenceSession(export.directory / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = np.array([[11, 23, 5, 40, 9, 10, 11, 3, 8, 2, 61]])
+    values = {v.name: np.zeros((1, 2, 0, 16), np.float32) for v in runs.get_inputs() if v.name.startswith("past")}
+    found = []
+    for start, end in ((0, 8), (8, 11)):
+        tokens = {"input_ids": ids[:, start:end], "attention_mask": np.ones((1, end), np.int64)}
+        logits, *present = runs.run(None, {**tokens, **values})
+        values = dict(zip(values, present, strict=True))
+        found.append(torch.from_numpy(logits))
+    with torch.no_grad():
+        expected = export.model.eval()(torch.from_numpy(ids)).logits
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FURTHER)
 def test_further_families(exported: Export, name: str) -> None:
     export = exported(name)
     assert export.result.target == "decoder"
-    assert not export.result.report.declines
+    assert len(export.result.report.fused) >= 8
     outside = name.endswith(", 8")
     assert export.result.notes == (("rotary positions are computed outside of the attention",) if outside else ())
     assert ops_of(export)["GroupQueryAttention"] == 2

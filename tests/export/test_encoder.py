@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -11,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from exported_models import Exported
+from exported_models import Export
 from torch import Tensor
 
 from flora_fx.errors import ExportError
@@ -22,7 +21,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
-def test_bert_is_pytorchs(exported: Callable[[str], Exported], length: int) -> None:
+def test_bert_is_pytorchs(exported: Export, length: int) -> None:
     export = exported("bert")
     ids, mask = IDS[:, :length], MASK[:, :length]
     with torch.no_grad():
@@ -35,13 +34,13 @@ def test_bert_is_pytorchs(exported: Callable[[str], Exported], length: int) -> N
     torch.testing.assert_close(found["pooler_output"], expected.pooler_output, rtol=1e-4, atol=1e-5)
 
 
-def test_missing_masks_are_filled_in(exported: Callable[[str], Exported]) -> None:
+def test_missing_masks_are_filled_in(exported: Export) -> None:
     encoder = exported("bert").encoder
     explicit = encoder(input_ids=IDS, attention_mask=torch.ones_like(IDS), token_type_ids=torch.zeros_like(IDS))
     assert torch.equal(encoder(input_ids=IDS)["last_hidden_state"], explicit["last_hidden_state"])
 
 
-def test_vit_is_pytorchs(exported: Callable[[str], Exported]) -> None:
+def test_vit_is_pytorchs(exported: Export) -> None:
     export = exported("vit")
     images = torch.randn(3, 3, 24, 24)
     with torch.no_grad():
@@ -63,13 +62,13 @@ def test_vit_is_pytorchs(exported: Callable[[str], Exported]) -> None:
     ],
 )
 def test_bad_inputs_are_named(
-    exported: Callable[[str], Exported], inputs: dict[str, Tensor], error: type[Exception], message: str
+    exported: Export, inputs: dict[str, Tensor], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         exported("bert").encoder(**inputs)
 
 
-def test_an_encoder_does_not_generate(exported: Callable[[str], Exported]) -> None:
+def test_an_encoder_does_not_generate(exported: Export) -> None:
     with pytest.raises(ExportError, match="BertModel is an encoder"):
         exported("bert").encoder.generate(IDS)
 

@@ -29,8 +29,9 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
-    model = build("llama")
+@pytest.mark.parametrize("name", ["Llama", pytest.param("llama", marks=pytest.mark.slow)])
+def test_the_model_is_left_as_it_was(tmp_path: Path, name: str) -> None:
+    model = build(name)
     model.base_model.model.model.layers[0].eval()  # type: ignore[union-attr, index]  # a mode of its own
     core: Any = model.base_model.model  # type: ignore[union-attr]
 
@@ -53,6 +54,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert stages == ["capture", "fuse", "translate", "write", "check", "seal"] == list(result.seconds)
     assert result.max_rel_error < 1e-5
     assert result.greedy_tokens_equal is True
+    assert result.target == ("decoder" if name == "Llama" else "general")
 
 
 def test_the_directory_and_its_manifest(llama: Exported) -> None:
@@ -103,7 +105,7 @@ def test_a_check_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     private_copy = exporting.private_copy
     trace = exporting.trace
     model = build("tiny")
-    monkeypatch.setattr(exporting, "trace", lambda twin, kind, inputs: trace(exporting.unwrap(model), kind, inputs))
+    monkeypatch.setattr(exporting, "trace", lambda twin, *rest, **more: trace(exporting.unwrap(model), *rest, **more))
     monkeypatch.setattr(exporting, "private_copy", other)
     with pytest.raises(ExportError, match=r"does not agree with PyTorch: the logits of a prompt differs by"):
         export_onnx(model, tmp_path / "out")
@@ -126,8 +128,7 @@ def test_overwriting(llama: Exported, tmp_path: Path, overwrite: bool, monkeypat
     assert contents(tmp_path / "mine") == {"thesis.txt": b"all of it"}
 
 
-def test_an_export_replaces_an_export(tmp_path: Path, exported: Any) -> None:
-    llama: Exported = exported("llama")
+def test_an_export_replaces_an_export(tmp_path: Path, llama: Exported) -> None:
     target = tmp_path / "out"
     shutil.copytree(llama.directory, target)
     with pytest.raises(ExportError, match="exists"):
@@ -154,7 +155,7 @@ def test_only_the_active_adapters_are_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_export(tmp_path: Path, dtype: torch.dtype) -> None:
     model = build("llama")
-    result = export_onnx(model, tmp_path / "out", dtype=dtype)
+    result = export_onnx(model, tmp_path / "out", dtype=dtype, target="general")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     size = sum(p.numel() for p in model.parameters()) * 2
     assert result.files["model.onnx.data"] < size * 1.1 + 4096
@@ -213,8 +214,9 @@ def test_other_refusals(llama: Exported, tmp_path: Path) -> None:
         export_onnx(llama.model, tmp_path / "out", dtype=torch.float64)
     with pytest.raises(ExportError, match="none of the providers NoSuchProvider"):
         export_onnx(llama.model, tmp_path / "out", providers=["NoSuchProvider"])
-    with pytest.raises(ExportError, match="takes input_ids only"):
-        export_onnx(llama.model, tmp_path / "out", example_inputs={"pixel_values": torch.zeros(1)})
+    for name in ("llama", "Llama"):
+        with pytest.raises(ExportError, match="takes input_ids only"):
+            export_onnx(build(name), tmp_path / "out", example_inputs={"pixel_values": torch.zeros(1)})
     model = build("tiny")
     with torch.no_grad():
         next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = torch.nan

@@ -1,15 +1,14 @@
-"""What is in the ONNX file: fewer GEMMs, every weight once, names that can be read."""
+"""What is in the ONNX file of the general route: fewer GEMMs, every weight once, names that can be read."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
 import pytest
-from exported_models import Exported, build
+from exported_models import Export, Exported, build
 
 import flora_fx
 from flora_fx.export import export_onnx
@@ -19,6 +18,10 @@ from flora_fx.export.tracing import trace
 
 LAYERS = 2
 ATTENTION = 2  # q·kᵀ and weights·v
+
+
+def general(exported: Export, name: str) -> Exported:
+    return exported(name, None if name == "bert" else "general")
 
 
 def graph_of(export: Exported) -> onnx.GraphProto:
@@ -33,7 +36,7 @@ def test_projections_per_llama_layer(llama: Exported) -> None:
     ops = Counter(node.op_type for node in graph_of(llama).node)
     # qkv + its A's + 3 B's; o + A + B; gate_up + its A's + 2 B's; down + A + B; and one head
     assert gemms(ops) == LAYERS * (5 + 3 + 4 + 3 + ATTENTION) + 1
-    traced = trace(unwrap(build("llama")), "causal-lm")
+    traced = trace(unwrap(build("llama")), "causal-lm", target="general")
     unfused = Counter(node.op_type for node in lower(traced.program, traced).graph)
     assert gemms(unfused) == LAYERS * (7 * 3 + ATTENTION) + 1
     assert ops["Mul"] == unfused["Mul"] - LAYERS * 7, "the scales are in B"
@@ -48,8 +51,8 @@ def test_report_is_of_this_export(llama: Exported) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
-def test_no_weight_is_there_twice(exported: Callable[[str], Exported], name: str) -> None:
-    export = exported(name)
+def test_no_weight_is_there_twice(exported: Export, name: str) -> None:
+    export = general(exported, name)
     model = unwrap(export.model)
     unique = sum(p.numel() * p.element_size() for p in model.parameters())  # tied ones count once
     size = export.result.files["model.onnx.data"]
@@ -66,8 +69,8 @@ def test_names_are_those_of_the_model(llama: Exported) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
-def test_no_weight_is_moved_at_run_time(exported: Callable[[str], Exported], name: str) -> None:
-    graph = graph_of(exported(name))
+def test_no_weight_is_moved_at_run_time(exported: Export, name: str) -> None:
+    graph = graph_of(general(exported, name))
     matrices = {t.name for t in graph.initializer if len(t.dims) == 2 and t.data_type == onnx.TensorProto.FLOAT}
     moved = [
         (node.op_type, i)
@@ -108,7 +111,7 @@ def test_nothing_of_this_machine_is_in_the_file(llama: Exported) -> None:
 @pytest.mark.parametrize("up", ["block_diagonal", "per_projection"])
 def test_every_form_agrees_with_pytorch(tmp_path: Path, layout: str, up: str) -> None:
     config = flora_fx.FuseConfig(layout=layout, up=up, accumulate="add", fold_scale=True)  # type: ignore[arg-type]
-    result = export_onnx(build("llama"), tmp_path / "out", config=config)
+    result = export_onnx(build("llama"), tmp_path / "out", config=config, target="general")
     assert result.greedy_tokens_equal
     ops = Counter(
         node.op_type for node in onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph.node
