@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests use one thread each, so one process a core; a file's tests stay together, and with them what they share.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
 .PHONY: demo test test-all lint bench clean
@@ -13,10 +15,10 @@ demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu" -q
+	$(PYTEST) -m "not gpu"
 
 # mypy needs one tree: passes/, export/ and benchmarks/ are mapped under flora_fx/ (see pyproject.toml).
 lint: $(STAMP)
