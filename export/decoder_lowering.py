@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
-from .decoder_ops import rotary_rows  # noqa: F401  registers the operators
+from flora_fx.decoder_ops import rotary_rows  # noqa: F401  registers the operators
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from flora_fx.decoder_ops import group_query_attention, positions, rotary_rows
 from flora_fx.errors import require
 
-from .decoder_ops import group_query_attention, positions, rotary_rows
 from .rotary import absorb_rotary, count_rotary, reads_positions
 from .source import private_copy
 from .traced import Traced, capture, text_config

@@ -17,7 +17,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-from .decoder_ops import rotate
+from flora_fx.decoder_ops import rotate
+
 from .evaluating import between, call, evaluate, sizes
 from .layouts import LAYOUTS, moved
 
