@@ -42,6 +42,8 @@ class BodyView(GraphModuleView):
         outer: the graph around it.
     """
 
+    derives = False
+
     def __init__(self, body: fx.GraphModule, call: Node, outer: LiftedView) -> None:
         super().__init__(body)
         self._call, self._outer = call, outer

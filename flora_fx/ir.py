@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-__all__ = ["Decline", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
+__all__ = ["Decline", "Derived", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
 
 
 class Role(Enum):
@@ -38,6 +38,8 @@ class Reason(Enum):
     MUTATED = "a value is changed in place, or its memory layout is read"
     OTHER_MODE = "autocast or the recording of gradients is switched in between"
     SHAPE_UNKNOWN = "the shapes are not known to agree"
+    WEIGHT_COMPUTED = "the weight is computed at each call"
+    NOT_LOW_RANK = "what is added to a layer is no pair of linear layers"
 
 
 @dataclass(frozen=True)
@@ -185,3 +187,24 @@ class Pack:
     def members(self) -> tuple[str, ...]:
         """The names of the parameters stored here, in order."""
         return tuple(piece.label or str(piece.source) for piece in self.slices)
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A stored value that is computed from parameters alone, anew whenever one of them changes.
+
+    Attributes:
+        name: its name under ``_flora`` in the fused graph.
+        shape: of the value.
+        sources: the parameters.
+        given: the dtype and device that each of them had in the graph; it is computed with these.
+        recipe: the part of the graph that computes it, called with the parameters.
+        like: the source of the parameter whose dtype and device the value has.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    given: tuple[tuple[torch.dtype, torch.device], ...]
+    recipe: GraphModule
+    like: str

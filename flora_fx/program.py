@@ -26,10 +26,10 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .ir import Pack, Weight
+from .ir import Derived, Pack, Weight
 from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
 from .ops import accumulate
-from .pack import tie
+from .pack import derive, tie
 
 __all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program"]
 
@@ -57,6 +57,8 @@ class Program(ABC):
     values_key: str = "val"
     origin: Node | None = None
     """The node that is being rewritten: new nodes take over where it came from."""
+    derives: bool = True
+    """Whether values that are derived from weights can be stored."""
 
     @abstractmethod
     def weight(self, node: Node) -> Weight | None:
@@ -65,6 +67,10 @@ class Program(ABC):
     @abstractmethod
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
         """A node that reads a pack with the dtype and device of ``like``."""
+
+    @abstractmethod
+    def derived_value(self, derived: Derived, like: Tensor) -> Node:
+        """A node that reads a derived value with the dtype and device of ``like``."""
 
     @abstractmethod
     def trains(self, weights: Iterable[Weight]) -> bool:
@@ -224,9 +230,15 @@ class GraphModuleView(Program):
         return None
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
+        return self._stored(pack.name, pack.shape, like)
+
+    def derived_value(self, derived: Derived, like: Tensor) -> Node:
+        return self._stored(derived.name, derived.shape, like)
+
+    def _stored(self, name: str, shape: tuple[int, ...], like: Tensor) -> Node:
         # The attribute itself comes with `finish`.
-        node = self.graph.create_node("get_attr", f"{STORE}.{pack.name}", name=f"{STORE}_{pack.name}")
-        if (fake := self.fake(pack.shape, like)) is not None:
+        node = self.graph.create_node("get_attr", f"{STORE}.{name}", name=f"{STORE}_{name}")
+        if (fake := self.fake(shape, like)) is not None:
             node.meta[self.values_key] = fake
         return node
 
@@ -275,6 +287,7 @@ class ExportedProgramView(Program):
             spec.arg.name: spec.target for spec in self._inputs if spec.kind in lifted and spec.target is not None
         }
         self._packs: dict[str, Pack] = {}
+        self._derived: dict[str, Derived] = {}
 
     def weight(self, node: Node) -> Weight | None:
         if node.op != "placeholder" or node.name not in self._targets:
@@ -284,18 +297,24 @@ class ExportedProgramView(Program):
         return Weight(fqn, tensor, node) if isinstance(tensor, Tensor) else None
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
+        self._packs[f"{STORE}.{pack.name}"] = pack
+        return self._stored(pack.name, pack.shape, like)
+
+    def derived_value(self, derived: Derived, like: Tensor) -> Node:
+        self._derived[f"{STORE}.{derived.name}"] = derived
+        return self._stored(derived.name, derived.shape, like)
+
+    def _stored(self, name: str, shape: tuple[int, ...], like: Tensor) -> Node:
         # A new lifted buffer: a placeholder and an input spec, both in front of the user's inputs.
         kinds = [spec.kind for spec in self._inputs]
         index = kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
         first = self.graph.find_nodes(op="placeholder")[index : index + 1]
         before = first[0] if first else next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(before):
-            node = self.graph.placeholder(f"b_{STORE}_{pack.name}")
-        node.meta["val"] = self.fake(pack.shape, like)
-        target = f"{STORE}.{pack.name}"
-        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), target, persistent=False)
+            node = self.graph.placeholder(f"b_{STORE}_{name}")
+        node.meta["val"] = self.fake(shape, like)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), f"{STORE}.{name}", persistent=False)
         self._inputs.insert(index, spec)
-        self._packs[target] = pack
         return node
 
     def trains(self, weights: Iterable[Weight]) -> bool:
@@ -329,7 +348,8 @@ class ExportedProgramView(Program):
             assert isinstance(found, Tensor)
             return found
 
-        packed = {target: tie(pack, resolve) for target, pack in self._packs.items()}
+        stored = {target: tie(pack, resolve) for target, pack in self._packs.items()}
+        stored |= {target: derive(derived, resolve) for target, derived in self._derived.items()}
         result = FusedExportedProgram(
             self.root,
             self.graph,
@@ -338,7 +358,7 @@ class ExportedProgramView(Program):
             self.program.range_constraints,
             [copy.copy(entry) for entry in self.program.module_call_graph],
             self.program.example_inputs,
-            {**self.program.constants, **packed},
+            {**self.program.constants, **stored},
             verifiers=self.program.verifiers,
         )
         result.graph_module.meta[META] = fusion

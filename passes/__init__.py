@@ -3,7 +3,9 @@
 effects        what must not be touched: values changed in place or read by address
 values         which nodes hold equal values; needs effects, since a changed value equals nothing
 projections    the linear nodes; by value, so that equal reads are one read
+magnitudes     DoRA becomes LoRA and a stored vector; what came before looks again where that is so
 paths          the low-rank paths between them
+unlike         adapters that are none, for the report
 decide         which paths may be written, which weights may move
 group          what reads one value goes together
 write          packs, accumulations
@@ -19,18 +21,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from flora_fx.config import FuseConfig
-from flora_fx.ir import Decline, Pack
+from flora_fx.ir import Decline, Derived, Pack
 from flora_fx.program import Program
 from flora_fx.sketch import Sketch
 
 from .clean import clean
 from .decide import decide
 from .group import group
+from .magnitudes import rewrite_magnitudes
 from .modes import find_regions
 from .mutation import find_effects
 from .paths import find_paths
 from .projections import find_projections
 from .strides import soften
+from .unlike import find_unlike
 from .values import Values
 from .write import Writer
 
@@ -48,6 +52,7 @@ class Outcome:
         eval_only: dropout modules that were seen through because they were in eval mode.
         seconds: time per pass.
         sketches: what stood around each read and what stands there now.
+        derived: the values that are computed from parameters alone, and stored.
     """
 
     packs: tuple[Pack, ...]
@@ -56,6 +61,7 @@ class Outcome:
     eval_only: tuple[str, ...]
     seconds: dict[str, float]
     sketches: tuple[Sketch, ...]
+    derived: tuple[Derived, ...]
 
 
 def run(program: Program, config: FuseConfig) -> Outcome:
@@ -78,9 +84,17 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         values = Values(program, effects)
     with timed("projections"):
         projections = find_projections(program, values, effects)
+    with timed("magnitudes"):
+        derived = rewrite_magnitudes(program, values, effects, projections)
+        if derived:
+            effects = find_effects(program.graph, program.root)
+            values = Values(program, effects)
+            projections = find_projections(program, values, effects)
     with timed("paths"):
         regions = find_regions(program.graph)
         paths, refused = find_paths(program, values, effects, projections, regions)
+    with timed("unlike"):
+        unlike = find_unlike(program, values, projections, paths, refused)
     with timed("decide"):
         decisions = decide(program, values, projections, paths, config)
     with timed("group"):
@@ -96,7 +110,7 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     with timed("write"):
         writer.write(grouping)
     with timed("clean"):
-        clean(program.graph, [*writer.replaced, *writer.slices])
+        clean(program.graph, [*writer.replaced, *writer.slices], effects.alone)
     with timed("strides"):
         alive = set(program.graph.nodes)
         soften(program, [node for node in writer.slices if node in alive])
@@ -106,8 +120,9 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     return Outcome(
         tuple(writer.packs),
         tuple(path.up.weight.name for path in decisions.paths),
-        tuple(dict.fromkeys((*refused, *decisions.declines, *grouping.declines))),
+        tuple(dict.fromkeys((*refused, *unlike, *decisions.declines, *grouping.declines))),
         tuple(sorted(values.eval_only)),
         seconds,
         tuple(writer.sketches),
+        derived,
     )

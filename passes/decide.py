@@ -21,7 +21,7 @@ from flora_fx.errors import AdapterError
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Weight
 from flora_fx.program import Program
 
-from .paths import ADDS, live_users
+from .paths import ADDS, NO_READERS, live_users
 from .values import CASTS, Values, operation
 
 __all__ = ["Decisions", "decide"]
@@ -103,10 +103,21 @@ def _without_cast(values: Values, path: LowRankPath, base: Projection) -> LowRan
     read = path.down.reads
     if operation(read) not in CASTS or values.rows(read.all_input_nodes[0]) is not base.reads:
         return None
-    if path.factors or path.up.bias or path.down.bias or len(live_users(path.down.node)) > 1:
+    if path.factors or path.up.bias or path.down.bias or not _is_sole_way(path.down.node, path.up.node):
         return None
     down = replace(path.down, reads=base.reads, operand=base.operand, like=base.weight)
     return replace(path, down=down, up=replace(path.up, like=base.weight))
+
+
+def _is_sole_way(down: Node, up: Node) -> bool:
+    """Whether nothing but the up-projection reads, or restates, the dtype of what stands between the two."""
+    node = down
+    while node is not up:
+        readers = live_users(node)
+        if len(readers) != 1 or operation(node) in CASTS:
+            return False
+        node = readers[0]
+    return True
 
 
 def _require_finite(path: LowRankPath) -> None:
@@ -142,7 +153,7 @@ def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:
     if node.op == "call_module":
         module = program.attribute(str(node.target))
         yield from (*module.parameters(), *module.buffers())
-    elif node.op in ("call_function", "call_method", "output"):
+    elif node.op in ("call_function", "call_method", "output") and operation(node) not in NO_READERS:
         for operand in node.all_input_nodes:
             weight = values.weight(operand) or program.weight(values.source(operand))
             if weight is not None and not (values.is_weight_view(node) and values.weight(node) is not None):

@@ -1,6 +1,6 @@
 """Find the low-rank paths: what an adapter adds to a value.
 
-    z = down(x), or activation(down(x));  y' = target + scale · up(z)
+    z = down(x), or activation(down(x)), or v * down(x) with a vector v;  y' = target + scale · up(z)
 
 Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), either order
 of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
@@ -23,17 +23,24 @@ from torch.fx import Node
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
-from .mutation import IN_PLACE_ADDS, Effects
+from .mutation import (
+    IN_PLACE,
+    IN_PLACE_ADDS,
+    IN_PLACE_DIVIDES,
+    IN_PLACE_MULTIPLIES,
+    IN_PLACE_SUBTRACTS,
+    Effects,
+)
 from .values import DROPOUTS, Values, operation, same_sizes
 
-__all__ = ["find_paths", "live_users"]
+__all__ = ["find_paths", "is_low_rank", "is_number", "live_users", "operands"]
 
 aten = torch.ops.aten
 
 ADDS = {operator.add, torch.add, aten.add.Tensor, "add", "__add__"} | IN_PLACE_ADDS
-SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"}
-MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"}
-DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"}
+SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"} | IN_PLACE_SUBTRACTS
+MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"} | IN_PLACE_MULTIPLIES
+DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"} | IN_PLACE_DIVIDES
 NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
 ACTIVATIONS = {
     *(torch.relu, F.relu, aten.relu.default, "relu"),
@@ -89,20 +96,18 @@ def find_paths(
     for node in reversed(program.graph.nodes):
         if node in absorbed:
             continue
-        try:
-            found = finder.at_add(node)
-        except _Unscalable as refusal:
-            declines.append(refusal.decline)
-            continue
-        if found is None:
-            continue
-        target, parts = found
-        refusal_ = finder.refuse(node, target, parts, effects)
-        if refusal_ is not None:
-            declines.append(refusal_)
-            continue
-        absorbed.update(n for part in parts for n in part.chain)
-        paths.extend(LowRankPath(p.down, p.up, p.low, p.scale, p.factors, target, node) for p in parts)
+        ways, unscalable = finder.at_add(node)
+        declines.extend(unscalable)
+        refusals: list[Decline] = []
+        for target, parts in ways:
+            refused = finder.refuse(node, target, parts, effects)
+            if refused is None:
+                absorbed.update(n for part in parts for n in part.chain)
+                paths.extend(LowRankPath(p.down, p.up, p.low, p.scale, p.factors, target, node) for p in parts)
+                break
+            refusals.append(refused)
+        else:
+            declines.extend(refusals)
     return tuple(reversed(paths)), tuple(reversed(declines))
 
 
@@ -114,14 +119,36 @@ class _Finder:
         self.values = values
         self.by_node = by_node
         self.regions = regions
+        self.scaled = self.find_scaled()
 
-    def at_add(self, node: Node) -> tuple[Node, list[_Part]] | None:
-        """(target, what is added to it) where one operand of an add is a sum of low-rank paths."""
-        # Of two paths added to each other one has to be the target, and either will do.
-        for target, added, sign in _operands(node):
-            if (parts := self.parts(added, sign, (), ())) is not None:
-                return target, parts
-        return None
+    def find_scaled(self) -> set[Node]:
+        """The values that are one projection's, times factors."""
+        found = set(self.by_node)
+        for node in self.program.graph.nodes:
+            if operation(node) in MULTIPLIES | DIVIDES | NEGATES:
+                operands = [n for n in node.all_input_nodes if self.values.rows(n) in found]
+                if len(operands) == 1:
+                    found.add(self.values.rows(node))
+        return found
+
+    def at_add(self, node: Node) -> tuple[list[tuple[Node, list[_Part]]], list[Decline]]:
+        """(target, what is added to it) where one operand of an add is a sum of low-rank paths, and what is none.
+
+        Of two paths added to each other one has to be the target, and either will do: the adapter is added first, not
+        two bases behind each other.
+        """
+        found: list[tuple[Node, list[_Part]]] = []
+        declines: list[Decline] = []
+        for target, added, sign in operands(node):
+            try:
+                parts = self.parts(added, sign, (), ())
+            except _Unscalable as refusal:
+                declines.append(refusal.decline)
+                continue
+            if parts is not None:
+                found.append((target, parts))
+        found.sort(key=lambda way: not all(is_low_rank(part.down, part.up) for part in way[1]))
+        return found, declines
 
     def parts(self, node: Node, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> list[_Part] | None:
         """The low-rank paths that a value is the (scaled) sum of; None if it is anything else."""
@@ -136,11 +163,11 @@ class _Finder:
             found = self.parts(inner, scale * number, (*factors, factor) if factor else factors, chain)
             if found is None or factor is None or self.per_token(factor, inner):
                 return found
-            if all(_is_low_rank(part.down, part.up) for part in found):
+            if all(is_low_rank(part.down, part.up) for part in found):
                 raise _Unscalable(node, factor)
             return None
         if operation(node) in ADDS | SUBTRACTS and not factors:
-            for first, second, sign in _operands(node):
+            for first, second, sign in operands(node):
                 # A value with many readers is a residual stream, with all layers behind it: look there last.
                 signed = sorted(((first, 1.0), (second, sign)), key=lambda operand: len(operand[0].users))
                 one = self.parts(signed[0][0], scale * signed[0][1], factors, chain)
@@ -160,7 +187,7 @@ class _Finder:
                 return _Part(down, up, source, scale, factors, chain, self.active_dropout(down.reads))
             if self.is_activation(source):
                 below = self.by_node.get(self.values.rows(source.all_input_nodes[0]))
-                if below is None or below.out_features != up.in_features or not _is_low_rank(below, up):
+                if below is None or below.out_features != up.in_features or not is_low_rank(below, up):
                     return None
                 return _Part(below, up, source, scale, factors, chain, self.active_dropout(below.reads))
             product = self.product(source)
@@ -169,11 +196,15 @@ class _Finder:
             node, number, factor = product
             scale *= number
             if factor is not None:
+                below = self.by_node.get(self.values.rows(node))
+                if below is not None and not is_low_rank(below, up):
+                    below = None
+                if below is not None and below.out_features == up.in_features == self.vector(factor):
+                    return _Part(below, up, source, scale, factors, chain, self.active_dropout(below.reads))
                 if up.bias is not None:
                     return None  # the factor does not reach the bias
                 if not self.per_token(factor, node):
-                    below = self.by_node.get(self.values.rows(node))
-                    if below is not None and _is_low_rank(below, up):
+                    if below is not None:
                         raise _Unscalable(source, factor)
                     return None
                 factors = (*factors, factor)
@@ -202,32 +233,21 @@ class _Finder:
         kind, args = operation(node), node.args
         if kind in NEGATES:
             return node.all_input_nodes[0], -1.0, None
-        if kind in DIVIDES and len(args) == 2 and _is_number(args[1]) and args[1] and not node.kwargs:
+        if kind in DIVIDES and len(args) == 2 and is_number(args[1]) and args[1] and not node.kwargs:
             return node.all_input_nodes[0], 1 / float(args[1]), None  # type: ignore[arg-type]
         if kind not in MULTIPLIES or len(args) != 2:
             return None
         first, second = args
-        if isinstance(first, Node) and _is_number(second):
+        if isinstance(first, Node) and is_number(second):
             return first, float(second), None  # type: ignore[arg-type]
-        if isinstance(second, Node) and _is_number(first):
+        if isinstance(second, Node) and is_number(first):
             return second, float(first), None  # type: ignore[arg-type]
         if not isinstance(first, Node) or not isinstance(second, Node):
             return None
-        leads = [self.leads_to_projection(operand) for operand in (first, second)]
+        leads = [self.values.rows(operand) in self.scaled for operand in (first, second)]
         if leads == [True, False]:
             return first, 1.0, second
         return (second, 1.0, first) if leads == [False, True] else None
-
-    def leads_to_projection(self, node: Node) -> bool:
-        for _ in range(16):
-            node = self.values.rows(node)
-            if node in self.by_node:
-                return True
-            operands = [n for n in node.all_input_nodes if not self.program.weight(n)]
-            if operation(node) not in MULTIPLIES | DIVIDES | NEGATES or len(operands) != 1:
-                return False
-            node = operands[0]
-        return False
 
     def per_token(self, factor: Node, value: Node) -> bool:
         """Whether a tensor multiplies all features of a token alike, in the value's dtype and shape."""
@@ -241,6 +261,11 @@ class _Finder:
             return False
         tail = of[len(of) - len(shape) :]
         return same_sizes([b if isinstance(a, int) and a == 1 else a for a, b in zip(shape, tail, strict=True)], tail)
+
+    def vector(self, factor: Node) -> int | None:
+        """The length of a vector, which multiplies all tokens alike and changes no shape; None for other factors."""
+        shape = self.values.shape(factor)
+        return shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
 
     def reaches_down(self, factor: Node, part: _Part) -> bool:
         """Whether a factor found behind the up-projection fits the down-projection's output as well."""
@@ -308,7 +333,7 @@ class _Finder:
                 leading = (restored, None)
             elif product is not None:
                 features = known[product[0]][1]
-                if product[2] is None or self.values.shape(product[2]) == ():
+                if product[2] is None or self.values.shape(product[2]) in ((), (features,)):
                     leading = known[product[0]]
             elif operation(node) in ADDS and len({operand[0] for operand in operands}) == 1:
                 leading = operands[0]
@@ -317,25 +342,25 @@ class _Finder:
         return known
 
 
-def _is_low_rank(down: Projection, up: Projection) -> bool:
+def is_low_rank(down: Projection, up: Projection) -> bool:
     """Whether two projections look like an adapter: a gated MLP, say, goes through more features, not fewer."""
     return down.out_features < min(down.in_features, up.out_features)
 
 
-def _operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
+def operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
     """(target, added, factor of added) in both orders, where both are allowed."""
     kind = operation(node)
     if kind not in ADDS | SUBTRACTS or len(node.args) != 2:
         return
     target, added = node.args
     alpha: Any = node.kwargs.get("alpha", 1)
-    if not isinstance(target, Node) or not isinstance(added, Node) or not _is_number(alpha):
+    if not isinstance(target, Node) or not isinstance(added, Node) or not is_number(alpha):
         return
     sign = -float(alpha) if kind in SUBTRACTS else float(alpha)
     yield target, added, sign
-    if sign == 1 and kind not in IN_PLACE_ADDS:
+    if sign == 1 and kind not in IN_PLACE:
         yield added, target, 1.0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
