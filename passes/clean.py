@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Graph, Node
@@ -12,8 +12,13 @@ __all__ = ["clean"]
 ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
-def clean(graph: Graph, nodes: Iterable[Node]) -> None:
-    """Erase the given nodes if nothing reads them, then their operands likewise, unless those have effects."""
+def clean(graph: Graph, nodes: Iterable[Node], alone: Collection[Node]) -> None:
+    """Erase the given nodes if nothing reads them, then their operands likewise, unless those have effects.
+
+    Args:
+        nodes: where to begin.
+        alone: operations in place whose effects nobody sees but through their result.
+    """
     given = set(nodes)
     pending = list(given)
     erased: set[Node] = set()
@@ -21,7 +26,7 @@ def clean(graph: Graph, nodes: Iterable[Node]) -> None:
         node = pending.pop()
         if node in erased or node.op in ("placeholder", "output") or any(u.target not in ASSERTS for u in node.users):
             continue
-        if node not in given and node.is_impure():
+        if node not in given and node not in alone and node.is_impure():
             continue
         for assertion in list(node.users):
             graph.erase_node(assertion)

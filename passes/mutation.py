@@ -1,6 +1,7 @@
 """Which values are changed in place, or have their memory layout read: those are left as they are.
 
-y = linear(x, W); y += z        harmless where y is fresh and read by nothing else: the same as y + z
+y = linear(x, W); y += z        harmless where y is fresh and read by nothing else: the same as y + z; what is equal
+                                to y is computed for itself, for y will not be what it was
 v = x.view(…); v.add_(1)        touches x, v and every other view of x
 as_strided(y, …)                reads y's layout, which a slice of a pack does not have
 """
@@ -17,11 +18,27 @@ from torch.fx import Graph, Node
 
 from flora_fx.ops import accumulate, matrix_vector, packed_projection
 
-__all__ = ["Effects", "find_effects", "is_in_place_add", "may_alias", "written"]
+from .clean import ASSERTS
+
+__all__ = [
+    "IN_PLACE",
+    "IN_PLACE_ADDS",
+    "IN_PLACE_DIVIDES",
+    "IN_PLACE_MULTIPLIES",
+    "IN_PLACE_SUBTRACTS",
+    "Effects",
+    "find_effects",
+    "may_alias",
+    "written",
+]
 
 aten = torch.ops.aten
 
 IN_PLACE_ADDS = {operator.iadd, aten.add_.Tensor, "add_"}
+IN_PLACE_SUBTRACTS = {operator.isub, aten.sub_.Tensor, "sub_"}
+IN_PLACE_MULTIPLIES = {operator.imul, aten.mul_.Tensor, "mul_"}
+IN_PLACE_DIVIDES = {operator.itruediv, aten.div_.Tensor, "div_"}
+IN_PLACE = IN_PLACE_ADDS | IN_PLACE_SUBTRACTS | IN_PLACE_MULTIPLIES | IN_PLACE_DIVIDES
 # Results that never share memory with an operand. Whatever is not known to be here is taken for a possible view.
 FRESH = {
     accumulate,
@@ -41,13 +58,17 @@ FRESH = {
     torch.addmm,
     torch.bmm,
     torch.cat,
+    torch.empty_like,
+    torch.full_like,
     torch.matmul,
     torch.mm,
     torch.mul,
+    torch.ones_like,
     torch.rsqrt,
     torch.sigmoid,
     torch.softmax,
     torch.tanh,
+    torch.zeros_like,
     operator.add,
     operator.matmul,
     operator.mul,
@@ -61,11 +82,30 @@ FRESH = {
     "mean",
     "mm",
     "mul",
+    "new_empty",
+    "new_full",
+    "new_ones",
+    "new_zeros",
     "pow",
     "sin",
     aten.clone.default,
 }
-RESHAPES = {aten.view.default, aten.reshape.default, torch.reshape, "view", "reshape"}
+SAME_VALUES = {
+    *(aten.view.default, aten.reshape.default, torch.reshape, "view", "reshape"),
+    *(aten.to.dtype, "to"),
+}
+"""What shows a value in another form, be it a view of it or a copy."""
+# What returns its operands or views of them, though its schema does not say so.
+VIEWS_IN_SILENCE = {
+    *(aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.feature_alpha_dropout),
+    *(aten.atleast_1d, aten.atleast_2d, aten.atleast_3d, aten.broadcast_tensors, aten.cartesian_prod),
+    *(aten.einsum, aten.meshgrid, aten.sum_to_size, aten.type_as),
+}
+# What shows its first operand in the form of others.
+LIKE_ANOTHER = {
+    *("expand_as", "reshape_as", "to", "type_as", "view_as"),
+    *(aten.expand_as.default, aten.reshape_as.default, aten.to.other, aten.type_as.default, aten.view_as.default),
+}
 LAYOUT_READERS = {
     aten.as_strided.default,
     torch.as_strided,
@@ -77,19 +117,30 @@ LAYOUT_READERS = {
 
 
 class Effects:
-    """The nodes that a rewrite must not touch."""
+    """What has to be known of changes in place.
 
-    def __init__(self, touched: frozenset[Node]) -> None:
-        self.touched = touched
+    Attributes:
+        touched: nodes that a rewrite must not touch.
+        alone: operations in place that nobody sees but through their result.
+        changed: what those change; none of it may stand for an equal value.
+    """
+
+    def __init__(self, touched: set[Node], alone: dict[Node, list[Node]]) -> None:
+        self.touched = frozenset(touched)
+        self.alone = frozenset(alone)
+        self.changed = frozenset(node for nodes in alone.values() for node in nodes)
 
 
 def find_effects(graph: Graph, root: nn.Module) -> Effects:
     """Walk the graph once for writes and layout readers, and from each to all that may share its memory."""
     seeds: set[Node] = set()
+    alone: dict[Node, list[Node]] = {}
     for node in graph.nodes:
         if _kind(node) in LAYOUT_READERS:
             seeds.update(node.all_input_nodes[:1])
-        elif not is_in_place_add(node, root):
+        elif changed := _changed_alone(node, root):
+            alone[node] = changed
+        else:
             seeds.update(written(node, root))
     touched: set[Node] = set()
     pending = list(seeds)
@@ -100,20 +151,24 @@ def find_effects(graph: Graph, root: nn.Module) -> Effects:
         touched.add(node)
         pending.extend(_aliased(node, root))
         pending.extend(user for user in node.users if user.op != "output" and node in _aliased(user, root))
-    return Effects(frozenset(touched))
+    return Effects(touched, alone)
 
 
-def is_in_place_add(node: Node, root: nn.Module) -> bool:
-    """An in-place add into a fresh value, or a reshape of one, that nothing else reads."""
-    if _kind(node) not in IN_PLACE_ADDS or not isinstance(node.args[0], Node):
-        return False
-    into = node.args[0]
-    while _kind(into) in RESHAPES and len(into.users) == 1:
+def _changed_alone(node: Node, root: nn.Module) -> list[Node]:
+    """What an in-place operation changes where that is fresh and read by nothing else; nothing otherwise."""
+    if _kind(node) not in IN_PLACE or not isinstance(node.args[0], Node):
+        return []
+    into, forms = node.args[0], []
+    while _kind(into) in SAME_VALUES and len(_readers(into)) == 1:
+        forms.append(into)
         into = into.all_input_nodes[0]
-    fresh = _kind(into) in FRESH or _is_fresh_operator(into) or is_in_place_add(into, root)
-    if into.op == "call_module":
-        fresh = isinstance(root.get_submodule(str(into.target)), nn.Linear)
-    return fresh and len(into.users) == 1
+    computed = bool(into.all_input_nodes)  # what reads nothing may be a tensor that somebody keeps
+    fresh = computed and (not _aliased(into, root) or bool(_changed_alone(into, root)))
+    return [*forms, into] if fresh and len(_readers(into)) == 1 else []
+
+
+def _readers(node: Node) -> list[Node]:
+    return [user for user in node.users if _kind(user) not in ASSERTS]
 
 
 def _kind(node: Node) -> Any:
@@ -124,9 +179,8 @@ def _is_fresh_operator(node: Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return False
-    # Dropout returns its operand itself in eval mode, whatever its schema says.
-    named = target.overloadpacket in (aten.dropout, aten.feature_dropout)
-    return not named and all(result.alias_info is None for result in target._schema.returns)
+    silent = target.overloadpacket in VIEWS_IN_SILENCE
+    return not silent and all(result.alias_info is None for result in target._schema.returns)
 
 
 def written(node: Node, root: nn.Module) -> list[Node]:
@@ -180,9 +234,11 @@ def _aliased(node: Node, root: nn.Module) -> list[Node]:
     """The operands that a node's result may share memory with."""
     if node.op in ("placeholder", "get_attr"):
         return []
+    if changed := written(node, root):
+        return changed  # it returns what it has changed, or nothing
     if node.op == "call_module":
         fresh = isinstance(root.get_submodule(str(node.target)), nn.Linear | nn.LayerNorm | nn.Conv1d | nn.Conv2d)
         return [] if fresh else node.all_input_nodes
     if _kind(node) in FRESH or _is_fresh_operator(node):
         return []
-    return written(node, root) or node.all_input_nodes
+    return node.all_input_nodes[:1] if _kind(node) in LIKE_ANOTHER else node.all_input_nodes

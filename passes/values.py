@@ -179,7 +179,7 @@ class Values:
             return node  # read once before and once after a change, the same operation gives two values
         if operation(node) in RESHAPES and (collapsed := self._collapse(node)) is not None:
             return collapsed
-        key = self._key(node)
+        key = None if node in self.effects.changed else self._key(node)
         return node if key is None else self._first.setdefault(key, node)
 
     def _no_op(self, node: Node) -> Node | None:

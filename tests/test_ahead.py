@@ -303,13 +303,13 @@ def base_is_shared(m: Adapted, x: Tensor) -> tuple[Tensor, ...]:
 
 def base_is_changed(m: Adapted, x: Tensor) -> Tensor:
     y = m.w(x)
-    y.mul_(0.9)
+    y.tanh_()
     return y + m.b(m.a(x)) * 0.7
 
 
 def low_is_changed(m: Adapted, x: Tensor) -> Tensor:
     z, y = m.a(x), m.w(x)
-    z.mul_(0.5)
+    z.tanh_()
     return y + m.b(z) * 0.7
 
 

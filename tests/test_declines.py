@@ -221,6 +221,51 @@ def test_allow_cast_joins_adapters_of_another_dtype(layout: Any) -> None:
     torch.testing.assert_close(fused(x)[:, :10], model.q(x), atol=0.02, rtol=0.02)  # the copy follows
 
 
+@pytest.mark.parametrize("returned", [True, False])
+def test_allow_cast_leaves_low_rank_values_whose_dtype_matters(returned: bool) -> None:
+    class Mixed(MixedSiblings):
+        def forward(self, x: Tensor) -> Any:
+            z = self.q_a(x.to(torch.float32))
+            z = z.relu() if returned else z.to(torch.float32).relu()
+            y = self.q(x) + self.q_b(z) * 0.3
+            return (y, z) if returned else (y,)
+
+    model = Mixed().requires_grad_(False)
+    x = torch.randn(4, D_IN, dtype=torch.bfloat16)
+    fused = flora_fx.fuse(flora_fx.capture(model, x), config=FuseConfig(allow_cast=True))
+    assert all(torch.equal(found, expected) for found, expected in zip(fused(x), model(x), strict=True))
+    assert reasons(flora_fx.report(fused))[:1] == [Reason.DTYPE_DIFFERS]
+    assert not flora_fx.report(fused).fused
+
+
+def test_an_adapter_is_not_taken_for_the_base_of_a_base_that_may_not_move() -> None:
+    """Two projections behind each other look like a path, too: the adapter is what is added nonetheless."""
+
+    class Chained(Adapted):
+        def __init__(self) -> None:
+            super().__init__(lambda m, x: x)
+            self.first = nn.Linear(D_IN, D_IN, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1
+            h = self.first(x)
+            x.mul_(0.5)
+            return self.b(self.a(h)) * 0.3 + self.w(h)
+
+    report = fuse_and_compare(Chained().double().requires_grad_(False), X)
+    assert report.fused == ("b.weight",)
+
+
+def test_of_two_adapters_added_to_each_other_one_may_be_refused() -> None:
+    def form(m: Adapted, x: Tensor) -> tuple[Tensor, Tensor]:
+        second = m.b2(m.a2(x))
+        return m.b(m.a(x)) * 0.3 + second, second
+
+    report = fuse_and_compare(adapted(form), X)
+    assert report.fused == ("b.weight",)
+    assert not report.declines
+
+
 def test_values_changed_in_place_are_left_alone() -> None:
     def form(m: Adapted, x: Tensor) -> Tensor:
         h = x * 1

@@ -63,13 +63,13 @@ def shared_base(m: Wide, x: Tensor) -> tuple[Tensor, ...]:
 def z_changed(m: Wide, x: Tensor) -> Tensor:
     z = m.a(x)
     y = m.o(middle(m, x))
-    z.mul_(0.5)
+    z.tanh_()
     return y + m.b(z) * 0.7
 
 
 def base_changed(m: Wide, x: Tensor) -> Tensor:
     z, y = m.a(x), m.o(middle(m, x))
-    y.mul_(0.9)
+    y.tanh_()
     return y + m.b(z) * 0.7
 
 
