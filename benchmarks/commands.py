@@ -17,11 +17,13 @@ from . import (
     accuracy,
     accuracy_data,
     accuracy_view,
+    capacity,
     fusing,
     generation,
     goals,
     gpu,
     kernels,
+    large,
     latency,
     latency_view,
     scaling,
@@ -187,6 +189,21 @@ def _scaling(settings: Settings, options: Options, bar: Bar) -> Result:
     return result | fusing.measure(settings, progress=bar("fuse"))
 
 
+def _capacity(settings: Settings, options: Options, bar: Bar) -> Result:
+    return capacity.measure(
+        settings,
+        batches=options.batches,
+        prompt=options.prompts[0],
+        new=options.new,
+        seconds=options.seconds,
+        progress=bar,
+    )
+
+
+def _large(settings: Settings, options: Options, bar: Bar) -> Result:
+    return large.measure(settings, rounds=options.rounds, progress=bar("fuse"))
+
+
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
     return kernels.measure(settings, runners=options.runners, progress=bar("kernels"))
 
@@ -195,9 +212,11 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "latency": _latency,
     "decoder": _decoder,
     "generation": _generation,
+    "capacity": _capacity,
     "layouts": _latency,
     "training": _training,
     "scaling": _scaling,
+    "large": _large,
     "kernels": _kernels,
     "accuracy": _accuracy,
 }
@@ -206,9 +225,11 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "latency": latency_view.sheets,
     "decoder": lambda result: [*latency_view.sheets(result), *goals.sheets(result)],
     "generation": generation.sheets,
+    "capacity": capacity.sheets,
     "layouts": latency_view.sheets,
     "training": training.sheets,
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
+    "large": large.sheets,
     "kernels": kernels.sheets,
     "accuracy": accuracy_view.sheets,
 }
@@ -236,9 +257,15 @@ TITLES = {
         "Whole loops on an exported directory, from `load` and from onnxruntime-genai: tokens are chosen, not given. "
         "Then what of a token is our Python, and swaps of the adapter between generations.",
     ),
+    "capacity": (
+        "Capacity",
+        "Replicas of the exported decoder on all cores of a host, each with requests one after the other, and the "
+        "hosts that a load takes; docs/serving.md says how to put them behind a load balancer.",
+    ),
     "layouts": ("Forms of the fused graph", "Every form that `FuseConfig` can write; all graphs are captured."),
     "training": ("Training step", "Forward, backward and AdamW on A and B; the same losses and gradients are checked."),
     "scaling": ("Scaling", "TPOT with one setting varied at a time, and what `fuse` itself takes."),
+    "large": ("A model of 70B parameters", "Fused without its weights: shapes are all that the passes read."),
     "kernels": ("Kernels per decoder layer", "Counted, not timed: what one more layer adds to a call."),
     "accuracy": (
         "Accuracy at equal budgets",
@@ -281,10 +308,10 @@ def _check(options: Options) -> None:
             raise ValueError(f"unknown contender {contender!r}; it must be one of {', '.join(sorted(named))}")
     if hasattr(options, "reference"):
         _check_reference(options.reference, contenders, getattr(options, "runners", ["onnxruntime"]))
-    for name in ("rounds", "processes", "new", "sequence", "swaps"):
+    for name in ("rounds", "processes", "new", "sequence", "swaps", "seconds"):
         if getattr(options, name, 1) < 1:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    for name in ("runners", "prompts"):
+    for name in ("runners", "prompts", *(["batches"] if options.suite == "capacity" else [])):
         if not getattr(options, name, True):
             raise ValueError(f"--{name} names none")
 
@@ -351,6 +378,12 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--swaps", type=int, default=100, help="of the adapter (%(default)s)")
     _passes(suite, prompts=[128], new=32, rounds=40, processes=8)
 
+    suite = suites.add_parser("capacity", parents=[model()], help="what a host serves, and the hosts a load takes")
+    suite.add_argument("--batches", type=_numbers, default=[1, 2, 4, 8], help="requests answered together (1,2,4,8)")
+    suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
+    suite.add_argument("--new", type=int, default=64, help="tokens of an answer (%(default)s)")
+    suite.add_argument("--seconds", type=float, default=10.0, help="that each arrangement is measured (%(default)s)")
+
     suite = suites.add_parser("training", parents=[model()], help="time and peak memory of a training step")
     suite.add_argument("--sequence", type=int, default=128, help="tokens per sequence (%(default)s)")
     suite.add_argument("--rounds", type=int, default=30, help="steps by each contender (%(default)s)")
@@ -363,6 +396,10 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
+
+    suite = suites.add_parser("large", parents=[model()], help="fuse on a graph too large for this machine's memory")
+    suite.set_defaults(shape="llama-3.1-70b", dtype="bfloat16")
+    suite.add_argument("--rounds", type=int, default=3, help="fuses (%(default)s)")
 
     suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]

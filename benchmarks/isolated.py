@@ -17,20 +17,21 @@ __all__ = ["Progress", "isolated"]
 Progress = Callable[[int, int], None]
 
 
-def isolated(function: Callable[..., Any], *args: Any, threads: int, progress: Progress) -> Any:
+def isolated(function: Callable[..., Any], *args: Any, threads: int, progress: Progress, first: int = 0) -> Any:
     """Call ``function(*args, progress)`` in a new process that is pinned to so many cores.
 
     Args:
         function: importable by name; what it takes and returns travels by pickle.
         threads: CPU threads, and cores.
         progress: called here with what the function reports there.
+        first: how many of this process's cores to leave to others.
 
     Raises:
         RuntimeError: the function raised, with its traceback, or the process died.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(there, threads, function, args))
+    process = context.Process(target=_work, args=(there, (first, first + threads), function, args))
     process.start()
     there.close()
     try:
@@ -51,10 +52,11 @@ def isolated(function: Callable[..., Any], *args: Any, threads: int, progress: P
             process.kill()
 
 
-def _work(answer: Connection, threads: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _work(answer: Connection, cores: tuple[int, int], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    torch.set_num_threads(threads)
+        own = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, own[slice(*cores)] or own)  # all, where there are too few
+    torch.set_num_threads(cores[1] - cores[0])
     warnings.simplefilter("ignore")  # deprecations inside transformers; ours are errors in the tests
     try:
         answer.send(("result", function(*args, lambda done, total: answer.send(("progress", (done, total))))))

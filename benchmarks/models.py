@@ -12,7 +12,7 @@ from torch import nn
 from .ffba import Placement, adapter, largest_rank
 from .settings import SHAPES, Settings
 
-__all__ = ["PLACEMENTS", "Adapted", "Weights", "adapters_of", "ffba_of", "make_model", "weights_of"]
+__all__ = ["PLACEMENTS", "Adapted", "Weights", "adapters_of", "ffba_of", "make_model", "outline", "weights_of"]
 
 Adapted = Literal["base", "peft", "merged", "ffba-block", "ffba-shared"]
 
@@ -44,6 +44,13 @@ def make_model(settings: Settings, adapted: Adapted, *, dtype: torch.dtype | Non
     return model.to(dtype)
 
 
+def outline(settings: Settings, adapted: Adapted) -> nn.Module:
+    """The same on the meta device: shapes and dtypes, no memory."""
+    with torch.device("meta"):
+        model: nn.Module = _build(settings, adapted)
+    return model.to(settings.torch_dtype).eval().requires_grad_(False)
+
+
 def _build(settings: Settings, adapted: Adapted) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,8 +79,7 @@ def _adapter(settings: Settings, adapted: Adapted) -> Any:
 
 @functools.cache
 def _rank(settings: Settings, placement: Placement) -> int:
-    with torch.device("meta"):
-        return largest_rank(placement, _build(settings, "base"), weights_of(settings, "peft").adapter)
+    return largest_rank(placement, outline(settings, "base"), weights_of(settings, "peft").adapter)
 
 
 def ffba_of(settings: Settings, adapted: Adapted) -> dict[str, Any]:
@@ -121,8 +127,7 @@ class Weights:
 @functools.cache
 def weights_of(settings: Settings, adapted: Adapted) -> Weights:
     """Count without allocating; a merged adapter adds no weights to the base's."""
-    with torch.device("meta"):
-        model = _build(settings, "base" if adapted == "merged" else adapted)
+    model = outline(settings, "base" if adapted == "merged" else adapted)
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
     adapters = sum(named[name] for name in adapters_of(model))
     head = sum(count for name, count in named.items() if "embed_tokens" in name)

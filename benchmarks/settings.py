@@ -58,6 +58,30 @@ SHAPES: dict[str, dict[str, object]] = {
         "max_position_embeddings": 131072,
         "rope_parameters": _LLAMA3_ROPE,
     },
+    "llama-3.1-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_parameters": _LLAMA3_ROPE | {"factor": 8.0},
+    },
+    "llama-3.1-70b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_parameters": _LLAMA3_ROPE | {"factor": 8.0},
+    },
     "qwen3-0.6b": {
         "model_type": "qwen3",
         "hidden_size": 1024,
@@ -81,7 +105,7 @@ SHAPES: dict[str, dict[str, object]] = {
         "max_position_embeddings": 2048,
     },
 }
-"""Published configurations by name (``tiny`` is for tests); embedding and head are tied in all of them."""
+"""Published configurations by name (``tiny`` is for tests); embedding and head are tied in all models made of them."""
 
 
 @dataclass(frozen=True)

@@ -39,3 +39,10 @@ def test_deploying_runs_as_it_stands(
     assert found["plain"][5:13] == found["tokens"][1, 5:13].tolist()
     assert not torch.equal(found["tokens"], found["swapped"])
     assert found["generator"].get_sequence(0).tolist()[:13] == found["plain"]
+
+
+def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("serving.md")
+    expected = found["decoder"].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, eos_token_id=[])
+    assert found["served"] == expected[0].tolist()
