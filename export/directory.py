@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import glob
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,6 +18,19 @@ from pathlib import Path
 from flora_fx.errors import ExportError
 
 __all__ = ["check_target", "staged"]
+
+_ELSEWHERE = "choose another place"
+_FULL = "free some space there, or choose another place"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "it does not take files so large (see ulimit -f)",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.EIO: "its disk or network fails",
+}
+"""What a user can do about errors of the file system; all others are errors of the program."""
 
 
 def check_target(directory: Path, *, overwrite: bool, marker: str) -> None:
@@ -52,7 +68,9 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         the empty sibling.
 
     Raises:
-        ExportError: see `check_target`.
+        ExportError: see `check_target`; or the file system refuses, for it is full, say.
+
+    Siblings that processes left behind as they were killed are removed; who still writes to one holds a lock on it.
 
     >>> with tempfile.TemporaryDirectory() as root:
     ...     with staged(Path(root, "a"), overwrite=False, marker="mark") as place:
@@ -63,21 +81,66 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     check_target(directory, overwrite=overwrite, marker=marker)
     made: list[Path] = []
     staging: Path | None = None
+    lock: int | None = None
     try:
-        staging = _open_staging(directory, made)
+        _remove_abandoned(directory)
+        while staging is None or not staging.is_dir():  # for a moment it was nobody's, and another process saw that
+            if lock is not None:
+                os.close(lock)
+            staging = _open_staging(directory, made)
+            lock = _lock(staging, wait=True)
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         yield staging
         _sync(staging)
         check_target(directory, overwrite=overwrite, marker=marker)
         _put(staging, directory)
-    except BaseException:
+    except BaseException as error:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
         for parent in made:
             with contextlib.suppress(OSError):  # someone else's files may be in it by now
                 parent.rmdir()
+        if (number := _number(error)) in _REMEDIES:
+            reason, remedy = os.strerror(number), _REMEDIES[number]
+            raise ExportError(f"{directory} could not be written ({reason}); {remedy}") from error
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     _sync_one(directory.parent)
+
+
+def _number(error: BaseException) -> int:
+    """The number of an error of the operating system, also of one that comes through a library in Rust; 0 for none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
+def _remove_abandoned(directory: Path) -> None:
+    for place in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+        lock = _lock(place, wait=False)
+        if lock is not None:
+            shutil.rmtree(place, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(place: Path, *, wait: bool) -> int | None:
+    """A handle that locks a directory until it is closed, or its process ends; None where it cannot be had."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    handle: int | None = None
+    try:
+        handle = os.open(place, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:  # another one's, or gone, or the file system has no locks
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
 
 
 def _open_staging(directory: Path, made: list[Path]) -> Path:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from flora_fx.capturing import CAPTURING
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse, report
@@ -128,20 +129,20 @@ def export_onnx(
 
     destination = Path(directory).absolute()
     with staged(destination, overwrite=overwrite, marker=MANIFEST) as place:
-        with stage("capture"):
+        with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
             traced = trace(reference, kind, example_inputs, target=target, provider=provider)
             if hot_swap and traced.target != "decoder":
                 raise ExportError(f"hot_swap is for target 'decoder'; {'; '.join(traced.notes) or kind}")
             forms = config or forms_for(traced.target, hot_swap=hot_swap)
-        with stage("fuse"):
+        with CAPTURING, stage("fuse"):
             programs = {MODEL: traced} if traced.encoder is None else {ENCODER: traced.encoder, MODEL: traced}
             fused = {name: fuse(part.program, config=forms) for name, part in programs.items()}
             fusion = combined([report(part) for part in fused.values()])
             if traced.target == "decoder":
                 split_once(fused[MODEL])
                 join_heads(fused[MODEL])
-        with stage("translate"):
+        with CAPTURING, stage("translate"):
             graphs = {name: lower(fused[name], part) for name, part in programs.items()}
             live = make_live(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from flora_fx.checksums import sha256
 from flora_fx.errors import ExportError, require
 
 from .identity import Identity
@@ -102,10 +103,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> dict[str, int]:
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     files: dict[str, dict[str, Any]] = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in paths
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
     }
-    content = {**asdict(manifest), "files": files}
+    content: dict[str, Any] = {**asdict(manifest), "files": files}
+    content["sha256"] = _digest(content)
     (directory / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return {name: entry["bytes"] for name, entry in files.items()}
 
@@ -115,7 +116,8 @@ def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
 
     Args:
         directory: an exported one.
-        verify: compare checksums too; sizes, and where the graph looks for its weights, always are.
+        verify: compare checksums too, the manifest's own among them; sizes, and where the graph looks for its weights,
+            always are.
 
     Raises:
         ExportError: the directory, the manifest or a file is missing, cut off, changed, or points elsewhere.
@@ -125,16 +127,17 @@ def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise ExportError(f"{directory} has no {MANIFEST}, so it is not an export or not a whole one; {_AGAIN}")
-    manifest = _parse(path)
+    manifest = _parse(path, verify=verify)
     for name in (*manifest.graphs, *manifest.files):
         if not _stays_inside(name):
             raise ExportError(f"{path} lists {name!r}, which is outside the directory; do not trust it, {_AGAIN}")
         if name not in manifest.files:
             raise ExportError(f"{path} does not list {name}; {_AGAIN}")
-        _check_file(directory / name, manifest.files[name], verify=verify)
+        _check_file(directory, name, manifest.files[name], verify=verify)
     for graph in manifest.graphs:
         for location in _external_locations(directory / graph):
-            if not _stays_inside(location) or location not in manifest.files:
+            # A plain name: "*/_ORT_MEM_ADDR_/*" is a path to us, and to ONNX Runtime an address in memory.
+            if len(PurePosixPath(location).parts) != 1 or location not in manifest.files:
                 raise ExportError(
                     f"{directory / graph} reads its weights from {location!r}, which is not a file of this export; "
                     f"do not trust it, {_AGAIN}"
@@ -142,13 +145,21 @@ def read_manifest(directory: Path, *, verify: bool = True) -> Manifest:
     return manifest
 
 
-def _parse(path: Path) -> Manifest:
+def _digest(content: Mapping[str, Any]) -> str:
+    """Of a manifest, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parse(path: Path, *, verify: bool) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ExportError(
                 f"{path} has format {content['format']}, this flora_fx reads {_FORMAT}; {_AGAIN} with this version"
             )
+        told = content.pop("sha256", None)
+        if verify and told != _digest(content):
+            raise ExportError(f"{path} is not what was exported (its SHA-256 differs); copy it again, or {_AGAIN}")
         known = {f.name for f in fields(Manifest)}
         content["token_rules"] = TokenRules(**content.get("token_rules", {}))
         content["identity"] = Identity.from_dict(content.get("identity", {}))
@@ -161,17 +172,20 @@ def _parse(path: Path) -> Manifest:
     return manifest
 
 
-def _check_file(path: Path, expected: Any, *, verify: bool) -> None:
+def _check_file(directory: Path, name: str, expected: Any, *, verify: bool) -> None:
+    path = directory / name
     if path.is_symlink() or not path.is_file():
         raise ExportError(f"{path} is missing; {_AGAIN}, or copy it again")
+    if path.resolve() != directory.resolve() / name:
+        raise ExportError(f"{path} is outside the directory, by a link; do not trust it, {_AGAIN}")
     size = path.stat().st_size
     try:
         wanted, digest = expected["bytes"], expected["sha256"]
     except (KeyError, TypeError):
-        raise ExportError(f"{path.parent / MANIFEST} says nothing of {path.name}; {_AGAIN}") from None
+        raise ExportError(f"{directory / MANIFEST} says nothing of {name}; {_AGAIN}") from None
     if size != wanted:
         raise ExportError(f"{path} has {size} bytes instead of {wanted}; it is cut off or changed: copy it again")
-    if verify and _sha256(path) != digest:
+    if verify and sha256(path) != digest:
         raise ExportError(f"{path} is not what was exported (its SHA-256 differs); copy it again, or {_AGAIN}")
 
 
@@ -193,29 +207,19 @@ def _external_locations(path: Path) -> set[str]:
     except Exception as error:  # protobuf's own exceptions are not public
         raise ExportError(f"{path} is not an ONNX model ({error}); copy it again, or {_AGAIN}") from error
     locations = set()
-    nodes = [node for function in model.functions for node in function.node]
-    for tensor in (*_tensors(model.graph), *_tensors_of(nodes)):
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or entries:
-            locations.add(entries.get("location", ""))
+    for tensor in _tensors(model, onnx.TensorProto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            locations.update([entry.value for entry in tensor.external_data if entry.key == "location"] or [""])
     return locations
 
 
-def _tensors(graph: Any) -> Iterator[Any]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _tensors_of(graph.node)
-
-
-def _tensors_of(nodes: Iterable[Any]) -> Iterator[Any]:
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for graph in (attribute.g, *attribute.graphs):
-                yield from _tensors(graph)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _tensors(message: Any, kind: type) -> Iterator[Any]:
+    """All messages of a kind in a protobuf message, wherever they stand: initializers, attributes, functions, …"""
+    for entry, value in message.ListFields():
+        if entry.message_type is None:
+            continue
+        for part in value if isinstance(value, Iterable) else (value,):
+            if isinstance(part, kind):
+                yield part
+            else:
+                yield from _tensors(part, kind)

@@ -74,7 +74,14 @@ class LiveAdapter:
         writes: list[_Write] = []
         for module, layer in lora.layers.items():
             writes += _checked(self._regions[module], module, layer, lora.name)
-        # From here on nothing fails.
+        # From here on nothing fails; but Ctrl-C may come, and a half of each would be neither.
+        try:
+            self._write(lora, writes)
+        except BaseException:
+            self._write(lora, writes)
+            raise
+
+    def _write(self, lora: Lora, writes: Iterable[_Write]) -> None:
         for module in self._regions.keys() - lora.layers.keys():
             for region in self._regions[module].values():
                 region.zero_()

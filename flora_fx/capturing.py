@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,10 @@ from torch import fx, nn
 
 from .errors import CaptureError
 
-__all__ = ["capture"]
+__all__ = ["CAPTURING", "capture"]
+
+CAPTURING = threading.RLock()
+"""Held while torch.export traces: torch 2.13 patches modules and keeps stacks of modes for all threads together."""
 
 
 def capture(
@@ -37,6 +41,9 @@ def capture(
         TypeError: not a module.
         CaptureError: torch.export could not trace the model.
 
+    Threads take turns. While one of them captures, no other may call modules: torch's tracers (2.13) patch
+    ``nn.Module.__call__`` for all threads.
+
     >>> import torch
     >>> graph = capture(torch.nn.Linear(3, 2), torch.ones(4, 3), dynamic_shapes={"input": {0: torch.export.Dim.AUTO}})
     >>> graph(torch.ones(7, 3)).shape
@@ -53,7 +60,7 @@ def capture(
         )
     shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in names}
     try:
-        with warnings.catch_warnings(), _explicit_signature(model, names, len(args)):
+        with CAPTURING, warnings.catch_warnings(), _explicit_signature(model, names, len(args)):
             warnings.simplefilter("ignore")  # tracing warns of the model's own deprecated calls
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             return program.module(check_guards=False)

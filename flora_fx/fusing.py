@@ -11,6 +11,7 @@ from .config import FuseConfig
 from .counting import count_ops
 from .fusion_report import FusionReport
 from .module import Fusion, fusion_of
+from .pack import TYING
 from .program import Program, open_program
 
 __all__ = ["fuse", "report", "rewrite"]
@@ -62,10 +63,11 @@ def fuse(
     """
     if config is not None and not isinstance(config, FuseConfig):
         raise TypeError(f"config is a {type(config).__name__}; it must be a flora_fx.FuseConfig")
-    program = open_program(graph)
-    if fusion_of(graph) is not None:
+    if isinstance(graph, fx.GraphModule | ExportedProgram) and fusion_of(graph) is not None:
         return graph
-    return program.finish(rewrite(program, config or FuseConfig()))
+    with TYING:
+        program = open_program(graph)
+        return program.finish(rewrite(program, config or FuseConfig()))
 
 
 def rewrite(program: Program, config: FuseConfig) -> Fusion:
@@ -87,7 +89,7 @@ def rewrite(program: Program, config: FuseConfig) -> Fusion:
         seconds=outcome.seconds,
         sketches=outcome.sketches,
     )
-    return Fusion(outcome.packs, outcome.eval_only, result)
+    return Fusion(outcome.packs, outcome.eval_only, result, outcome.derived)
 
 
 def report(fused: fx.GraphModule | ExportedProgram) -> FusionReport:

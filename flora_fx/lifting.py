@@ -27,7 +27,7 @@ from torch.fx import Node
 from .ir import Pack, Weight
 from .module import Fusion
 from .ops import matrix_vector
-from .pack import guard_backward, tie
+from .pack import TYING, guard_backward, tie
 from .program import GraphModuleView
 
 __all__ = ["LiftedView", "PackedCall"]
@@ -44,6 +44,8 @@ class LiftedView(GraphModuleView):
             `matrix_vector` (Inductor's loop streams weights at 26 to 32 GB/s where MKL's GEMM with one row gives 8 to
             11; AMD EPYC, 2 cores, float32, torch 2.13).
     """
+
+    derives = False  # PEFT's layers with such values come in graphs of a piece each
 
     def __init__(self, root: fx.GraphModule, *, generates: bool = True) -> None:
         super().__init__(root)
@@ -136,24 +138,29 @@ class PackedCall:
         sources = dict.fromkeys(piece.source for pack in packs for piece in pack.slices)
         self._watched = _getter([int(source) for source in sources])
         self._kept = _getter(kept)
-        self._seen: list[int] = []
-        _calls.add(self)
+        # Where the members are, and the packs of these: one value, for another thread may call with another model.
+        self._tied: tuple[list[int], tuple[Tensor, ...]] = ([], ())
+        with TYING:
+            _calls.add(self)
 
     def __call__(self, *args: Any) -> Any:
         watched = self._watched(args)
-        if not self._seen and isinstance(next(iter(watched), None), FakeTensor):
+        seen, packs = self._tied
+        if not seen and isinstance(next(iter(watched), None), FakeTensor):
             # Dynamo's optimizer for DDP runs the parts of a graph it has cut once, to see the shapes between them.
             return self._compiled(*self._kept(args), *(args[int(p.like)].new_empty(p.shape) for p in self._packs))
         # Microseconds: this runs before each call.
-        if [*map(Tensor.data_ptr, watched)] != self._seen:
-            self._tie(args)
-        outputs = self._compiled(*self._kept(args), *self._tensors)
+        if [*map(Tensor.data_ptr, watched)] != seen:
+            with TYING:
+                packs = self._tie(args)
+        outputs = self._compiled(*self._kept(args), *packs)
         if torch.is_grad_enabled():
             guard_backward(_tensors(outputs), watched)
         return outputs
 
-    def _tie(self, args: Sequence[Any]) -> None:
+    def _tie(self, args: Sequence[Any]) -> tuple[Tensor, ...]:
         """Make the packs hold the arguments' present values, and the arguments views of them."""
+        packs = []
         known = {_storage(packed) for call in _calls for packed in call._tensors if packed is not None}
         for index, pack in enumerate(self._packs):
             members = [args[piece.source] for piece in pack.slices]  # type: ignore[index]
@@ -161,6 +168,7 @@ class PackedCall:
             packed = tie(pack, lambda source: args[source])  # type: ignore[index]
             if self._tensors[index] is not None and self._tensors[index] is not packed:
                 log.info("the parameters of %s had been moved; they are packed anew", pack.name)
+            packs.append(packed)
             self._tensors[index] = packed
             self._members[index] = [weakref.ref(member) for member in members]
             if left := before & known - {_storage(packed)}:
@@ -168,7 +176,8 @@ class PackedCall:
                     call._forget(left)
         for call in list(_calls):
             call._sweep()
-        self._seen = [*map(Tensor.data_ptr, self._watched(args))]
+        self._tied = [*map(Tensor.data_ptr, self._watched(args))], tuple(packs)
+        return self._tied[1]
 
     @torch.inference_mode(False)
     def _forget(self, storages: set[int]) -> None:
@@ -181,7 +190,7 @@ class PackedCall:
                 if member is not None and _storage(member) == _storage(packed):
                     member.data = member.detach().clone()
             self._tensors[index] = None
-            self._seen = []
+            self._tied = ([], ())
 
     def _sweep(self) -> None:
         """Let go of packs that all their parameters have left: of a graph that is not called again, say."""
@@ -191,7 +200,7 @@ class PackedCall:
             members = [reference() for reference in self._members[index]]
             if all(member is None or _storage(member) != _storage(packed) for member in members):
                 self._tensors[index] = None
-                self._seen = []
+                self._tied = ([], ())
 
 
 def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from .errors import TieError
 from .fusion_report import FusionReport
-from .ir import Pack
-from .pack import Stamp, guard_backward, stamp, tie, version
+from .ir import Derived, Pack
+from .pack import TYING, Stamp, derive, guard_backward, stamp, stamp_derived, tie, version
 
 __all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
 
@@ -35,11 +35,13 @@ class Fusion:
         packs: the packed weights.
         eval_only: dropout modules that were seen through because they were in eval mode.
         report: what the user reads.
+        derived: the values that are computed from parameters alone, and stored.
     """
 
     packs: tuple[Pack, ...]
     eval_only: tuple[str, ...]
     report: FusionReport
+    derived: tuple[Derived, ...] = ()
 
 
 class FusedGraphModule(fx.GraphModule):
@@ -61,8 +63,8 @@ class FusedGraphModule(fx.GraphModule):
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
         """A fused module over ``graph`` with ``source``'s parameters, submodules, hooks and metadata (shared)."""
         store = nn.Module()
-        for pack in fusion.packs:
-            store.register_buffer(pack.name, torch.empty(0), persistent=False)
+        for name in [*(pack.name for pack in fusion.packs), *(derived.name for derived in fusion.derived)]:
+            store.register_buffer(name, torch.empty(0), persistent=False)
         modules = {name: child for name, child in source._modules.items() if name != STORE}
         state = {
             # Containers are copied, what they hold is shared.
@@ -95,7 +97,7 @@ class FusedGraphModule(fx.GraphModule):
         return fusion
 
     def retie(self, arguments: tuple[Any, ...] | None = None, packs: Iterable[Pack] | None = None) -> None:
-        """Store packs anew from their parameters' present values.
+        """Store packs anew from their parameters' present values, and what is derived from others than before.
 
         Args:
             arguments: the graph's inputs, for a graph whose parameters come in as inputs (Dynamo).
@@ -104,14 +106,23 @@ class FusedGraphModule(fx.GraphModule):
         Raises:
             TieError: a parameter has changed its shape, or the members of a pack disagree in device or dtype.
         """
+        with TYING:
+            self._retie(arguments, self.fusion.packs if packs is None else packs, fresh=packs is None)
+
+    def _retie(self, arguments: tuple[Any, ...] | None, packs: Iterable[Pack], *, fresh: bool) -> None:
         store = self._modules[STORE]
         assert store is not None
         resolve = self._resolver(arguments)
-        for pack in self.fusion.packs if packs is None else packs:
+        for pack in packs:
             if arguments is None and any(isinstance(piece.source, int) for piece in pack.slices):
                 continue  # tied at the next call, when the inputs are there
             store._buffers[pack.name] = tie(pack, resolve)
             self._stamps[pack.name] = stamp(pack, resolve)
+        for derived in self.fusion.derived:
+            present = stamp_derived(derived, resolve)
+            if fresh or self._stamps.get(derived.name) != present:
+                store._buffers[derived.name] = derive(derived, resolve)
+                self._stamps[derived.name] = present
         self._seen = self._look(arguments)
         self._loses_gradients = bool(self._seen) and self._wants_gradients(arguments)
 
@@ -130,22 +141,24 @@ class FusedGraphModule(fx.GraphModule):
     def _watch(self) -> None:
         """Remember in which dictionary each packed parameter lives, so that a check per call is cheap."""
         owners: dict[str, tuple[dict[str, Any], str]] = {}
-        for pack in self.fusion.packs:
-            for source in (pack.like, *(piece.source for piece in pack.slices)):
-                if isinstance(source, str):
-                    path, _, name = source.rpartition(".")
-                    module = self.get_submodule(path)
-                    owners[source] = next(
-                        (d, name) for d in (module._parameters, module._buffers, module.__dict__) if name in d
-                    )
+        packed = [source for pack in self.fusion.packs for source in (pack.like, *(p.source for p in pack.slices))]
+        others = [source for derived in self.fusion.derived for source in derived.sources]
+        for source in (*packed, *others):
+            if isinstance(source, str):
+                path, _, name = source.rpartition(".")
+                module = self.get_submodule(path)
+                owners[source] = next(
+                    (d, name) for d in (module._parameters, module._buffers, module.__dict__) if name in d
+                )
         self._owners = owners
         self._stamps = {}
         slices = [piece for pack in self.fusion.packs for piece in pack.slices]
         places = [owners.get(str(piece.source), (None, piece.source)) for piece in slices]
         trains = [pack.trains for pack in self.fusion.packs for _ in pack.slices]
-        self._places = places
-        self._untrained = [place for place, trained in zip(places, trains, strict=True) if not trained]
-        self._copied = [place for place, piece in zip(places, slices, strict=True) if not piece.view]
+        derived = [owners[source] for source in others]
+        self._places = [*places, *derived]
+        self._untrained = [*(place for place, trained in zip(places, trains, strict=True) if not trained), *derived]
+        self._copied = [*(place for place, piece in zip(places, slices, strict=True) if not piece.view), *derived]
         self._seen = []
         self._loses_gradients = False
 
@@ -180,6 +193,18 @@ class FusedGraphModule(fx.GraphModule):
             raise TieError(_NO_GRADIENTS)
         if self._look(arguments) == self._seen:
             return
+        with TYING:
+            lost = self._follow(arguments)
+        if lost:
+            warnings.warn(
+                f"{len(lost)} pack(s) of a fused graph, {lost[0]} among them, had lost the tie to their parameters "
+                "and were stored anew; outputs are right, the call was slow. Was the same model fused another way, "
+                "or was param.data replaced?",
+                stacklevel=2,
+            )
+
+    def _follow(self, arguments: tuple[Any, ...]) -> list[str]:
+        """Tie anew what was moved or changed; the names of the packs that had lost their ties."""
         resolve = self._resolver(arguments)
         moved, stale = [], []
         for pack in self.fusion.packs:
@@ -190,13 +215,7 @@ class FusedGraphModule(fx.GraphModule):
                 stale.append(pack)
         lost = [pack.name for pack in moved if pack.name in self._stamps]
         self.retie(arguments, moved + stale)
-        if lost:
-            warnings.warn(
-                f"{len(lost)} pack(s) of a fused graph, {lost[0]} among them, had lost the tie to their parameters "
-                "and were stored anew; outputs are right, the call was slow. Was the same model fused another way, "
-                "or was param.data replaced?",
-                stacklevel=2,
-            )
+        return lost
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedGraphModule:
         """`.to()`, `.half()`, `.cuda()`, …: convert the parameters, then tie them; packs are never converted."""
@@ -205,7 +224,7 @@ class FusedGraphModule(fx.GraphModule):
             super()._apply(fn, recurse)
         finally:
             self._modules[STORE] = store
-            self.retie()
+        self.retie()  # not where it failed half-way: the next call notices, and this error is the one to tell
         return self
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +267,7 @@ def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> Non
     elif torch.is_grad_enabled() and module._loses_gradients:
         # Under a compiler the packs are inputs like any other, and `retie` keeps them right after .to() and the like;
         # only what would be missing without a word is asked for.
-        raise TieError(_NO_GRADIENTS)
+        raise TieError(_NO_GRADIENTS)  # pragma: no cover: Dynamo reads this line instead of Python
 
 
 def _after_forward(module: FusedGraphModule, arguments: tuple[Any, ...], outputs: Any) -> None:

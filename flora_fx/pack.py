@@ -10,6 +10,7 @@ fragile, though (`deepcopy`, `.to()` and `p.data = …` break it), so `stamp` sa
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,17 @@ import torch
 from torch import Tensor
 
 from .errors import TieError
-from .ir import Pack, Slice
+from .ir import Derived, Pack, Slice
 from .optimizers import protect_from_fused_optimizers
 
-__all__ = ["Resolve", "Stamp", "guard_backward", "stamp", "tie", "version"]
+__all__ = ["TYING", "Resolve", "Stamp", "derive", "guard_backward", "stamp", "stamp_derived", "tie", "version"]
 
 Resolve = Callable[[str | int], Tensor]
+
+TYING = threading.RLock()
+"""Held while parameters are re-pointed and what they are tied to is written down: between the two another thread may
+tie the same parameters to a pack of its own. (And while a graph is rewritten, whose copies share one fake tensor mode.)
+Who holds it waits for no other lock."""
 
 
 def _region(packed: Tensor, piece: Slice) -> Tensor:
@@ -160,6 +166,36 @@ def stamp(pack: Pack, resolve: Resolve) -> Stamp:
         tuple([tensor.data_ptr() for tensor in tensors]),
         tuple([version(tensor) for tensor in copied]),
     )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def derive(derived: Derived, resolve: Resolve) -> Tensor:
+    """Compute a derived value from its parameters' present values, as the graph computed it.
+
+    Args:
+        derived: what is computed.
+        resolve: gives the live tensor of a source.
+
+    Returns:
+        the value, in the dtype and on the device of the parameter that it is like.
+    """
+    lead = resolve(derived.like)
+    pairs = zip(derived.sources, derived.given, strict=True)
+    tensors = [_as_given(resolve(source).detach(), lead, *given) for source, given in pairs]
+    with torch.autocast(lead.device.type, enabled=False):
+        value: Tensor = derived.recipe(*tensors)
+    return value.to(lead.device, lead.dtype).clone(memory_format=torch.contiguous_format)
+
+
+def _as_given(tensor: Tensor, lead: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return tensor.to(lead.device if lead.device.type == "meta" else device, dtype)
+
+
+def stamp_derived(derived: Derived, resolve: Resolve) -> Stamp:
+    """The present stamp of a derived value's parameters."""
+    tensors = [resolve(source) for source in derived.sources]
+    return Stamp(tuple([tensor.data_ptr() for tensor in tensors]), tuple(map(version, tensors)))
 
 
 def guard_backward(outputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import transformers
 from torch import nn
 
 from flora_fx.export import Decoder, Encoder, ExportResult
+from flora_fx.export.manifest import _digest
 from flora_fx.export.traced import Target
 
 VOCAB = 97
@@ -220,3 +222,11 @@ class Export(Protocol):
 
     def __call__(self, name: str, target: Target | None = None) -> Exported:
         """The export of a model that `build` makes; its target None is the usual one."""
+
+
+def edit_manifest(directory: Path, **changes: object) -> None:
+    """Change a manifest, and its checksum with it, as who attacks would."""
+    path = directory / "flora_fx.json"
+    content = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    content.pop("sha256", None)
+    path.write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -283,6 +284,14 @@ def matrices(edit: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]
     return change
 
 
+def flipped(place: Path) -> None:
+    path = place / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    (place / "SHA256SUMS").write_text(f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
 def pickled(place: Path) -> None:
     (place / "adapter_model.safetensors").rename(place / "adapter_model.bin")
 
@@ -309,6 +318,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no settings": (without("adapter_config.json"), CheckpointNotFoundError, "has no adapter_config.json"),
     "no weights": (without("adapter_model.safetensors"), CheckpointNotFoundError, "no adapter_model.safetensors"),
     "pickles": (pickled, AdapterError, "pickles only"),
+    "a bit that flipped": (flipped, AdapterError, "is not the file that was saved"),
     "a rank of its own": (settings(r=2), AdapterError, "have rank 3, and adapter_config.json says 2; save"),
     "no alpha": (settings(lora_alpha="x"), AdapterError, "must be a number"),
     "A alone": (matrices(lambda found: found.pop(B)), AdapterError, "1.mlp.down_proj and no lora_B; save"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from exported_models import Exported
+from exported_models import Exported, edit_manifest
 
 from flora_fx.errors import ExportError
 from flora_fx.export import directory as writing
@@ -109,16 +109,11 @@ def flip_a_bit(directory: Path) -> None:
 
 
 def no_format(directory: Path) -> None:
-    edit(directory, format=99)
+    edit_manifest(directory, format=99)
 
 
 def point_the_manifest_outside(directory: Path) -> None:
-    edit(directory, files={"../../secret": {"bytes": 1, "sha256": ""}})
-
-
-def edit(directory: Path, **changes: object) -> None:
-    path = directory / "flora_fx.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    edit_manifest(directory, files={"../../secret": {"bytes": 1, "sha256": ""}})
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -128,7 +123,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no graph": (lambda d: (d / "model.onnx").unlink(), r"model\.onnx is missing"),
     "no manifest": (lambda d: (d / "flora_fx.json").unlink(), r"has no flora_fx\.json, so it is not an export"),
     "half a manifest": (lambda d: (d / "flora_fx.json").write_text('{"format": 1, "ki'), "cannot be read"),
-    "manifest of another kind": (lambda d: edit(d, kind="unicorn"), "cannot be read"),
+    "manifest of another kind": (lambda d: edit_manifest(d, kind="unicorn"), "cannot be read"),
     "later format": (no_format, "has format 99, this flora_fx reads 1"),
     "manifest points outside": (point_the_manifest_outside, "outside the directory|does not list"),
     "nothing": (shutil.rmtree, "no directory"),
@@ -165,7 +160,7 @@ def test_weights_from_elsewhere_are_refused(llama: Exported, tmp_path: Path, loc
     written = (out / "model.onnx").read_bytes()
     # Who can change the graph can change its checksum too.
     content["files"]["model.onnx"] = {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
-    (out / "flora_fx.json").write_text(json.dumps(content))
+    edit_manifest(out, files=content["files"])
     for verify in (True, False):
         with pytest.raises(ExportError, match="reads its weights from"):
             load(out, verify=verify)

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from exported_models import Exported
+from exported_models import Exported, edit_manifest
 from seq2seq_models import VOCAB, build_seq2seq
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
@@ -246,21 +246,16 @@ def test_the_directory_and_its_manifest(seq2seq: Callable[[str], Exported]) -> N
     assert "BartForConditionalGeneration" in repr(bart.runner)
 
 
-def edit(directory: Path, **changes: object) -> None:
-    path = directory / "flora_fx.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
 def unlist(directory: Path) -> None:
     files = json.loads((directory / "flora_fx.json").read_text())["files"]
-    edit(directory, files={name: entry for name, entry in files.items() if name != "encoder.onnx"})
+    edit_manifest(directory, files={name: entry for name, entry in files.items() if name != "encoder.onnx"})
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no encoder": (lambda d: (d / "encoder.onnx").unlink(), r"encoder\.onnx is missing"),
     "another encoder": (lambda d: shutil.copy(d / "model.onnx", d / "encoder.onnx"), r"encoder\.onnx has \d+ bytes"),
     "encoder not listed": (unlist, r"does not list encoder\.onnx"),
-    "rules that there are not": (lambda d: edit(d, token_rules={"forced": 1}), "cannot be read"),
+    "rules that there are not": (lambda d: edit_manifest(d, token_rules={"forced": 1}), "cannot be read"),
 }
 
 
