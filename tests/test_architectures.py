@@ -1,4 +1,7 @@
-"""transformers families with PEFT LoRA on all linear layers: the graph, the numbers, the user's model unharmed."""
+"""transformers models with PEFT LoRA on all linear layers: the graph, the numbers, the user's model unharmed.
+
+`families` has many more; here is what is the same for all.
+"""
 
 from __future__ import annotations
 
@@ -8,29 +11,21 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from architectures import MODELS, base_model, example_inputs, lora_model
+from architectures import base_model, example_inputs, lora_model
 
 import flora_fx
 from flora_fx import FuseConfig
 
-# GEMMs of a fused graph: a pack and an accumulation per read, and what no adapter sits on (heads, routers).
-# q, k and v have two scales (rank_pattern), so two accumulations; T5's cross-attention reads the encoder once for
-# both layers.
+# GEMMs of a fused graph: a pack and an accumulation per read, and what no adapter sits on (the head). q, k and v have
+# two scales (rank_pattern), so two accumulations.
 GEMMS = {
     "llama": 2 * (2 * 4 + 1) + 1,
-    "mistral": 2 * (2 * 4 + 1) + 1,
-    "qwen2": 2 * (2 * 4 + 1) + 1,
-    "qwen3": 2 * (2 * 4 + 1) + 1,
-    "gemma2": 2 * (2 * 4 + 1 + 2) + 1,  # its soft cap wants the attention's two products written out
-    "phi3": 2 * (2 * 4) + 1,
     "gpt2": 2 * (2 * 4) + 1,
-    "opt": 2 * (2 * 4 + 1) + 1,
     "bert": 2 * (2 * 4 + 1) + 2,
-    "vit": 2 * (2 * 4 + 1) + 2,
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_fused_equals_unfused(name: str) -> None:
     model = lora_model(name)
     for dtype, tolerance in [(torch.float64, 1e-10), (torch.float32, 1e-5)]:
