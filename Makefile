@@ -1,5 +1,6 @@
 # make demo   the main job on a small model made on the spot      make test      what CI runs
 # make lint   ruff and mypy                                       make test-all  the slow checks too
+# make mutations  deliberate bugs, and the test that notices each
 # make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all mutations lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
@@ -19,6 +20,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu"
+
+mutations: $(STAMP)
+	$(BIN)/python tests/mutations.py
 
 # mypy needs one tree: passes/, export/ and benchmarks/ are mapped under flora_fx/ (see pyproject.toml).
 lint: $(STAMP)

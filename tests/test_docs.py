@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,22 @@ def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = run("serving.md")
     expected = found["decoder"].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, eos_token_id=[])
     assert found["served"] == expected[0].tolist()
+
+
+def test_the_figures_of_the_trust_page_are_those_of_the_records() -> None:
+    page = " ".join((DOCS / "trust.md").read_text().split())
+    tests = DOCS.parent / "tests"
+    graphs = json.loads((tests / "properties" / "record.json").read_text())
+    assert graphs["failures"] == []
+    met = graphs["met"]
+    for figure in (
+        f"{graphs['graphs']:,} graphs from seed {graphs['asked']['seed']}",
+        f"{met['adapters']:,} adapters, {met['adapters fused']:,} of them fused",
+        f"{met['with gradients']:,} with gradients",
+        f"{graphs['unrunnable']:,} that torch itself does not run",
+    ):
+        assert figure in page
+    soak = json.loads((tests / "faults" / "soak.json").read_text())
+    assert soak["wrong"] == 0
+    assert soak["flat"]
+    assert f"{soak['seconds'] / 60:.0f} minutes, {soak['swaps']:,} swaps, {soak['tokens']:,} tokens" in page

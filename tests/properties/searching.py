@@ -1,0 +1,111 @@
+"""Search for a program that is fused wrongly: hypothesis draws it, `checking` says what is wrong, and it is shrunk.
+
+The environment variable FLORA_PROFILE names how long: "ci" (2,000 graphs), "nightly" (100 times as many), or "brief" (a
+tenth, and what is found is not made smaller: for `tests/mutations.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import hypothesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from .captures import BRANCHING
+from .checking import AFTERWARDS, Unrunnable, check, check_compiled
+from .strategies import configs, programs
+
+__all__ = ["PARTS", "PROFILE", "Counterexample", "assert_met", "chunks", "search", "search_all"]
+
+CI = 2000
+PARTS = {"quick": 0.96, "exported": 0.03, "compiled": 0.01}
+"""The parts of a search, with their share of its graphs: what torch captures costs 10 to 20 times as much."""
+QUICK = ("written",) * 75 + ("shaped",) * 3 + ("decomposed", "traced")
+CHUNK = 500
+
+for name, times in {"brief": 0.1, "ci": 1, "nightly": 100}.items():
+    settings.register_profile(
+        f"flora-{name}",
+        max_examples=round(CI * times),
+        phases=[Phase.generate, *([] if name == "brief" else [Phase.shrink])],
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        report_multiple_bugs=False,
+    )
+PROFILE = settings.get_profile(f"flora-{os.environ.get('FLORA_PROFILE', 'ci')}")
+
+
+class Counterexample(AssertionError):  # noqa: N818 - not an error of ours
+    """A program that is fused wrongly, the smallest that was found."""
+
+
+def factor() -> float:
+    """How many times as long as in CI."""
+    return PROFILE.max_examples / CI
+
+
+def seed_of_the_day() -> int:
+    """0 in CI, so that it finds the same each time; another one every night."""
+    return 0 if factor() <= 1 else int(time.time() // 86400)
+
+
+def chunks(part: str, total: int, seed: int, shares: Mapping[str, float] = PARTS) -> Iterator[tuple[str, int, int]]:
+    """The share that a part has of a search, in pieces, (part, count, seed): hypothesis remembers all it has drawn."""
+    count = round(total * shares[part])
+    for index, start in enumerate(range(0, count, CHUNK)):
+        yield part, min(CHUNK, count - start), seed + index
+
+
+def search_all(part: str) -> Counter[str]:
+    """The share that a part has of the present profile's graphs."""
+    tally: Counter[str] = Counter()
+    for chunk in chunks(part, PROFILE.max_examples, seed_of_the_day()):
+        tally += search(*chunk)
+    return tally
+
+
+def assert_met(tally: Counter[str], *kinds: str) -> None:
+    """That nothing goes wrong says something where everything is met."""
+    if factor() >= 1:
+        assert [kind for kind in kinds if not tally[kind]] == []
+        assert tally["unrunnable"] <= 0.05 * tally["graphs"], tally
+        assert tally["adapters fused"] >= 0.2 * tally["adapters"], tally
+
+
+def search(part: str, count: int, seed: int) -> Counter[str]:
+    """Draw and check programs; what was met.
+
+    Raises:
+        Counterexample: with the program, and how to repeat it.
+    """
+    tally: Counter[str] = Counter()
+    last: list[Any] = []
+
+    def holds(drawn: tuple[Any, ...]) -> None:
+        last[:] = drawn
+        tally["graphs"] += 1
+        try:
+            tally.update(check_compiled(*drawn) if part == "compiled" else check(*drawn))
+        except Unrunnable as error:
+            tally["unrunnable"] += 1
+            tally[f"unrunnable: {str(error)[:60]}"] += 1
+
+    if part == "compiled":
+        drawn = (programs(), configs(), st.sampled_from(["eager", "aot_eager"]))
+    else:
+        kinds = BRANCHING if part == "exported" else QUICK
+        drawn = (programs(branches=part == "exported"), st.sampled_from(kinds), configs(), st.sampled_from(AFTERWARDS))
+    test = hypothesis.seed(seed)(settings(PROFILE, max_examples=count)(given(st.tuples(*drawn))(holds)))
+    try:
+        test()
+    except Exception as error:
+        called = "check_compiled" if part == "compiled" else "check"
+        repeat = f"{called}({', '.join(map(repr, last))})"
+        raise Counterexample(f"{type(error).__name__}: {error}\nchunk ({part}, {count}, {seed}):\n{repeat}") from error
+    return tally
