@@ -1,6 +1,6 @@
 # make demo   the main job on a small model made on the spot      make test      what CI runs
 # make lint   ruff and mypy                                       make test-all  the slow checks too
-# make mutations  deliberate bugs, and the test that notices each
+# make coverage  lines that the tests run, and errors that none raises      make mutations  bugs, and who notices each
 # make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
-.PHONY: demo test test-all mutations lint bench clean
+.PHONY: demo test test-all coverage mutations lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
@@ -20,6 +20,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) -m "not gpu"
+
+coverage: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu" --cov=flora_fx --cov=passes --cov=export --cov-report=term:skip-covered
+	$(BIN)/python -m tests.raised .coverage
 
 mutations: $(STAMP)
 	$(BIN)/python tests/mutations.py

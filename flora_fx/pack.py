@@ -57,7 +57,8 @@ _alive: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
 
 
 # What each of them was made of. A pack that holds copies is its maker's alone: what is a copy to one may be the place
-# of the parameter itself to another.
+# of the parameter itself to another. Without copies whoever puts parameters in the same cells may share it: what is a
+# gap to one, and has to be zero, may hold a parameter of the other.
 _makers: dict[int, Pack] = {}
 
 
@@ -67,10 +68,15 @@ def _existing(pack: Pack, tensors: Sequence[Tensor]) -> Tensor | None:
     packed = _alive.get(views[0][1].untyped_storage()._cdata) if views else None
     if packed is None or packed.shape != pack.shape:
         return None
-    if len(views) < len(tensors) and _makers.get(packed.untyped_storage()._cdata) is not pack:
+    maker = _makers.get(packed.untyped_storage()._cdata)
+    if maker is not pack and (len(views) < len(tensors) or maker is None or _cells(maker) != _cells(pack)):
         return None
     in_place = all(_same_place(_region(packed, piece), tensor.detach()) for piece, tensor in views)
     return packed if in_place else None
+
+
+def _cells(pack: Pack) -> set[tuple[Any, ...]]:
+    return {(piece.rows, piece.columns) for piece in pack.slices}
 
 
 def _covers(pack: Pack) -> bool:

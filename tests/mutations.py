@@ -36,7 +36,8 @@ SUITE = [
         "tests/test_ops.py",
         "tests/test_modes.py",
     ),
-    *("tests/test_not_widened.py", "tests/test_widening.py", "tests/test_ahead.py", "tests/test_report.py"),
+    *("tests/test_not_widened.py", "tests/test_widening.py", "tests/test_ahead.py", "tests/test_clean.py"),
+    "tests/test_report.py",
     *("tests/training/test_backend_numbers.py", "tests/training/test_ties_in_training.py"),
     *("tests/ffba/test_compiled.py", "tests/ffba/test_training.py"),
     *("tests/variants/test_magnitudes.py", "tests/variants/test_structures.py"),
@@ -77,7 +78,7 @@ MUTATIONS = [
     *passes(
         "clean",
         ("what has effects is erased", "if node not in given and node not in alone and node.is_impure():", "if False:"),
-        first=["tests/test_declines.py"],
+        first=["tests/test_clean.py"],
     ),
     *passes(
         "decide",
@@ -99,7 +100,7 @@ MUTATIONS = [
         ("a value of its own is widened away", "if len(readers) != 1 or self.order", "if not readers or self.order"),
         ("z is not there yet", "(self.order[path.low] < start and", "(True and"),
         ("the bias of an up-projection is lost", "            and path.up.bias is None\n", ""),
-        first=[GRAPHS, "tests/test_not_widened.py"],
+        first=[GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
     ),
     *passes(
         "layout",
@@ -231,11 +232,12 @@ MUTATIONS = [
         ("gaps are not zero", "torch.empty if _covers(pack) else torch.zeros", "torch.ones"),
         ("a factor is forgotten", "region.copy_(tensor * piece.factor)", "region.copy_(tensor)"),
         ("copies grow stale", "tuple([version(tensor) for tensor in copied]),", "(),"),
-        ("someone else's copies", "if len(views) < len(tensors) and _makers", "if False and _makers"),
+        ("someone else's copies", "(len(views) < len(tensors) or maker is None", "(maker is None"),
+        ("somebody else's parameters in gaps", " or _cells(maker) != _cells(pack)):", "):"),
         ("a pack that is not this one", "return packed if in_place else None", "return packed"),
         ("a changed weight in a backward", "if [*map(version, parameters)] != versions:", "if False:"),
         ("a second copy", "            tensor.data = region\n", "            pass\n"),
-        first=[GRAPHS, "tests/test_storage.py", "tests/training/test_ties_in_training.py"],
+        first=["tests/test_storage.py", GRAPHS, "tests/training/test_ties_in_training.py"],
     ),
     *core(
         "module",

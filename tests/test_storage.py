@@ -17,7 +17,9 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig, TieError
+from flora_fx.ir import Pack, Role, Slice
 from flora_fx.module import FusedGraphModule
+from flora_fx.pack import tie
 
 X = torch.randn(2, 5, D_IN, dtype=torch.float64)
 
@@ -368,3 +370,14 @@ def test_a_pack_that_holds_copies_is_not_one_that_holds_the_parameters() -> None
     expected = model(X)
     for graph in (plain, folded):
         assert_equal(graph(X), expected)
+
+
+def test_a_pack_whose_gaps_hold_somebody_elses_parameters_is_not_shared() -> None:
+    """Found by random graphs: of one model fused in two ways, one had columns where the other had zeros."""
+    parameters = {name: nn.Parameter(torch.randn(4, width)) for name, width in (("w", 3), ("b", 2))}
+    w, b = Slice("w", Role.BASE, (0, 4), (0, 3)), Slice("b", Role.UP, (0, 4), (3, 5))
+    full = tie(Pack("full", (4, 5), (w, b), "x", "w"), parameters.__getitem__)
+    gaps = tie(Pack("gaps", (4, 5), (w,), "x", "w"), parameters.__getitem__)
+    assert torch.equal(gaps, torch.cat([full[:, :3], torch.zeros(4, 2)], -1))
+    again = tie(Pack("again", (4, 5), (w,), "x", "w"), parameters.__getitem__)
+    assert again is gaps
