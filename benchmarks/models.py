@@ -79,7 +79,8 @@ def _adapter(settings: Settings, adapted: Adapted) -> Any:
 
 @functools.cache
 def _rank(settings: Settings, placement: Placement) -> int:
-    return largest_rank(placement, outline(settings, "base"), weights_of(settings, "peft").adapter)
+    with torch.device("meta"):  # where nothing is drawn: the first call leaves the generator as later ones do
+        return largest_rank(placement, outline(settings, "base"), weights_of(settings, "peft").adapter)
 
 
 def ffba_of(settings: Settings, adapted: Adapted) -> dict[str, Any]:
