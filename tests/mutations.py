@@ -101,7 +101,7 @@ MUTATIONS = [
         ("a value of its own is widened away", "if len(readers) != 1 or self.order", "if not readers or self.order"),
         ("z is not there yet", "(self.order[path.low] < start and", "(True and"),
         ("the bias of an up-projection is lost", "            and path.up.bias is None\n", ""),
-        first=[GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
     ),
     *passes(
         "layout",
@@ -115,7 +115,7 @@ MUTATIONS = [
         ("two matrices in one cell", "return _layers(writes, lambda write: (write.base.node,", "return [writes] or (("),
         ("folded scale forgotten", "path.scale if config.fold_scale else 1.0", "1.0"),
         ("B's that train beside each other", "single=trained)", "single=False)"),
-        first=[GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
     ),
     *passes(
         "magnitudes",
@@ -138,7 +138,11 @@ MUTATIONS = [
         ("a read of the layout", "if _kind(node) in LAYOUT_READERS:", "if False:"),
         first=[GRAPHS, "tests/test_declines.py"],
     ),
-    *passes("names", ("one name for two packs", "while unique in self._taken:", "while False:")),
+    *passes(
+        "names",
+        ("one name for two packs", "while unique in self._taken:", "while False:"),
+        first=["tests/test_guards.py"],
+    ),
     *passes(
         "paths",
         ("forgotten scale", "self.parts(inner, scale * number,", "self.parts(inner, scale,"),
@@ -225,7 +229,7 @@ MUTATIONS = [
         ),
         ("a transposed member", "rows = [(*piece.rows, piece.transposed)", "rows = [(*piece.rows, False)"),
         ("an old value", "        while node in self._now:\n", "        while False:\n"),
-        first=[GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
     ),
     *core(
         "pack",

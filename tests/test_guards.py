@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapters import D_IN, D_OUT, RANK, Adapted, linear
+from adapters import D_IN, D_OUT, FORMS, RANK, Adapted, linear
 from parallel import CONFIGS
 from torch import Tensor, fx, nn
 
@@ -76,3 +76,16 @@ def test_packs_whose_parameters_have_one_name_but_for_a_dot_are_two() -> None:
     report = fused(Nested())
     assert len(report.fused) == 2
     assert len({pack.name for pack in report.packs}) == len(report.packs)
+
+
+@pytest.mark.parametrize("form", ["two adapters, one scale", "two adapters"])
+def test_up_projections_onto_one_base_train_each_by_itself(form: str) -> None:
+    model = Adapted(FORMS[form]).double()
+    model.w.requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    trained = [model.a.weight, model.b.weight, model.a2.weight, model.b2.weight]
+    expected = torch.autograd.grad(model(x).square().sum(), trained)
+    for config in CONFIGS:
+        graph = flora_fx.fuse(flora_fx.capture(model, x), config=config)
+        assert len(flora_fx.report(graph).fused) == 2
+        torch.testing.assert_close(torch.autograd.grad(graph(x).square().sum(), trained), expected)

@@ -207,6 +207,16 @@ def test_what_only_looks_like_it_stays_right(form: str) -> None:
     assert report.declines
 
 
+def test_a_base_that_others_read_is_not_computed_twice() -> None:
+    def form(m: Decomposed, x: Tensor) -> Any:
+        y = m.w(x)
+        return y + ((m.m - 1) * (y - m.w.bias) + m.m * m.b(m.a(x)) * 0.3), torch.tanh(y)
+
+    report = check(Decomposed(form))
+    assert not report.fused
+    assert report.ops_after["gemm"] == report.ops_before["gemm"]
+
+
 def check(model: nn.Module) -> flora_fx.FusionReport:
     model.double().eval().requires_grad_(False)
     x = torch.randn(2, 5, D_IN, dtype=torch.float64)
