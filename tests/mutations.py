@@ -169,7 +169,7 @@ MUTATIONS = [
         ("views of slices", "user.target = WITHOUT_STRIDES[operation(user)]", "pass"),
         ("outputs that are slices", 'return user.op == "output" or kind in STRICT', "return kind in STRICT"),
         ("slices changed in place", " or node in written(user, program.root)", ""),
-        first=[GRAPHS, "tests/test_declines.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
         "unlike",
@@ -253,7 +253,11 @@ MUTATIONS = [
             "return False",
         ),
         ("training mode is not noticed", "if self.get_submodule(name).training:", "if False:"),
-        ("a copy shares its packs", "memo[id(packed)] = torch.empty(0)", "memo[id(packed)] = packed"),
+        (
+            "a copy is not tied",
+            "return _revive(plain, self.fusion)\n\n    def __reduce__",
+            "return plain\n\n    def __reduce__",
+        ),
         first=["tests/test_storage.py", GRAPHS, "tests/test_declines.py"],
     ),
     *core(
@@ -298,7 +302,7 @@ MUTATIONS = [
     *core(
         "optimizers",
         ("strided parameters stay", "return parameter.numel() < extent", "return False"),
-        first=["tests/test_ahead.py", "tests/ffba/test_training.py"],
+        first=["tests/test_guards.py"],
     ),
 ]
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapters import D_IN, D_OUT, FORMS, RANK, Adapted, linear
+from adapters import D_IN, D_OUT, FORMS, RANK, Adapted, Siblings, linear
 from parallel import CONFIGS
 from torch import Tensor, fx, nn
 
 import flora_fx
-from flora_fx import FusionReport
+from flora_fx import FusionReport, backend
+from flora_fx.optimizers import protect_from_fused_optimizers
 
 
 def fused(model: nn.Module, *shape: int) -> FusionReport:
@@ -89,3 +90,99 @@ def test_up_projections_onto_one_base_train_each_by_itself(form: str) -> None:
         graph = flora_fx.fuse(flora_fx.capture(model, x), config=config)
         assert len(flora_fx.report(graph).fused) == 2
         torch.testing.assert_close(torch.autograd.grad(graph(x).square().sum(), trained), expected)
+
+
+def test_a_slice_of_a_pack_is_viewed_in_other_shapes() -> None:
+    report = fused(Adapted(lambda m, x: ((y := m.w(x)) + m.b(m.a(x)) * 0.3, torch.tanh(y.view(2, -1)))))
+    assert len(report.fused) == 1
+
+
+def test_the_same_operation_on_memory_that_changed_in_between_is_another_value() -> None:
+    def form(m: Adapted, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = x * 1.5
+        before = torch.sin(h)
+        h.view(-1).add_(1.0)
+        return m.w(before) + m.b(m.a(torch.sin(h))) * 0.3, h
+
+    fused(Adapted(form))
+
+
+class Reshaped(nn.Module):
+    """What looks like an adapter works on halves of each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.a, self.b = linear(D_IN, D_OUT), linear(D_IN // 2, RANK), linear(RANK, D_OUT // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(x) + self.b(self.a(x.reshape(2, 10, D_IN // 2))).reshape(2, 5, D_OUT) * 0.3
+
+
+def test_a_reshape_of_features_is_not_one_of_rows() -> None:
+    fused(Reshaped())
+
+
+def test_two_random_draws_are_two_values() -> None:
+    def form(m: Adapted, x: Tensor) -> Tensor:
+        return m.w(x * torch.rand_like(x)) + m.b(m.a(x * torch.rand_like(x))) * 0.3
+
+    model = Adapted(form).double().requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    graph = flora_fx.fuse(flora_fx.capture(model, x))
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(graph(x), expected, rtol=1e-12, atol=1e-12)
+
+
+class Chained(nn.Module):
+    """Base and adapter are both a linear layer behind another; the narrow one is the adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.w = linear(D_IN, D_IN), linear(D_IN, D_OUT)
+        self.a, self.b = linear(D_IN, RANK), linear(RANK, D_OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w(self.first(x)) + self.b(self.a(x)) * 0.3
+
+
+def test_of_two_chains_that_are_added_the_narrow_one_is_the_adapter() -> None:
+    assert fused(Chained()).fused == ("b.weight",)
+
+
+@pytest.mark.parametrize("layout", ["joined", "beside"])
+def test_a_single_row_keeps_its_scales(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Inductor gets for one token is written in another way than for many."""
+    model, x = Siblings((0.7, 1.9)).double().eval().requires_grad_(False), torch.randn(1, 1, D_IN, dtype=torch.float64)
+    monkeypatch.setattr(backend, "_compiler", lambda *_: lambda graph, inputs: graph.forward)
+    compiled = torch.compile(model, backend="flora", options={"flora.layout": layout})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
+
+
+def test_a_fused_optimizer_leaves_the_neighbours_of_a_strided_parameter_alone() -> None:
+    protect_from_fused_optimizers()
+    pack = torch.zeros(4, 5)
+    inside, dense = nn.Parameter(torch.empty(0)), nn.Parameter(torch.zeros(4, 3))
+    inside.data = pack[:, :3]
+    inside.grad = dense.grad = torch.randn(4, 3)
+    torch.optim.AdamW([inside, dense], lr=0.1, fused=True).step()
+    torch.testing.assert_close(inside, dense)
+    assert dense.any()
+    assert not pack[:, 3:].any()
+
+
+def test_a_slice_of_a_pack_that_is_changed_in_place_gives_the_inputs_gradient() -> None:
+    """Autograd lets no part of a split be changed in place."""
+
+    def form(m: Adapted, x: Tensor) -> Tensor:
+        y = m.w(x)
+        y *= 2.0
+        return y + m.b(m.a(x)) * 0.3
+
+    model = Adapted(form).double().requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    graph = flora_fx.fuse(flora_fx.capture(model, x.detach()))
+    torch.testing.assert_close(torch.autograd.grad(graph(x).square().sum(), x)[0], expected)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from flora_fx.ops import (
+    _runs,
     accumulate,
     accumulate_reference,
     matrix_vector,
@@ -130,3 +131,11 @@ def test_matrix_vector_equals_linear(leading: tuple[int, ...]) -> None:
     for given in (bias, None):
         expected = torch.nn.functional.linear(x, weight, given)
         torch.testing.assert_close(matrix_vector(x, weight, given), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_gradients_are_one_gemm_for_neighbours_alone() -> None:
+    """What stands between two members that train costs nothing."""
+    members = [torch.empty(stop - start, 4) for start, stop in ((0, 3), (3, 9), (9, 11), (11, 12))]
+    rows = [(0, 3, False), (3, 9, False), (9, 11, False), (11, 12, False)]
+    assert list(_runs(rows, members, [True, False, True, True])) == [[0], [2, 3]]
+    assert list(_runs(rows, members, [False] * 4)) == []

@@ -381,3 +381,18 @@ def test_a_pack_whose_gaps_hold_somebody_elses_parameters_is_not_shared() -> Non
     assert torch.equal(gaps, torch.cat([full[:, :3], torch.zeros(4, 2)], -1))
     again = tie(Pack("again", (4, 5), (w,), "x", "w"), parameters.__getitem__)
     assert again is gaps
+
+
+def test_a_pack_of_the_same_parameters_in_another_order_is_not_shared() -> None:
+    parameters = {name: nn.Parameter(torch.randn(3, 4)) for name in ("v", "w")}
+    first, second = (
+        tie(
+            Pack(
+                "p", (6, 4), tuple(Slice(n, Role.BASE, (3 * i, 3 * i + 3), None) for i, n in enumerate(order)), "x", "w"
+            ),
+            parameters.__getitem__,
+        )
+        for order in ("vw", "wv")
+    )
+    assert torch.equal(second, torch.cat([parameters["w"], parameters["v"]]))
+    assert first is not second
