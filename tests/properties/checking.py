@@ -217,7 +217,7 @@ def assert_accounted(program: Program, capture: str, model: Model, graph: Any, r
     refused = {decline.node for decline in report.declines}
     reads = readers(graph, named)
     for up, down in program.ups:
-        dead = not reads[up.use.matrix]  # torch.export leaves out what nothing reads
+        dead = not is_added(reads[up.use.matrix])  # torch.export leaves out what nothing reads, sums too
         if dead or up.use.matrix in fused or not is_known(program, capture, up, down):
             continue
         way = way_up(reads[up.use.matrix], 3)  # it may be part of a longer sum
@@ -226,6 +226,11 @@ def assert_accounted(program: Program, capture: str, model: Model, graph: Any, r
             # Of low-rank paths that are added to each other, another one may be the adapter.
             others = {matrix for matrix, nodes in reads.items() if not way.isdisjoint(way_up(nodes, 2))}
             assert others & fused, f"nothing is said of {up}, which reads {down}, in {report}"
+
+
+def is_added(products: Iterable[Node]) -> bool:
+    """Whether anything is added to what an up-projection gives: where it is only returned it is no adapter."""
+    return any(word in str(node.target) for node in after(products) for word in ("add", "sub"))
 
 
 def is_known(program: Program, capture: str, up: Up, down: Down) -> bool:
