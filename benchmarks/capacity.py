@@ -174,6 +174,6 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             f"Hosts for so many requests a second, busy for at most {UTILISATION:.0%}",
             ["replicas × threads", "batch", *(f"{n}/s" for n in LOADS)],
             needed,
-            ["Computed from the table above: load / (0.7 × requests/s), rounded up."],
+            [f"Computed from the table above: load / ({UTILISATION} × requests/s), rounded up."],
         ),
     ]

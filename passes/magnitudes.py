@@ -28,7 +28,7 @@ from .mutation import IN_PLACE_ADDS, Effects
 from .names import Names
 from .paths import ADDS, DIVIDES, MULTIPLIES, NEGATES, SUBTRACTS, is_low_rank, is_number, live_users, operands
 from .projections import ADDMMS, LINEARS
-from .values import TORCHS_OWN, Values, operation
+from .values import TORCHS_OWN, Values, dependencies, operation
 
 __all__ = ["rewrite_magnitudes"]
 
@@ -218,11 +218,7 @@ class _Finder:
 
     def recipe(self, magnitude: Node) -> tuple[list[Node], dict[Node, Weight]]:
         """The operations that compute a value, in order, and the weights that they read."""
-        needed, pending = {magnitude}, [magnitude]
-        while pending:
-            new = [node for node in pending.pop().all_input_nodes if node not in needed]
-            needed.update(new)
-            pending.extend(new)
+        needed = dependencies(magnitude)
         ordered = [node for node in self.program.graph.nodes if node in needed]
         weights = {node: weight for node in ordered if (weight := self.program.weight(node)) is not None}
         return [node for node in ordered if node not in weights], weights

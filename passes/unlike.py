@@ -22,7 +22,7 @@ from flora_fx.program import Program
 
 from .paths import ADDS, MULTIPLIES, SUBTRACTS
 from .projections import LINEARS, MATMULS
-from .values import Values, operation
+from .values import Values, dependencies, operation
 
 __all__ = ["find_unlike"]
 
@@ -94,7 +94,7 @@ class _Finder:
             return None
         while len(matrix.all_input_nodes) == 1:
             matrix = matrix.all_input_nodes[0]
-        above = _above(matrix)
+        above = dependencies(matrix)
         if not _is_adapter(above, self.names) or not self.known.isdisjoint(step.name for step in above):
             return None
         detail = f"{matrix.name} makes a weight from several at each call; merge the adapter"
@@ -158,16 +158,6 @@ def _is_adapter(nodes: Iterable[Node], names: Callable[[Node], list[str]]) -> bo
     read = {tuple(name.split(".")) for node in nodes for name in names(node)}
     owners = {name[:index] for name in read for index, part in enumerate(name) if part == BASE}
     return any(name[: len(owner)] == owner and name[len(owner)] != BASE for name in read for owner in owners)
-
-
-def _above(node: Node) -> set[Node]:
-    """A node and all that it depends on."""
-    found, pending = {node}, [node]
-    while pending:
-        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
-        found.update(new)
-        pending.extend(new)
-    return found
 
 
 def _of_weights(program: Program) -> set[Node]:

@@ -25,7 +25,7 @@ from flora_fx.program import Program
 
 from .mutation import Effects
 
-__all__ = ["DROPOUTS", "Values", "operation", "same_sizes"]
+__all__ = ["DROPOUTS", "Values", "dependencies", "operation", "same_sizes"]
 
 aten = torch.ops.aten
 
@@ -90,6 +90,16 @@ def operation(node: Node) -> Any:
             return node.args[1]
         return node.target
     return node.target if node.op == "call_method" else None
+
+
+def dependencies(node: Node) -> set[Node]:
+    """A node and all that it is computed from."""
+    found, pending = {node}, [node]
+    while pending:
+        new = [operand for operand in pending.pop().all_input_nodes if operand not in found]
+        found.update(new)
+        pending.extend(new)
+    return found
 
 
 class Values:

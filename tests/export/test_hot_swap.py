@@ -19,6 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from faults.models import base
 from torch import Tensor
 
 from flora_fx.adapters import FloraConfig
@@ -28,7 +29,7 @@ from flora_fx.errors import AdapterError, ExportError
 from flora_fx.export import Decoder, buffer, export_onnx, load, session
 from flora_fx.export.forms import DECODER_FORMS
 
-VOCAB, RANK = 97, 6
+RANK = 6
 PROMPT = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])
 EXPORTED = "exported"
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -45,27 +46,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "alpha_pattern": {"gate_proj": 11, "1.self_attn.q_proj": 3},
     },
 }
-
-
-def base(layers: int = 2) -> Any:
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=80,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    model: Any = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:  # layers must say more than the token itself, or a sequence repeats one token
-                parameter.normal_(0, (0.3 if "emb" in name else 4.0) / parameter.shape[-1] ** 0.5)
-    return model
 
 
 def lora(**options: Any) -> Any:
@@ -98,7 +78,7 @@ class Swapped:
 @pytest.fixture(scope="module")
 def swapped(tmp_path_factory: pytest.TempPathFactory) -> Swapped:
     place = tmp_path_factory.mktemp("hot-swap")
-    model: Any = peft.get_peft_model(base(), lora(**ADAPTERS[EXPORTED]), adapter_name=EXPORTED).eval()
+    model: Any = peft.get_peft_model(base(2), lora(**ADAPTERS[EXPORTED]), adapter_name=EXPORTED).eval()
     for name, options in ADAPTERS.items():
         if name != EXPORTED:
             model.add_adapter(name, lora(**options))

@@ -32,7 +32,7 @@ def base(layers: int = 1) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         tie_word_embeddings=True,
         eos_token_id=None,
     )
