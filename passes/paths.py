@@ -156,7 +156,8 @@ class _Finder:
         if node in self.by_node:
             part = self.below(self.by_node[node], scale, factors, chain)
             return None if part is None else [part]
-        if (inner := self.values.transparent(node)) is not None:
+        # Where a no-op's value is changed in place the path is declined for it: that has to be found to be said.
+        if (inner := self.values.transparent(node) or self.values.no_op(node)) is not None:
             return self.parts(inner, scale, factors, chain)
         if (product := self.product(node)) is not None:
             inner, number, factor = product

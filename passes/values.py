@@ -182,8 +182,9 @@ class Values:
     def _represent(self, node: Node) -> Node:
         if node in self.effects.touched:
             return node
-        inner = self._no_op(node)
+        inner = self.no_op(node)
         if inner is not None and inner not in self.effects.touched:
+            self._note_dropout(node)
             return self.source(inner)
         if not self.effects.touched.isdisjoint(node.all_input_nodes):
             return node  # read once before and once after a change, the same operation gives two values
@@ -192,14 +193,18 @@ class Values:
         key = None if node in self.effects.changed else self._key(node)
         return node if key is None else self._first.setdefault(key, node)
 
-    def _no_op(self, node: Node) -> Node | None:
-        """The operand of a node that returns it unchanged."""
+    def _note_dropout(self, node: Node) -> None:
+        if node.op == "call_module":
+            module = self.program.attribute(str(node.target))
+            if type(module) is nn.Dropout and module.p > 0:
+                self.eval_only.add(str(node.target))
+
+    def no_op(self, node: Node) -> Node | None:
+        """The operand of a node that returns it unchanged, whatever becomes of either afterwards."""
         kind = operation(node)
         if node.op == "call_module":
             module = self.program.attribute(str(node.target))
             if type(module) is nn.Dropout and (not module.training or module.p == 0):
-                if module.p > 0:
-                    self.eval_only.add(str(node.target))
                 return node.all_input_nodes[0]
             return node.all_input_nodes[0] if type(module) is nn.Identity else None
         if not node.all_input_nodes:

@@ -191,3 +191,17 @@ def test_a_change_that_others_see_is_left_alone() -> None:
     report = fused(form)
     assert [decline.reason for decline in report.declines] == [Reason.MUTATED]
     assert not report.fused
+
+
+def test_a_copy_that_is_changed_and_returned_is_told_of() -> None:
+    def form(m: Adapted, x: Tensor) -> tuple[Tensor, Tensor]:
+        delta = m.b(m.a(x)).clone()
+        return m.w(x) + delta.mul_(0.3), delta
+
+    model = Adapted(form).double().requires_grad_(False)
+    fused = flora_fx.fuse(fx.symbolic_trace(model))
+    x = torch.randn(4, D_IN, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), model(x), rtol=0, atol=0)
+    report = flora_fx.report(fused)
+    assert [decline.reason for decline in report.declines] == [Reason.MUTATED]
+    assert not report.fused

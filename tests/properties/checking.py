@@ -29,8 +29,6 @@ __all__ = ["AFTERWARDS", "Unrunnable", "check", "check_compiled"]
 AFTERWARDS = (*[""] * 37, "deepcopy", "pickle", "another way")
 """What is done with a fused graph once it is right."""
 
-MAY_BE_ITSELF = {"contiguous", "identity", "dropout in eval", "dropout", "expand"}
-"""No-ops that give their operand or a view of it: what changes their result in place changes both."""
 TENSORS_BETWEEN = ("token between", "feature between", "scalar between")
 
 Gradients = list[Tensor | None] | None
@@ -243,7 +241,6 @@ def is_known(program: Program, capture: str, up: Up, down: Down) -> bool:
     return bool(
         a.out < min(a.into, b.out)
         and up.scale != "after an activation"
-        and not (up.scale.endswith("in place") and MAY_BE_ITSELF.intersection(up.through))
         and down.activation != "softmax"  # not of each element alone
         and not (b.bias and "between" in up.scale)
         and not ((down.activation or b.narrow) and up.scale in TENSORS_BETWEEN)
