@@ -228,7 +228,7 @@ def assert_accounted(program: Program, capture: str, model: Model, graph: Any, r
 
 def is_added(products: Iterable[Node]) -> bool:
     """Whether anything is added to what an up-projection gives: where it is only returned it is no adapter."""
-    return any(word in str(node.target) for node in after(products) for word in ("add", "sub"))
+    return any(operation(node) in ADDS | SUBTRACTS for node in after(products))
 
 
 def is_known(program: Program, capture: str, up: Up, down: Down) -> bool:
