@@ -150,6 +150,11 @@ MUTATIONS = [
         ("forgotten minus", "sign = -float(alpha) if kind", "sign = float(alpha) if kind"),
         ("another reader is not asked", "if len(readers) > 1:", "if False:"),
         ("active dropout", "if part.dropout is not None:", "if False:"),
+        (
+            "a changed copy is not told of",
+            "self.values.transparent(node) or self.values.no_op(node)",
+            "self.values.transparent(node)",
+        ),
         ("a path written twice", "absorbed.update(n for part in parts for n in part.chain)", "pass"),
         ("a scale per feature", "len(shape) > len(of) or shape[-1] != 1:", "len(shape) > len(of):"),
         ("the adapter is the target", "found.sort(key=", "found.sort(reverse=True, key="),
