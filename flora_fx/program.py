@@ -31,7 +31,7 @@ from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
 from .ops import accumulate
 from .pack import derive, tie
 
-__all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program"]
+__all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program", "same_sizes"]
 
 aten = torch.ops.aten
 
@@ -118,10 +118,7 @@ class Program(ABC):
     def shaped_like(self, x: Node, like: Node) -> Node:
         """``x`` in the shape of ``like``, which has as many rows."""
         found, wanted = self.value(x), self.value(like)
-        if found is None or wanted is None:
-            return x
-        sizes = zip(found.shape, wanted.shape, strict=False)
-        if found.dim() == wanted.dim() and all(statically_known_true(a == b) for a, b in sizes):
+        if found is None or wanted is None or same_sizes(found.shape, wanted.shape):
             return x
         return self.call(self.ops.reshape, x, self.sizes(like))
 
@@ -139,7 +136,7 @@ class Program(ABC):
     def shaped_beside(self, x: Node, like: Node, features: int) -> Node:
         """``x``, with ``features`` at the end, in the leading dimensions of ``like``."""
         found, wanted = self.value(x), self.value(like)
-        if found is None or wanted is None or found.dim() == wanted.dim():
+        if found is None or wanted is None or same_sizes(found.shape[:-1], wanted.shape[:-1]):
             return x
         return self.shaped_rows(x, like, features)
 
@@ -363,6 +360,13 @@ class ExportedProgramView(Program):
         )
         result.graph_module.meta[META] = fusion
         return result
+
+
+def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
+    """Whether sizes are known to be equal, without a guard on those that are dynamic."""
+    return len(first) == len(second) and all(
+        a is b or bool(statically_known_true(a == b)) for a, b in zip(first, second, strict=True)
+    )
 
 
 def _qualified_name(node: Node) -> str:

@@ -21,7 +21,7 @@ from torch import nn
 from torch.fx import Node
 
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.program import Program
+from flora_fx.program import Program, same_sizes
 
 from .mutation import (
     IN_PLACE,
@@ -31,7 +31,7 @@ from .mutation import (
     IN_PLACE_SUBTRACTS,
     Effects,
 )
-from .values import DROPOUTS, Values, operation, same_sizes
+from .values import DROPOUTS, Values, operation
 
 __all__ = ["find_paths", "is_low_rank", "is_number", "live_users", "operands"]
 

@@ -10,7 +10,7 @@ Values that are changed in place, or share memory with one that is, equal nothin
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from flora_fx.ir import Weight
-from flora_fx.program import Program
+from flora_fx.program import Program, same_sizes
 
 from .mutation import Effects
 
-__all__ = ["DROPOUTS", "Values", "dependencies", "operation", "same_sizes"]
+__all__ = ["DROPOUTS", "Values", "dependencies", "operation"]
 
 aten = torch.ops.aten
 
@@ -277,7 +276,7 @@ class Values:
     def _keeps_last(self, node: Node) -> bool:
         before, after = self.shape(node.all_input_nodes[0]), self.shape(node)
         if before is not None and after is not None:
-            return bool(before) and bool(after) and _equal(before[-1], after[-1])
+            return bool(before) and bool(after) and same_sizes(before[-1:], after[-1:])
         if self.restores(node) is not None:
             (features,) = node.args[1].args[1]  # type: ignore[union-attr,misc]
             return self._out_features(node.all_input_nodes[0]) == features
@@ -336,12 +335,3 @@ def _freeze(value: Any, source: Callable[[Node], Node]) -> Hashable:
     if isinstance(value, slice):
         return ("slice", value.start, value.stop, value.step)
     return (type(value), value)
-
-
-def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether sizes are known to be equal, without a guard on those that are dynamic."""
-    return len(first) == len(second) and all(_equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b or bool(statically_known_true(a == b))

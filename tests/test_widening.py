@@ -234,8 +234,21 @@ def sibling_flattened(m: Wide, x: Tensor) -> tuple[Tensor, ...]:
     return p, m.o(u) + m.b(z) * 0.7
 
 
+def base_in_as_many_other_dimensions(m: Wide, x: Tensor) -> Tensor:
+    z, u = torch.relu(m.a(x)), torch.tanh(middle(m, x).reshape(-1, 1, D_MID))
+    return m.o(u) + m.b(z).reshape(-1, 1, D_OUT) * 0.7
+
+
 @pytest.mark.parametrize(
-    "form", [base_flattened, base_flattened_and_restored, path_flattened, sibling_flattened], ids=lambda f: f.__name__
+    "form",
+    [
+        base_flattened,
+        base_flattened_and_restored,
+        base_in_as_many_other_dimensions,
+        path_flattened,
+        sibling_flattened,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_values_that_are_flattened_on_the_way(form: Form) -> None:
     x = x_like()
