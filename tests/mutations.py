@@ -136,7 +136,7 @@ MUTATIONS = [
         ("memory shared upwards", "        pending.extend(_aliased(node, root))\n", ""),
         ("a target that others read", "if fresh and len(_readers(into)) == 1 else []", "if fresh else []"),
         ("a read of the layout", "if _kind(node) in LAYOUT_READERS:", "if False:"),
-        first=[GRAPHS, "tests/test_declines.py"],
+        first=[GRAPHS, "tests/test_in_place.py", "tests/test_declines.py"],
     ),
     *passes(
         "names",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -277,34 +276,6 @@ def test_values_changed_in_place_are_left_alone() -> None:
     report = fuse_and_compare(adapted(form), X)
     assert set(reasons(report)) == {Reason.MUTATED}
     assert not report.fused
-
-
-IN_PLACE: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
-    "flag": lambda graph, h: graph.call_function(F.relu, (h,), {"inplace": True}),
-    "item": lambda graph, h: graph.call_function(operator.setitem, (h, (..., 0), 0.5)),
-    "out=": lambda graph, h: graph.call_function(torch.mul, (h, 0.9), {"out": h}),
-    "view": lambda graph, h: graph.call_method("mul_", (graph.call_method("view", (h, -1)), 0.9)),
-}
-
-
-@pytest.mark.parametrize("kind", IN_PLACE)
-def test_every_way_to_change_a_value_in_place_is_seen(kind: str) -> None:
-    """As Dynamo writes them into its graphs; a symbolic trace would not take an item assignment."""
-
-    def form(m: Adapted, x: Tensor) -> Tensor:
-        h = torch.neg(x)
-        return m.w(h) + m.b(m.a(h)) * 0.3
-
-    graph = fx.symbolic_trace(adapted(form))
-    (h,) = graph.graph.find_nodes(op="call_function", target=torch.neg)
-    (base,) = graph.graph.find_nodes(op="call_module", target="w")
-    with graph.graph.inserting_before(base.next):
-        IN_PLACE[kind](graph.graph, h)
-    graph.recompile()
-    with torch.no_grad():
-        fused = flora_fx.fuse(graph)
-        torch.testing.assert_close(fused(X), graph(X), rtol=1e-12, atol=1e-12)
-    assert set(reasons(flora_fx.report(fused))) == {Reason.MUTATED}
 
 
 def test_the_same_operation_before_and_after_a_change_is_not_the_same_value() -> None:

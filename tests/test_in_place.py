@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 
@@ -191,6 +192,35 @@ def test_a_change_that_others_see_is_left_alone() -> None:
     report = fused(form)
     assert [decline.reason for decline in report.declines] == [Reason.MUTATED]
     assert not report.fused
+
+
+IN_PLACE: dict[str, Callable[[fx.Graph, fx.Node], fx.Node]] = {
+    "flag": lambda graph, h: graph.call_function(F.relu, (h,), {"inplace": True}),
+    "item": lambda graph, h: graph.call_function(operator.setitem, (h, (..., 0), 0.5)),
+    "out=": lambda graph, h: graph.call_function(torch.mul, (h, 0.9), {"out": h}),
+    "view": lambda graph, h: graph.call_method("mul_", (graph.call_method("view", (h, -1)), 0.9)),
+}
+
+
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_every_way_to_change_a_value_in_place_is_seen(kind: str) -> None:
+    """As Dynamo writes them into its graphs; a symbolic trace would not take an item assignment."""
+
+    def form(m: Adapted, x: Tensor) -> Tensor:
+        h = torch.neg(x)
+        return m.w(h) + m.b(m.a(h)) * 0.3
+
+    graph = fx.symbolic_trace(Adapted(form).double().eval().requires_grad_(False))
+    (h,) = graph.graph.find_nodes(op="call_function", target=torch.neg)
+    (base,) = graph.graph.find_nodes(op="call_module", target="w")
+    with graph.graph.inserting_before(base.next):
+        IN_PLACE[kind](graph.graph, h)
+    graph.recompile()
+    x = torch.randn(4, D_IN, dtype=torch.float64)
+    with torch.no_grad():
+        frozen = flora_fx.fuse(graph)
+        torch.testing.assert_close(frozen(x), graph(x), rtol=1e-12, atol=1e-12)
+    assert {decline.reason for decline in flora_fx.report(frozen).declines} == {Reason.MUTATED}
 
 
 def test_a_copy_that_is_changed_and_returned_is_told_of() -> None:
