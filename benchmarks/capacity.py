@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,16 @@ def measure(
 
 
 def _busy(job: Job, replicas: int, seconds: float) -> dict[str, Any]:
+    unready = multiprocessing.get_context("spawn").Value("i", replicas)
+
     def of(index: int) -> Any:
         threads = job.settings.threads
-        return isolated(_serve, job, seconds, threads=threads, first=index * threads, progress=lambda done, total: None)
+        place = {"threads": threads, "first": index * threads}
+        try:
+            return isolated(_serve, job, seconds, unready, **place, progress=lambda done, total: None)
+        except BaseException:
+            unready.value = 0  # nobody waits for the one that failed
+            raise
 
     with ThreadPoolExecutor(replicas) as pool:
         found = list(pool.map(of, range(replicas)))
@@ -89,28 +98,39 @@ def _busy(job: Job, replicas: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def _serve(job: Job, seconds: float, progress: Progress) -> dict[str, Any]:
+def _serve(job: Job, seconds: float, unready: Synchronized[int], progress: Progress) -> dict[str, Any]:
+    """Answer one request after the other until every replica has done so for so many seconds.
+
+    So all of them are busy together for as long, whenever the machine let each of them begin.
+    """
     decoder = job.decoder()
     drawn = torch.Generator().manual_seed(0)
-    spans: list[Span] = []
-    firsts: list[float] = []
-    for warm in (False, True):
-        until = time.perf_counter() + (seconds if warm else 0.0)
-        while True:
-            start = time.perf_counter()
-            stream = decoder.stream(job.text(drawn), max_new_tokens=job.new, eos_token_id=[])
-            next(stream)
-            first = time.perf_counter()
-            for _ in stream:
-                pass
-            stop = time.perf_counter()
-            if warm:
-                spans.append((start, stop))
-                firsts.append(first - start)
-            if stop >= until:
-                break
+
+    def answer() -> tuple[float, float, float]:
+        start = time.perf_counter()
+        stream = decoder.stream(job.text(drawn), max_new_tokens=job.new, eos_token_id=[])
+        next(stream)
+        first = time.perf_counter()
+        for _ in stream:
+            pass
+        return start, first, time.perf_counter()
+
+    answer()  # the first one is slower
+    answered = [answer()]
+    until = answered[0][0] + seconds
+    ready = False
+    while not ready or unready.value > 0:
+        answered.append(answer())
+        if not ready and answered[-1][2] >= until:
+            ready = True
+            with unready.get_lock():
+                unready.value -= 1
     progress(1, 1)
-    return {"spans": spans, "first": firsts, "bytes": resident_bytes()}
+    return {
+        "spans": [(start, stop) for start, _, stop in answered],
+        "first": [first - start for start, first, _ in answered],
+        "bytes": resident_bytes(),
+    }
 
 
 def rate(replicas: Sequence[Sequence[Span]]) -> float:

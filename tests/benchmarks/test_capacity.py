@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+import torch
 
 from flora_fx.benchmarks import capacity
 from flora_fx.benchmarks.settings import Settings
@@ -26,6 +31,60 @@ def test_replicas_of_all_cores_and_of_one_each() -> None:
     assert [row[:2] for row in measured.rows] == [["1 × 2", "2"], ["2 × 1", "2"]]
     assert measured.rows[0][3] == f"{3 * alone['requests']:.0f}"
     assert needed.rows[1][2:] == [str(capacity.hosts(load, each["requests"])) for load in capacity.LOADS]
+
+
+class _Job:
+    """Answers at once; ``begun`` is set with the fifth answer."""
+
+    settings = Settings("tiny", threads=1, batch=1)
+    new = 2
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.answers = 0
+
+    def decoder(self) -> _Job:
+        return self
+
+    def text(self, drawn: torch.Generator) -> torch.Tensor:
+        return torch.zeros(1, 3, dtype=torch.int64)
+
+    def stream(self, ids: torch.Tensor, **options: Any) -> Iterator[int]:
+        yield from range(self.new)
+        self.answers += 1
+        if self.answers == 5:
+            self.begun.set()
+
+
+def test_replicas_go_on_until_the_last_one_was_busy_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _Job()
+
+    def beside(function: Any, *args: Any, first: int, progress: Any, **_: Any) -> Any:
+        if first:  # the machine lets the second one begin when the first has long done its part
+            job.begun.wait()
+        try:
+            return function(*args, progress)
+        finally:
+            job.begun.set()
+
+    monkeypatch.setattr(capacity, "isolated", beside)
+    found = capacity._busy(job, 2, seconds=0.0)
+    assert found["requests"] > 0
+    assert job.answers > 7
+
+
+def test_nobody_waits_for_a_replica_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = _Job()
+
+    def beside(function: Any, *args: Any, first: int, progress: Any, **_: Any) -> Any:
+        if first:
+            job.begun.wait()
+            raise RuntimeError("no memory")
+        return function(*args, progress)
+
+    monkeypatch.setattr(capacity, "isolated", beside)
+    with pytest.raises(RuntimeError, match="no memory"):
+        capacity._busy(job, 2, seconds=0.0)
 
 
 def test_hosts_are_busy_for_no_more_than_was_said() -> None:
