@@ -24,7 +24,7 @@ def test_replicas_of_all_cores_and_of_one_each() -> None:
     result = capacity.measure(settings, batches=(2,), prompt=5, new=3, seconds=0.5, progress=progress)
     alone, each = result["rows"]
     assert [(row["replicas"], row["threads"], row["batch"]) for row in (alone, each)] == [(1, 2, 2), (2, 1, 2)]
-    assert all(0 < row["first"] < row["latency"] < 60 for row in (alone, each))
+    assert all(0 < row["first"] < row["latency"] for row in (alone, each))
     assert all(row["requests"] > 0 and row["bytes"] > 2**20 for row in (alone, each))
     assert labels == ["export to ONNX", "replicas"]
     measured, needed = capacity.sheets(result)

@@ -14,21 +14,25 @@ from flora_fx.benchmarks.method import Timing, compare, difference, paired, was_
 from flora_fx.benchmarks.settings import Settings
 
 
-def test_compare_pairs_within_a_round() -> None:
+def test_compare_pairs_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    now = [0]
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
 
-    def wait(name: str, seconds: float) -> None:
+    def wait(name: str, milliseconds: int) -> None:
         calls.append(name)
-        time.sleep(seconds)
+        drift = 1 + (len(calls) - 1) // 2 % 4  # the machine is slower from round to round
+        now[0] += milliseconds * 10**6 * drift
 
     timings = compare(
-        {"base": lambda: wait("base", 0.002), "slow": lambda: wait("slow", 0.006)},
+        {"base": lambda: wait("base", 2), "slow": lambda: wait("slow", 6)},
         reference="base",
         rounds=8,
         warm_up=1,
     )
     assert timings["base"] == Timing(timings["base"].milliseconds, 1.0, 1.0, 1.0)
-    assert 1.5 < timings["slow"].low <= timings["slow"].ratio <= timings["slow"].high
+    slow = timings["slow"]
+    assert (slow.ratio, slow.low, slow.high) == pytest.approx((3, 3, 3))
     rounds = [calls[2:][i : i + 2] for i in range(0, 16, 2)]
     assert all(sorted(order) == ["base", "slow"] for order in rounds)
     assert len({tuple(order) for order in rounds}) == 2  # shuffled

@@ -277,6 +277,6 @@ def test_python_dash_m(model_dir: Path, adapter_dir: Path) -> None:
         adapter_dir,
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flora_fx import Reason
 
-LIMIT_S = 150
+LIMIT_S = 900
 STEPS = 3
 
 Worker = Callable[[int], None]

@@ -39,7 +39,7 @@ class Forked:
         self.said: list[str] = []
         self._rest = ""
 
-    def wait_for(self, word: str, seconds: float = 120) -> bool:
+    def wait_for(self, word: str, seconds: float = 900) -> bool:
         """Whether it says a word, before it ends."""
         os.set_blocking(self._words, False)
         end = time.monotonic() + seconds

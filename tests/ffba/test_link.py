@@ -21,7 +21,7 @@ from flora_fx.errors import AdapterError
 
 from .reference import PLACES, assert_close, assert_differ, attach, base_model, output, tokens
 
-LIMIT_S = 60
+LIMIT_S = 900
 
 
 def ends(model: nn.Module) -> list[Link]:

@@ -22,7 +22,7 @@ from flora_fx.errors import AdapterError
 
 from .reference import PLACES, assert_differ, attach, base_model, output, tokens, weights_of
 
-LIMIT_S = 60
+LIMIT_S = 900
 
 
 def active(model: nn.Module) -> set[tuple[str, ...]]:
