@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -80,7 +79,6 @@ def _greedy(
     device = next(model.parameters()).device
     limit = runner.manifest.max_positions
     count = min(_NEW_TOKENS, limit - start.shape[1]) if limit else _NEW_TOKENS
-    rules = runner.manifest.token_rules
     plain = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=count,
@@ -88,7 +86,6 @@ def _greedy(
         decoder_start_token_id=_START,
         output_logits=True,
         return_dict_in_generate=True,
-        **{name: value for name, value in asdict(rules).items() if value not in (None, ())},
     )
     with own_config(model, plain):
         # Not the model's own `generate`: Whisper's has rules of its own for languages and timestamps.

@@ -75,6 +75,7 @@ def build_app() -> "typer.Typer":
     model_option = typer.Option("--model", help="Directory or Hub id of the base model.")
     adapter_option = typer.Option("--adapter", help="Directory or Hub id of the adapter (LoRA or FFBA).")
     json_option = typer.Option("--json", help="Print JSON alone on stdout.")
+    own = "The model's own, if left out."
 
     def show_version(wanted: bool) -> None:
         if wanted:
@@ -136,16 +137,17 @@ def build_app() -> "typer.Typer":
         ] = None,
         max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
         temperature: Annotated[
-            float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
-        ] = 0.0,
-        top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 takes all.")] = 0,
-        top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+            float | None, typer.Option("--temperature", min=0.0, help=f"0 takes the likeliest token. {own}")
+        ] = None,
+        top_k: Annotated[int | None, typer.Option("--top-k", min=0, help=f"0 takes all. {own}")] = None,
+        top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help=own)] = None,
         min_p: Annotated[
-            float, typer.Option("--min-p", min=0.0, max=1.0, help="Of the likeliest token's probability.")
-        ] = 0.0,
+            float | None,
+            typer.Option("--min-p", min=0.0, max=1.0, help=f"Of the likeliest token's probability. {own}"),
+        ] = None,
         repetition_penalty: Annotated[
-            float, typer.Option("--repetition-penalty", min=0.0, help="Above 1: repeats itself less.")
-        ] = 1.0,
+            float | None, typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}")
+        ] = None,
         stop: Annotated[
             list[str] | None, typer.Option("--stop", help="Text that ends the continuation; may be repeated.")
         ] = None,
@@ -155,17 +157,17 @@ def build_app() -> "typer.Typer":
         with _user_errors():
             if (prompt is None) is (token_ids is None):
                 raise typer.BadParameter("pass either --prompt or --token-ids")
-            options = {
-                "max_new_tokens": max_new_tokens,
-                "do_sample": temperature > 0,
+            told = {
+                "do_sample": None if temperature is None else temperature > 0,
                 "temperature": temperature,
                 "top_k": top_k,
                 "top_p": top_p,
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "stop_strings": stop,
-                "seed": seed,
             }
+            options = {name: value for name, value in told.items() if value is not None}
+            options |= {"max_new_tokens": max_new_tokens, "seed": seed}
             generate(directory, adapter, prompt, token_ids, options, as_json=as_json)
 
     @app.command("demo", help="Train a small model and an adapter, fuse, verify, export and measure them.")
@@ -251,7 +253,7 @@ def generate(
     tokenizer: Any = load_tokenizer(directory)
     if prompt is not None and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer; pass --token-ids instead of --prompt")
-    if options["stop_strings"] and tokenizer is None:
+    if options.get("stop_strings") and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer, which --stop needs")
     ids = _parse_ids(token_ids) if token_ids is not None else tokenizer(prompt)["input_ids"]
     try:
@@ -353,6 +355,7 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="generation")  # what an export's notes say as well
 
 
 if __name__ == "__main__":

@@ -143,6 +143,27 @@ def test_generate_passes_every_option_on(exported: Path, monkeypatch: pytest.Mon
     }
 
 
+def test_generate_leaves_the_rest_to_the_model(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flora_fx.export import Decoder
+
+    passed: dict[str, object] = {}
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    assert invoke("generate", "--directory", exported, "--token-ids", "3,1", "--json").exit_code == 0
+    assert passed == {"max_new_tokens": 64, "seed": 0, "tokenizer": None}
+    result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--temperature", "0", "--json")
+    assert result.exit_code == 0
+    assert (passed["do_sample"], passed["temperature"]) == (False, 0.0)
+
+
+def test_export_says_once_what_it_leaves_out(model_dir: Path, tmp_path: Path) -> None:
+    path = model_dir / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
+    result = invoke("export", "--model", model_dir, "--output", tmp_path / "onnx", "--json")
+    assert result.exit_code == 0, result.output
+    assert sum("num_beams=4" in note for note in json.loads(result.stdout)["notes"]) == 1
+    assert "num_beams" not in result.stderr
+
+
 def test_generate_stops_at_a_string(exported: Path) -> None:
     build_tokenizer(["one two three"], exported, vocabulary=96)
     try:
