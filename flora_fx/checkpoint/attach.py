@@ -175,9 +175,9 @@ def _compare(
         if wanted is not None and tensor.shape != wanted.shape:
             rank = f" at rank {settings.get('r')}" if METHODS["LORA"] in key else ""
             raise AdapterError(
-                f"{path} does not fit {name}: {key} is {shape(tensor.shape)}, and with {ADAPTER_CONFIG}{rank} it has to "
-                f"be {shape(wanted.shape)}; put the {ADAPTER_CONFIG} there that was saved with it, or pass the model it "
-                "was trained on"
+                f"{path} does not fit {name}: {key} is {shape(tensor.shape)}, and with {ADAPTER_CONFIG}{rank} it "
+                f"has to be {shape(wanted.shape)}; put the {ADAPTER_CONFIG} there that was saved with it, or pass the "
+                "model that it was trained on"
             )
     lost = sorted(key for key in expected.keys() - tensors.keys() if not any(part in key for part in METHODS.values()))
     _refuse_keys(lost, f"tensors that {ADAPTER_CONFIG} asks for are missing", name, path)

@@ -4,6 +4,7 @@ PEFT            ``base_model.model.layers.0.q_proj.lora_A.weight`` [rank, in], `
 wrapped         the same with ``_orig_mod.`` of torch.compile, or FSDP's, somewhere in the name: left out
 bare            the same without ``base_model.model.``: put in front
 named           ``lora_A.default.weight``, as ``state_dict()`` has it: the adapter's name is left out
+twofold         ``lm_head.modules_to_save.weight`` beside ``lm_head.weight``, as PEFT saves resized ones: one of them
 MLX             ``layers.0.q_proj.lora_a`` [in, rank], ``lora_b`` [rank, out], times ``scale``: transposed
 kohya           ``lora_te_layers_0_q_proj.lora_down.weight`` [rank, in], ``lora_up``, ``alpha``: renamed by the modules
 
@@ -32,6 +33,7 @@ PREFIX = "base_model.model."
 
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _NAMED = re.compile(r"(?P<front>.+\.lora_(?:A|B|magnitude_vector))\.(?P<name>[^.]+)(?P<end>\.weight)")
+_SAVED = re.compile(r"\.modules_to_save\.(default\.)?")
 _KOHYA = re.compile(r"(?P<part>lora_(?:unet|te\d?))_(?P<module>[^.]+)\.(?P<which>.+)")
 _KOHYA_PARTS = {"lora_down.weight", "lora_up.weight", "alpha"}
 # Not ``transformer.h.``: those are GPT-2's.
@@ -50,6 +52,11 @@ def with_peft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     """
     _refuse_others(tensors, path)
     bare = {_WRAPPERS.sub("", key): key for key in tensors}
+    if len(bare) != len(tensors):
+        raise AdapterError(
+            f"{path} holds {len(tensors)} tensors under {len(bare)} names, once those of torch.compile and FSDP are "
+            "left out; save the adapter again from the model inside"
+        )
     if all(key.startswith(f"module.{PREFIX}") for key in bare):  # DistributedDataParallel
         bare = {key.removeprefix("module."): old for key, old in bare.items()}
     adapters = {match["name"] for key in bare if (match := _NAMED.fullmatch(key))}
@@ -59,13 +66,16 @@ def with_peft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
             "model.save_pretrained(directory, selected_adapters=[name])"
         )
     front = "" if any(key.startswith("base_model.") for key in bare) else PREFIX
-    renamed = {front + _NAMED.sub(r"\g<front>\g<end>", key): tensors[old] for key, old in bare.items()}
-    if len(renamed) != len(tensors):
-        raise AdapterError(
-            f"{path} holds {len(tensors)} tensors under {len(renamed)} names, once the wrappers' are left out "
-            f"(_orig_mod. and the like); save the adapter again from the model inside"
-        )
-    return dict(sorted(renamed.items()))
+    found: dict[str, Tensor] = {}
+    for key, old in sorted(bare.items()):
+        if ".original_module." in key:  # the base's own, beside what was trained in its place
+            continue
+        name = front + _SAVED.sub(".", _NAMED.sub(r"\g<front>\g<end>", key))
+        if not found.setdefault(name, tensors[old]).equal(tensors[old]):
+            raise AdapterError(
+                f"{path} holds two tensors for {name}, which differ; save the adapter again with save_pretrained()"
+            )
+    return dict(sorted(found.items()))
 
 
 def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:
