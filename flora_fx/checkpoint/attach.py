@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from .wording import examples, shape, whole
 __all__ = ["attach", "check_places", "check_shapes", "whole_weights"]
 
 _PARTS = (*METHODS.values(), ".token_adapter.")
+_OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
+"""Where PEFT keeps a weight of the base that something was put around."""
 
 
 def whole_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -30,11 +33,18 @@ def whole_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     >>> list(whole_weights({"base_model.model.score.weight": head, "base_model.model.q.lora_A.weight": part}))
     ['score.weight']
     """
-    return {
-        key.removeprefix(PREFIX).replace(".base_layer.", "."): tensor
-        for key, tensor in tensors.items()
-        if not any(part in key for part in _PARTS)
-    }
+    named = {key: _name_in_base(key) for key in tensors}
+    # What was trained in a weight's place has its name; the weight itself, where it was saved, is under a longer one.
+    longest_first = sorted(named, key=len, reverse=True)
+    return {named[key]: tensors[key] for key in longest_first if not any(part in named[key] for part in _PARTS)}
+
+
+def _name_in_base(key: str) -> str:
+    """
+    >>> _name_in_base("base_model.model.lm_head.base_layer.weight")
+    'lm_head.weight'
+    """
+    return _OF_BASE.sub(".", key.removeprefix(PREFIX))
 
 
 def check_shapes(base: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -155,11 +165,7 @@ def check_places(shell: nn.Module, choice: Choice, config: Any, tensors: Mapping
 
 
 def _places(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {
-        key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        for key in tensors
-        if METHODS["FLORA"] not in key and key.startswith(PREFIX)
-    }
+    return {_name_in_base(key) for key in tensors if METHODS["FLORA"] not in key and key.startswith(PREFIX)}
 
 
 def _compare(

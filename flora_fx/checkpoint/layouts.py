@@ -68,8 +68,6 @@ def with_peft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     front = "" if any(key.startswith("base_model.") for key in bare) else PREFIX
     found: dict[str, Tensor] = {}
     for key, old in sorted(bare.items()):
-        if ".original_module." in key:  # the base's own, beside what was trained in its place
-            continue
         name = front + _SAVED.sub(".", _NAMED.sub(r"\g<front>\g<end>", key))
         if not found.setdefault(name, tensors[old]).equal(tensors[old]):
             raise AdapterError(

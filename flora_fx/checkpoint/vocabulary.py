@@ -65,10 +65,10 @@ def resize_vocabulary(
             needed.append(f"{name}.bias")
         if needed:
             raise AdapterError(
-                f"{path}: the adapter has {wanted} tokens, {needed[0]} of the base is {shape(size)} and "
-                f"would have to be {shape((wanted, width))}, and the adapter does not hold the rows {rows} to "
-                f"{wanted - 1} of it; save the adapter with save_embedding_layers=True, or pass as the model the base "
-                f"that was trained: resized to {wanted} tokens, saved with save_pretrained()"
+                f"{path}: the adapter has {wanted} tokens, {needed[0]} of the base is {shape(size)} and would have to "
+                f"be {shape((wanted, width))}, and the adapter does not hold the rows {rows} to {wanted - 1} of it; "
+                f"pass as the model the base that was trained, resized to {wanted} tokens and saved with "
+                "save_pretrained()"
             )
     base.resize_token_embeddings(wanted, mean_resizing=False)  # type: ignore[operator]
 
