@@ -238,7 +238,7 @@ def inspect(model: str, adapter: str, task: Task = "auto", inputs: Path | None =
             config.use_cache = False  # a KV cache would only add outputs to the graph
         begin()
         try:
-            named = sample_inputs(loaded) if inputs is None else _read_inputs(inputs, loaded.dtype)
+            named: dict[str, Any] = sample_inputs(loaded) if inputs is None else _read_inputs(inputs, loaded.dtype)
             with torch.no_grad():
                 graph = flora_fx.capture(loaded, **named)
         except CaptureError as error:

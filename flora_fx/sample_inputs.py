@@ -35,7 +35,8 @@ def sample_inputs(model: nn.Module) -> dict[str, Tensor]:
     >>> {name: tuple(value.shape) for name, value in sample_inputs(bert).items()}
     {'input_ids': (2, 8), 'attention_mask': (2, 8)}
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    around: Any = model
+    core = around.get_base_model() if hasattr(around, "get_base_model") else around
     config, main = core.config, core.main_input_name
     text = config.get_text_config(decoder=True) if getattr(config, "is_encoder_decoder", False) else _text(config)
     parameters = inspect.signature(core.forward).parameters

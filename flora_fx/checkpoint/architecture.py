@@ -203,12 +203,14 @@ def classes_for(config: Any, task: str) -> Iterator[Any]:
 def _named(name: Any, config: Any) -> Any:
     """A class of transformers by its name, if it is for this kind of config; no other code is looked at."""
     transformers = require("transformers", "hf")
+    if not isinstance(name, str):
+        return None
     try:
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        found: Any = getattr(transformers, name, None)
     except (ImportError, RuntimeError):  # its module needs a package that is not installed
         return None
     fits = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if fits and isinstance(found.config_class, type) and type(config) is found.config_class else None
+    return found if fits and found.config_class is type(config) else None
 
 
 # --- without weights --------------------------------------------------------------------------------------

@@ -52,8 +52,8 @@ def wav2vec2() -> Any:
     return transformers.Wav2Vec2Config(
         **{**TEXT, "num_hidden_layers": 1},
         conv_dim=(8, 8),
-        conv_kernel=(10, 3),
-        conv_stride=(5, 2),
+        conv_kernel=(3, 2),
+        conv_stride=(2, 2),
         num_feat_extract_layers=2,
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
