@@ -348,6 +348,7 @@ def demo(output: Path, *, fast: bool, as_json: bool) -> None:
 def _tokenizer(loaded: Any, model: str, adapter: str | None, tokenizer: str | None) -> Any:
     """The one that is asked for, else the one beside the adapter, else the model's."""
     from flora_fx.checkpoint import load_tokenizer
+    from flora_fx.checkpoint.vocabulary import token_embedding
 
     if tokenizer is not None:
         found: Any = load_tokenizer(tokenizer)
@@ -355,8 +356,8 @@ def _tokenizer(loaded: Any, model: str, adapter: str | None, tokenizer: str | No
             raise FloraError(f"{tokenizer} has no tokenizer; pass the directory where tokenizer.json is")
         return found
     found = load_tokenizer(model, adapter)
-    embedding = loaded.get_input_embeddings() if found is not None and adapter is not None else None
-    rows = getattr(getattr(embedding, "weight", None), "shape", [None])[0]
+    embedding = token_embedding(loaded) if found is not None and adapter is not None else None
+    rows = None if embedding is None else len(embedding.weight)
     if rows is not None and len(found) > rows:
         raise FloraError(
             f"the tokenizer in {found.name_or_path} has {len(found)} tokens and the model's embedding {rows} rows: "

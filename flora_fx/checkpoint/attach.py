@@ -61,9 +61,7 @@ def check_shapes(base: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> 
         weight = getattr(modules.get(name), "weight", None)
         if not found or up is None or weight is None or not down.ndim == up.ndim == weight.ndim == 2:
             continue
-        d_out, d_in = weight.shape
-        if type(modules[name]).__name__ == "Conv1D":  # GPT-2 stores its projections transposed
-            d_out, d_in = d_in, d_out
+        d_out, d_in = _sizes(modules[name], weight)
         rank = down.shape[0]
         for tensor, expected, label in (
             (down, (rank, d_in), key),
@@ -74,6 +72,15 @@ def check_shapes(base: nn.Module, path: Path, tensors: Mapping[str, Tensor]) -> 
                     f"{path}: {label} is {shape(tensor.shape)} and {name} ({shape((d_out, d_in))}) "
                     f"at rank {rank} needs {shape(expected)}; is it the adapter of another model?"
                 )
+
+
+def _sizes(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """d_out, d_in."""
+    if isinstance(module, nn.Linear):  # one that is quantized has a weight of another shape
+        return module.out_features, module.in_features
+    rows, columns = weight.shape
+    # GPT-2 stores its projections transposed.
+    return (columns, rows) if type(module).__name__ == "Conv1D" else (rows, columns)
 
 
 def attach(

@@ -69,11 +69,15 @@ def with_peft_names(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tens
     found: dict[str, Tensor] = {}
     for key, old in sorted(bare.items()):
         name = front + _SAVED.sub(".", _NAMED.sub(r"\g<front>\g<end>", key))
-        if not found.setdefault(name, tensors[old]).equal(tensors[old]):
+        if not _same(found.setdefault(name, tensors[old]), tensors[old]):
             raise AdapterError(
                 f"{path} holds two tensors for {name}, which differ; save the adapter again with save_pretrained()"
             )
     return dict(sorted(found.items()))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.dtype == other.dtype and one.equal(other))
 
 
 def _refuse_others(tensors: Mapping[str, Tensor], path: Path) -> None:

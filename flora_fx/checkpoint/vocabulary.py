@@ -12,7 +12,7 @@ from flora_fx.errors import AdapterError
 
 from .wording import shape
 
-__all__ = ["resize_vocabulary"]
+__all__ = ["resize_vocabulary", "token_embedding"]
 
 
 def resize_vocabulary(
@@ -34,10 +34,10 @@ def resize_vocabulary(
     Raises:
         AdapterError: rows that are neither in the base nor in the adapter would be needed.
     """
-    embedding: Any = base.get_input_embeddings()  # type: ignore[operator]
-    head: Any = base.get_output_embeddings()  # type: ignore[operator]
-    if embedding is None or not isinstance(getattr(embedding, "weight", None), Tensor):
+    embedding = token_embedding(base)
+    if embedding is None:
         return
+    head: Any = base.get_output_embeddings()  # type: ignore[operator]
     names = {id(module): name for name, module in base.named_modules()}
     inner, outer = names.get(id(embedding), ""), names.get(id(head), "")
     rows, width = embedding.weight.shape
@@ -71,6 +71,15 @@ def resize_vocabulary(
                 "save_pretrained()"
             )
     base.resize_token_embeddings(wanted, mean_resizing=False)  # type: ignore[operator]
+
+
+def token_embedding(model: nn.Module) -> Any:
+    """The module whose weight has a row per token; None where a model reads pixels or sound."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), Tensor) else None
 
 
 def _chosen(settings: Mapping[str, Any], embedding: str) -> list[int]:

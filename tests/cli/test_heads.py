@@ -182,6 +182,11 @@ TRAINED: dict[str, tuple[str, str, Callable[[], Any], dict[str, Any], dict[str, 
         {"task_type": "FEATURE_EXTRACTION", "target_modules": ["query", "value"]},
         TOKENS,
     ),
+    "speech": (
+        *("Wav2Vec2ForCTC", "Wav2Vec2ForCTC", wav2vec2),
+        {"target_modules": ["q_proj", "v_proj"]},
+        SOUND,
+    ),
     "a vision-language model": (
         *("Qwen3VLForConditionalGeneration", "Qwen3VLForConditionalGeneration", qwen3_vl),
         {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"]},
@@ -224,6 +229,22 @@ def test_a_task_that_is_asked_for_replaces_the_head(tmp_path: Path) -> None:
     model = made("LlamaForSequenceClassification", llama())
     model.save_pretrained(tmp_path)
     same(load_model(tmp_path, task="encoder"), model.model, TOKENS)
+
+
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    """As QLoRA trains on: its weights have other shapes than its layers."""
+    made("LlamaForCausalLM", llama()).save_pretrained(tmp_path / "base")
+    bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    quantized = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=bits, device_map="cpu"
+    )
+    quantized.save_pretrained(tmp_path / "quantized")
+    model = adapted(quantized, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
+    model.save_pretrained(tmp_path / "lora")
+    loaded = load_model(tmp_path / "quantized", tmp_path / "lora")
+    found, wanted = loaded.state_dict(), model.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(found[name].equal(value) for name, value in wanted.items())
 
 
 # --- what may be left out ---------------------------------------------------------------------------------
