@@ -9,9 +9,9 @@ not cost the loading of its base.
 from __future__ import annotations
 
 from .adapter_files import read_adapter
-from .architecture import Task
 from .loading import load_model
 from .places import CheckpointNotFoundError
+from .tasks import Task
 from .tokenizer import load_tokenizer
 
 __all__ = ["CheckpointNotFoundError", "Task", "load_model", "load_tokenizer", "read_adapter"]

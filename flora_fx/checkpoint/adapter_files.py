@@ -12,7 +12,9 @@ from flora_fx.checksums import check_sum
 from flora_fx.errors import AdapterError
 
 from .files import check_safetensors, read_json, read_tensors, refuse_pickles
-from .layouts import is_lone, is_mlx, kohya_to_peft, mlx_to_peft, with_peft_names
+from .kohya import kohya_to_peft, lone_file
+from .layouts import with_peft_names
+from .mlx import is_mlx, mlx_to_peft
 from .places import ADAPTER_CONFIG, ADAPTER_FILE, MLX_FILE, CheckpointNotFoundError, resolve
 
 __all__ = ["METHODS", "adapter_file", "check_numbers", "read_adapter"]
@@ -71,7 +73,7 @@ def adapter_file(directory: Path) -> Path:
     if (directory / ADAPTER_CONFIG).is_file():
         mlx = not (directory / ADAPTER_FILE).is_file() and is_mlx(read_json(directory / ADAPTER_CONFIG))
         return directory / (MLX_FILE if mlx else ADAPTER_FILE)
-    if (lone := is_lone(directory)) is not None:
+    if (lone := lone_file(directory)) is not None:
         return lone
     hint = (
         "this is a model; pass it as the model"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from torch import Tensor, nn
 from flora_fx.errors import AdapterError, FloraError, require
 
 from .adapter_files import METHODS
-from .architecture import Choice, task_that_holds
+from .architecture import Choice
 from .layouts import PREFIX
 from .places import ADAPTER_CONFIG
-from .wording import examples, shape, whole
+from .skeleton import tasks_that_hold, told
+from .wording import all_lines, examples, shape
 
 __all__ = ["attach", "check_places", "check_shapes", "whole_weights"]
 
@@ -120,19 +120,17 @@ def attach(
         model = peft_class(base, peft_config, "default", autocast_adapter_dtype=False)
         expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         _compare(expected, tensors, settings, name, path)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            placed = peft.set_peft_model_state_dict(model, dict(tensors))
+        placed = peft.set_peft_model_state_dict(model, dict(tensors))
     except FloraError:
         raise
     except ImportError as error:
         raise AdapterError(
             f"{path.parent / ADAPTER_CONFIG}: PEFT needs a package for this adapter that is not installed "
-            f"({whole(error)}){_start(settings)}; install it"
+            f"({all_lines(error)}){_start(settings)}; install it"
         ) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(
-            f"{path.parent} does not fit {name} ({whole(error)}){_start(settings)}; is it the adapter of another "
+            f"{path.parent} does not fit {name} ({all_lines(error)}){_start(settings)}; is it the adapter of another "
             f"model, or of another task than {name} was loaded for ({choice.reason})?"
         ) from error
     missing = sorted(key for key in placed.missing_keys if any(part in key for part in METHODS.values()))
@@ -162,10 +160,10 @@ def check_places(shell: nn.Module, choice: Choice, config: Any, tensors: Mapping
     if not lost:
         return
     name = choice.model_class.__name__
-    if (held := task_that_holds(wanted, config)) is not None:
+    if held := tasks_that_hold(wanted, config):
         raise AdapterError(
-            f"{path}: the adapter is one of {held[1]}, and the model is loaded as {name} ({choice.reason}), which has "
-            f"no {lost[0]}; pass task={held[0]!r} (--task {held[0]})"
+            f"{path}: the adapter is one of {' or '.join(list(held.values())[:3])}, and the model is loaded as {name} "
+            f"({choice.reason}), which has no {lost[0]}; {told(held)}"
         )
     if choice.replaces_head and len(lost) == len(wanted):
         _refuse_keys(sorted(tensors), "tensors have no place in this model", name, path)

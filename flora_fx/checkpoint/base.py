@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from flora_fx.errors import AdapterError
 
-from .architecture import Choice, classes_for, skeleton, task_that_holds
-from .wording import examples, shape, whole
+from .architecture import Choice
+from .skeleton import skeleton, tasks_that_hold, told
+from .tasks import classes_for
+from .wording import all_lines, examples, shape
 
 __all__ = ["fit_labels", "load_base"]
 
@@ -78,7 +80,7 @@ def load_base(
         RuntimeError,
     ) as error:
         raise AdapterError(
-            f"{directory}: transformers cannot load this model as {choice.model_class.__name__} ({whole(error)})"
+            f"{directory}: transformers cannot load this model as {choice.model_class.__name__} ({all_lines(error)})"
         ) from error
     brought = set(supplied)
     _check_shapes(directory, model, [entry for entry in info["mismatched_keys"] if entry[0] not in brought])
@@ -130,11 +132,11 @@ def _check_leftovers(directory: Path, choice: Choice, config: Any, model: nn.Mod
     if not left:
         return
     name = choice.model_class.__name__
-    held = task_that_holds(set(left), config)
+    held = tasks_that_hold(set(left), config)
     if choice.replaces_head:
         remedy = f"leave out what asked for {name}: {choice.reason}"
-    elif held is not None:
-        remedy = f"{held[1]} has them: pass task={held[0]!r} (--task {held[0]})"
+    elif held:
+        remedy = f"{' and '.join(list(held.values())[:3])} {'have' if len(held) > 1 else 'has'} them: {told(held)}"
     else:
         remedy = (
             f"save it again as the class that was trained, with save_pretrained(), or without them if {name} is meant"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["examples", "first_line", "shape", "whole"]
+__all__ = ["all_lines", "examples", "first_line", "shape"]
 
 
 def shape(sizes: Sequence[int]) -> str:
@@ -30,7 +30,7 @@ def first_line(error: BaseException) -> str:
     return line.rstrip(".:") if len(line) <= 160 else f"{line[:160]}…"
 
 
-def whole(error: BaseException) -> str:
+def all_lines(error: BaseException) -> str:
     """All lines as one: where the first is a heading, what counts stands below it."""
     line = " ".join(str(error).split()) or type(error).__name__
     line = line if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {line}"
