@@ -5,16 +5,15 @@ Computing it costs more than what is timed: it is done once, and kept in a folde
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .kept import once
 from .models import Adapted, adapters_of, make_model
 from .settings import Settings
 from .step import CachedStep, empty_cache
@@ -37,23 +36,13 @@ def known(
         following: tokens [batch, 1] each.
         kept: folder of what was computed before, for these settings and this text; None to compute it now.
     """
-    if kept is None:
-        return _compute(settings, adapted, prompt, following, None)
-    file = kept / f"{_key(settings, adapted, prompt, following)}.pt"
-    if file.exists():
-        return Reference(**torch.load(file, weights_only=True))
-    reference = _compute(settings, adapted, prompt, following, kept)
-    kept.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")  # others may be at it
-    torch.save({name: getattr(reference, name) for name in Reference.__dataclass_fields__}, unfinished)
-    unfinished.replace(file)
-    return reference
 
+    def compute() -> dict[str, Any]:
+        return vars(_compute(settings, adapted, prompt, following, kept))
 
-def _key(settings: Settings, adapted: Adapted, prompt: Tensor, following: Sequence[Tensor]) -> str:
-    model: dict[str, Any] = {**asdict(settings), "layers": settings.depth, "threads": None}
     text = torch.cat([prompt, *following], 1).tolist()
-    return hashlib.sha256(repr((torch.__version__, model, adapted, text)).encode()).hexdigest()[:24]
+    model = replace(settings, layers=settings.depth, threads=1)
+    return Reference(**once(kept, ("logits", model, adapted, text), compute))
 
 
 @torch.no_grad()

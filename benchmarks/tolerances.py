@@ -3,10 +3,10 @@
 Two figures, each beside that of the same model run op by op in the same dtype, which is right by definition:
 
 - how far its logits are from float64's, over a prompt and the tokens after it;
-- how much stronger or weaker each layer acts. Rounding makes logits go anywhere; a wrong weight makes them go where that
-  weight pulls. So a float64 model tells where each layer pulls, and least squares how much of every pull there is in a
-  contender's error. In bfloat16, whose rounding hides 5% of a deep layer's adapter in the first figure, right contenders
-  were seen to have at most 1.4% of a pull, and 5% to show as 4.6 to 5.5%.
+- how much stronger or weaker each layer acts. Rounding makes logits go anywhere; a wrong weight makes them go where
+  that weight pulls. So a float64 model tells where each layer pulls, and least squares how much of every pull there is
+  in a contender's error. In bfloat16, whose rounding hides 5% of a deep layer's adapter in the first figure, right
+  contenders were seen to have at most 1.4% of a pull, and 5% to show as 4.6 to 5.5%.
 """
 
 from __future__ import annotations
