@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -164,15 +164,15 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
         ratios must not be shown; ``unavailable``: contender -> why it could not be built; ``notes``: contender -> what
         readers should know.
     """
-    [found] = samples([job], seed, progress)
-    return found
+    return next(samples([job], seed, progress))
 
 
-def samples(jobs: Sequence[Job], seed: int, progress: Progress) -> list[dict[str, Any]]:
+def samples(jobs: Sequence[Job], seed: int, progress: Progress) -> Iterator[dict[str, Any]]:
     """`sample` of several jobs by the contenders of the first one: ONNX Runtime's serve prompts of any length."""
     order = random.Random(seed)
-    built = _build(jobs[0], _text(jobs[0], torch.Generator().manual_seed(seed))[0], order)
-    return [_sample(job, built, seed, order, _part(progress, index, len(jobs))) for index, job in enumerate(jobs)]
+    built = _build(jobs[0], checked_text(jobs[0], seed)[0], order)
+    for index, job in enumerate(jobs):
+        yield _sample(job, built, seed, order, _part(progress, index, len(jobs)))
 
 
 def _sample(
