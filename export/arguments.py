@@ -49,8 +49,13 @@ def tokens(name: str, value: Any, vocab_size: int) -> Tensor:
     return ids
 
 
-def padding_mask(value: Any, ids: Tensor) -> Tensor:
+def padding_mask(value: Any, ids: Tensor, of: str = "input_ids") -> Tensor:
     """The ``attention_mask`` of ``input_ids`` [batch, prompt] as int64 on the CPU; all ones for None.
+
+    Args:
+        value: what was passed for it.
+        ids: of the shape that it must have.
+        of: what it is the mask of.
 
     Raises:
         TypeError, ValueError: of the wrong type or shape, or other values than 0 and 1.
@@ -59,9 +64,7 @@ def padding_mask(value: Any, ids: Tensor) -> Tensor:
         return torch.ones_like(ids)
     mask = integers("attention_mask", value)
     if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}; it must be that of input_ids, {list(ids.shape)}"
-        )
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}; it must be that of {of}, {list(ids.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds other values than 0 and 1")
     return mask

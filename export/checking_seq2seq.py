@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,21 +20,22 @@ _START = 0  # transformers puts its start token in front of a decoder's prompt t
 
 
 @torch.no_grad()
-def check_seq2seq(runner: Seq2Seq, model: nn.Module) -> Check:
+def check_seq2seq(runner: Seq2Seq, model: nn.Module, example: Mapping[str, Tensor]) -> Check:
     """Compare the logits of a decoder's prompt and of the next token, and greedy tokens.
 
     Args:
         runner: of the export.
         model: the unfused transformers model in the export's dtype, in eval mode.
+        example: what its encoder reads, see `Traced`; empty for tokens, and for features of one length.
 
     Raises:
         ExportError: they do not agree.
     """
     random = torch.Generator().manual_seed(0)
-    inputs = _inputs(runner, random)
+    inputs = dict(example) or _inputs(runner, random)
     device = next(model.parameters()).device
     placed = {name: value.to(device) for name, value in inputs.items()}
-    start = torch.randint(0, runner.manifest.vocab_size, (2, 3), generator=random)
+    start = torch.randint(0, runner.manifest.vocab_size, (len(next(iter(inputs.values()))), 3), generator=random)
     start[:, 0] = _START
     cache = _empty_cache()
 

@@ -156,12 +156,13 @@ def export_onnx(
                 warnings.warn(note, stacklevel=2)
             if traced.target == "decoder":
                 write_genai_config(place, reference, traced, provider)
+            example = traced.example
             # They hold the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, programs, traced
             _write_companions(core, reference, place, tokenizer)
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
-            checked = check(place, replace(manifest, generation={}), reference, providers)
+            checked = check(place, replace(manifest, generation={}), reference, providers, example)
             manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked))
         with stage("seal"):
             files = write_manifest(place, manifest)
@@ -201,12 +202,13 @@ def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind)
         inputs=list(traced.inputs),
         outputs=list(traced.outputs),
         target=traced.target,
+        needs_mask=traced.needs_mask,
         notes=[*traced.notes, *(generation_notes(core, traced.target) if kind != "encoder" else [])],
         layers=traced.layers,
         kv_heads=traced.kv_heads,
         head_dim=traced.head_dim,
         vocab_size=getattr(text, "vocab_size", None) or 0,
-        max_positions=positions or 0,
+        max_positions=0 if traced.endless else positions or 0,
         eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         pad_token_id=token("pad_token_id"),
         decoder_start_token_id=start if kind == "seq2seq-lm" else None,

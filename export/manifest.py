@@ -45,6 +45,7 @@ class Manifest:
         decoder_start_token_id: what an encoder-decoder's `generate` starts with.
         generation: what `generate` goes by where a caller says nothing: of the model's generation config, what
             `GenerationOptions` has. Empty in directories that were exported before this was kept.
+        needs_mask: whether a speech model does not take a missing attention mask for one that is all ones.
         notes: see `ExportResult`.
         live: the weights of the adapter, where another one may replace it (``hot_swap``).
         identity: base and adapters.
@@ -70,6 +71,7 @@ class Manifest:
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
     generation: dict[str, Any] = field(default_factory=dict)
+    needs_mask: bool = False
     notes: list[str] = field(default_factory=list)
     live: tuple[LiveWeight, ...] = ()
     identity: Identity = field(default_factory=Identity)

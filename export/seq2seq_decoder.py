@@ -50,7 +50,8 @@ class Seq2Seq:
         """Logits of every position of the decoder.
 
         Args:
-            input_ids: [batch, seq], integers; of a speech model its features [batch, mels, frames], floats.
+            input_ids: [batch, seq], integers; of a speech model its samples or features, of an image model its
+                pixels: floats, batch first, as its processor gives them.
             attention_mask: [batch, seq]; 0 where a row is padded, on either side. None for no padding.
             decoder_input_ids: [batch, target], integers.
 
@@ -71,9 +72,10 @@ class Seq2Seq:
         Args:
             inputs: of that graph, by name.
         """
-        encoded = self._run(self.encoder, inputs, self.encoder.outputs, inputs[self._reads].shape[1])
+        length = inputs[self._reads].shape[1] if self._reads == "input_ids" else 0
+        encoded = self._run(self.encoder, inputs, self.encoder.outputs, length)
         if "encoder_attention_mask" in self.session.inputs:
-            encoded["encoder_attention_mask"] = inputs["attention_mask"]
+            encoded.setdefault("encoder_attention_mask", inputs.get("attention_mask"))
         return encoded
 
     def step(
@@ -214,14 +216,11 @@ class Seq2Seq:
     def _checked(self, input_ids: Any, attention_mask: Any) -> dict[str, Tensor]:
         """The inputs of the encoder's graph, on the CPU."""
         if self._reads != "input_ids":
-            return {self._reads: self._features(input_ids, attention_mask)}
+            return self._features(input_ids, attention_mask)
         ids = tokens("input_ids", input_ids, self.manifest.vocab_size)
-        mask = padding_mask(attention_mask, ids)
-        if not bool(mask.any(1).all()):
-            raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all 0: there is no prompt")
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": _filled(padding_mask(attention_mask, ids), "prompt")}
 
-    def _features(self, value: Any, mask: Any) -> Tensor:
+    def _features(self, value: Any, mask: Any) -> dict[str, Tensor]:
         shape, dtype = self.encoder.inputs[self._reads]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{self.manifest.architecture} reads {self._reads}; they must be a torch.Tensor of floats")
@@ -230,9 +229,21 @@ class Seq2Seq:
         )
         if not fits or value.numel() == 0:
             raise ValueError(f"{self._reads} has shape {list(value.shape)}; it must be [{', '.join(map(str, shape))}]")
-        if mask is not None:
-            raise TypeError(f"{self.manifest.architecture} takes no attention_mask: its features have one length")
-        return value.detach().to("cpu", dtype)
+        features = {self._reads: value.detach().to("cpu", dtype)}
+        if "attention_mask" in self.encoder.inputs:
+            if mask is None and self.manifest.needs_mask:
+                raise TypeError(
+                    f"{self.manifest.architecture} computes something else without attention_mask; pass one, all ones "
+                    "where nothing is padded"
+                )
+            lengths = [size for name, size in zip(shape, value.shape, strict=True) if isinstance(name, str)]
+            like = torch.ones(lengths, dtype=torch.int64)
+            features["attention_mask"] = _filled(padding_mask(mask, like, "the lengths"), self._reads)
+        elif mask is not None:
+            varies = any(isinstance(size, str) for size in shape[1:])
+            why = "it reads none" if varies else "its features have one length"
+            raise TypeError(f"{self.manifest.architecture} takes no attention_mask: {why}")
+        return features
 
     def _prompt(self, value: Any, batch: int) -> Tensor:
         """What the decoder starts from: [batch, start]."""
@@ -246,3 +257,10 @@ class Seq2Seq:
         if len(ids) != batch:
             raise ValueError(f"decoder_input_ids has {len(ids)} rows and input_ids has {batch}")
         return ids
+
+
+def _filled(mask: Tensor, what: str) -> Tensor:
+    """A mask with something in each row."""
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all 0: there is no {what}")
+    return mask
