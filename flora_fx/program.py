@@ -45,6 +45,7 @@ class Dialect:
     reshape: Any = torch.reshape
     transpose: Any = torch.t
     mul: Any = operator.mul
+    div: Any = operator.truediv
     add: Any = operator.add
     cat: Any = torch.cat
 
@@ -59,6 +60,8 @@ class Program(ABC):
     """The node that is being rewritten: new nodes take over where it came from."""
     derives: bool = True
     """Whether values that are derived from weights can be stored."""
+    copies: bool = True
+    """Whether copies of weights, scaled or cast, can be stored."""
 
     @abstractmethod
     def weight(self, node: Node) -> Weight | None:
@@ -268,6 +271,7 @@ class ExportedProgramView(Program):
         aten.reshape.default,
         aten.t.default,
         aten.mul.Tensor,
+        aten.div.Tensor,
         aten.add.Tensor,
         aten.cat.default,
     )
