@@ -24,6 +24,7 @@ class Buffer:
     Args:
         size: in bytes.
         device: ``"cpu"`` or ``"cuda"``.
+        index: of the device, where there are several.
 
     Attributes:
         address: for ONNX Runtime.
@@ -33,16 +34,18 @@ class Buffer:
     True
     """
 
-    def __init__(self, size: int, device: str) -> None:
+    def __init__(self, size: int, device: str, index: int = 0) -> None:
         self._size = size
         self._bytes: Tensor | None = None
         self._value: Any = None
         if reachable(device):
-            self._bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+            self._bytes = _zeros(size, torch.device(device, index))
             self.address: int = self._bytes.data_ptr()
+            _wait(self._bytes)
         else:
             ort = require("onnxruntime", "onnx")
-            self._value = ort.OrtValue.ortvalue_from_numpy(torch.zeros(size, dtype=torch.uint8).numpy(), device, 0)
+            zeros = torch.zeros(size, dtype=torch.uint8).numpy()
+            self._value = ort.OrtValue.ortvalue_from_numpy(zeros, device, index)
             self.address = self._value.data_ptr()
 
     def __len__(self) -> int:
@@ -62,14 +65,14 @@ class Buffer:
             self._value.update_inplace(self._mirror.numpy())
         elif self._bytes is not None and self._bytes is not self._mirror:
             self._bytes.copy_(self._mirror)
-            torch.cuda.current_stream().synchronize()  # ONNX Runtime has a stream of its own
+            _wait(self._bytes)
 
     def flush(self) -> None:
         """Let ONNX Runtime see what was written to `nearest` tensors."""
         if self._value is not None:
             self.upload()
-        elif self._bytes is not None and self._bytes.is_cuda:
-            torch.cuda.current_stream().synchronize()
+        elif self._bytes is not None:
+            _wait(self._bytes)
 
     def download(self) -> None:
         """Copy from the device what `nearest` tensors show, where those are on the CPU."""
@@ -81,6 +84,16 @@ class Buffer:
         if self._bytes is not None and self._bytes.device.type == "cpu":
             return self._bytes
         return torch.zeros(self._size, dtype=torch.uint8)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8, device=device)
+
+
+def _wait(written: Tensor) -> None:
+    """Until torch has written it: ONNX Runtime has a stream of its own."""
+    if written.is_cuda:
+        torch.cuda.current_stream(written.device).synchronize()
 
 
 def _shaped(memory: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

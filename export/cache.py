@@ -113,7 +113,7 @@ class SharedCache:
         Raises:
             RuntimeError: another prompt took the memory.
         """
-        if self._memory.owner is not self:
+        if not self._memory.belongs_to(self):
             raise RuntimeError(
                 "another prompt went through this decoder, and the keys and values of this stream are gone; finish a "
                 "stream before the next one begins, or load the export twice"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flora_fx.errors import require
 
 from .checking_seq2seq import check_seq2seq
+from .cuda_graph import open_decoder
 from .decoder import Decoder
 from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
 from .encoder import Encoder
@@ -62,13 +63,14 @@ def check(
 def _check(
     directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any], example: Mapping[str, Tensor]
 ) -> Check:
+    if manifest.kind == "causal-lm":
+        decoder, _ = open_decoder(directory / MODEL, manifest, providers=providers)
+        return _check_decoder(decoder, model)
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
         runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)
         return check_seq2seq(runner, model, example)
-    if manifest.kind == "encoder":
-        return _check_encoder(Encoder(session, manifest), model, example)
-    return _check_decoder(Decoder(session, manifest), model)
+    return _check_encoder(Encoder(session, manifest), model, example)
 
 
 # --- causal language models -------------------------------------------------------------------------------
@@ -90,11 +92,13 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
     past = decoder.new_cache()
     past.prefill(ids, mask[:, :-1], room=1)
-    logits = past.decode(token[:, 0].tolist()).tensor
+    logits = past.decode(token[:, 0].tolist()).cpu()
     expected, _ = _run(model, token, mask, cache)
     differences.add("the logits of the next token", logits, expected[:, -1])
     equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
-    return Check(differences.max_abs, differences.max_rel, equal, decoder.session.provider)
+    session = decoder.session
+    checked_on = f"{session.provider}, in a CUDA graph" if session.cuda_graph else session.provider
+    return Check(differences.max_abs, differences.max_rel, equal, checked_on)
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

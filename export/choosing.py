@@ -54,12 +54,11 @@ class Choice:
             ValueError: the rules leave no token.
         """
         if self._rules or self._record is not None:
-            return self._by_scores(logits.tensor, torch.tensor(ended))
+            return self._by_scores(logits.cpu().float(), torch.tensor(ended))
         token = self._sampling(logits)
         return token.masked_fill(torch.tensor(ended), self._pad) if any(ended) else token
 
     def _by_scores(self, logits: Tensor, ended: Tensor) -> Tensor:
-        logits = logits.to("cpu", torch.float32)
         scores = logits.clone()  # the next run may write to the logits
         for rule in self._rules:
             rule(scores, self._history)

@@ -47,7 +47,8 @@ class Decoder:
         self._memory = SharedMemory(session, manifest, live) if manifest.target == "decoder" else None
 
     def __repr__(self) -> str:
-        return f"Decoder({self.manifest.architecture}, {self.manifest.dtype}, {self.session.provider})"
+        graph = ", CUDA graph" if self.session.cuda_graph else ""
+        return f"Decoder({self.manifest.architecture}, {self.manifest.dtype}, {self.session.provider}{graph})"
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """See `forward`."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flora_fx.errors import ExportError
 
+from .cuda_graph import open_decoder
 from .decoder import Decoder
 from .encoder import Encoder
 from .manifest import ENCODER, MODEL, read_manifest
@@ -23,7 +25,7 @@ def load(
     providers: Sequence[Any] | None = None,
     session_options: Any = None,
     verify: bool = True,
-    cuda_graph: bool = False,
+    cuda_graph: bool | None = None,
 ) -> Decoder | Seq2Seq | Encoder:
     """Open what `export_onnx` wrote.
 
@@ -33,14 +35,16 @@ def load(
             can be used, and the CPU.
         session_options: ``onnxruntime.SessionOptions``, for instance with a number of threads.
         verify: compare the SHA-256 of every file; sizes are compared in any case.
-        cuda_graph: capture the decode step as a CUDA graph and replay it (target ``"decoder"`` on CUDA).
+        cuda_graph: capture the decode step as a CUDA graph and replay it. None: where the target is ``"decoder"`` and
+            the provider CUDA; if the graph cannot be captured, a RuntimeWarning says why, and the step runs without.
+            True: or else an error. False: no.
 
     Returns:
         A `Decoder` for a causal LM, a `Seq2Seq` for an encoder-decoder, an `Encoder` for an encoder.
 
     Raises:
         ExportError: the directory is missing, half written or changed, or ONNX Runtime cannot load it
-            here (bfloat16 needs a GPU), or ``cuda_graph`` where there is none.
+            here (bfloat16 needs a GPU), or ``cuda_graph=True`` where there can be none.
         MissingExtraError: onnx or onnxruntime is not installed.
 
     >>> load("no-such-directory")
@@ -55,8 +59,24 @@ def load(
             f"{place} is in bfloat16, which ONNX Runtime does not compute on a CPU; use a GPU, or export the model "
             "again with dtype=torch.float32"
         )
-    session = Session(place / MODEL, providers=providers, session_options=session_options, cuda_graph=cuda_graph)
+    if manifest.kind == "causal-lm":
+        decoder, without = open_decoder(
+            place / MODEL, manifest, providers=providers, session_options=session_options, cuda_graph=cuda_graph
+        )
+        if without:
+            warnings.warn(
+                f"{place} is decoded without a CUDA graph, which cuda_graph=False asks for: {without}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return decoder
+    if cuda_graph:
+        raise ExportError(
+            f"cuda_graph is for causal LMs whose target is 'decoder'; {place} is of kind {manifest.kind!r}"
+        )
+    session = Session(place / MODEL, providers=providers, session_options=session_options)
     if manifest.kind == "seq2seq-lm":
-        encoder = Session(place / ENCODER, providers=providers, session_options=session_options)
-        return Seq2Seq(encoder, session, manifest)
-    return Decoder(session, manifest) if manifest.kind == "causal-lm" else Encoder(session, manifest)
+        return Seq2Seq(
+            Session(place / ENCODER, providers=providers, session_options=session_options), session, manifest
+        )
+    return Encoder(session, manifest)

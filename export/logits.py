@@ -9,7 +9,7 @@ __all__ = ["Logits"]
 
 
 class Logits:
-    """What a run returned for the last token of each row.
+    """What a run returned for the last token of each row: still on the session's device, read by these methods.
 
     Args:
         tensor: [batch, vocab], floating point, on any device. The next run may write to it.
@@ -22,6 +22,10 @@ class Logits:
         self.tensor = tensor
         plain = tensor.device.type == "cpu" and tensor.dtype == torch.float32
         self._array = tensor.detach().numpy() if plain else None
+
+    def cpu(self) -> Tensor:
+        """All of them, on the CPU."""
+        return self.tensor.cpu()
 
     def likeliest(self) -> Tensor:
         """The token with the largest logit, [batch], int64, on the CPU: all that is copied there."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,18 +34,21 @@ class SharedMemory:
         live: further inputs of every run, see `Session.bind`.
 
     Attributes:
-        owner: whose keys and values it holds.
         buffers: by the names of the inputs, and ``logits``.
     """
 
     def __init__(self, session: Session, manifest: Manifest, live: Mapping[str, tuple[Buffer, Sequence[int]]]) -> None:
-        self.owner: object = None
+        self._owner: Callable[[], object] = lambda: None
         self.buffers: dict[str, Buffer] = {}
         self._session = session
         self._manifest = manifest
         self._live = live
         self._layouts: dict[int, Layout] = {}
         self._graphs = itertools.count(1)  # never reused: a captured graph reads and writes the addresses it saw
+
+    def belongs_to(self, owner: object) -> bool:
+        """Whether it holds the keys and values of this one, who had it last."""
+        return self._owner() is owner
 
     def lend(self, owner: object, batch: int, prompt: int, room: int) -> Layout:
         """The memory in the shape [batch, kv_heads, capacity, head_dim]; who had it before has it no more.
@@ -61,7 +65,7 @@ class SharedMemory:
         limit = self._manifest.max_positions or math.inf
         if prompt > limit:
             raise too_many(prompt, limit)
-        self.owner = owner
+        self._owner = weakref.ref(owner)  # who refers to it: a decoder that is let go is gone, memory and all
         wanted = min(prompt + room, limit)
         found = self._layouts.get(batch)
         if found is None or found.capacity < wanted:
@@ -96,7 +100,7 @@ class SharedMemory:
             if name not in self.buffers or len(self.buffers[name]) < size:
                 self._layouts.clear()  # they are of the old memory, and keep it
                 self.buffers.pop(name, None)
-                self.buffers[name] = Buffer(size, self._session.device)
+                self.buffers[name] = self._session.buffer(size)
 
 
 class Layout:

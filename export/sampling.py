@@ -78,7 +78,7 @@ class Sampling:
         logits = logits if isinstance(logits, Logits) else Logits(logits)
         if not self.draws:
             return logits.likeliest()
-        return self.draw(self.warp(logits.tensor.to("cpu", torch.float32)))
+        return self.draw(self.warp(logits.cpu().float()))
 
     def draw(self, scores: Tensor) -> Tensor:
         """One token per row, [batch], of what `warp` returned."""

@@ -14,10 +14,12 @@ from torch import Tensor
 from flora_fx.errors import ExportError, require
 
 from .buffer import Buffer, reachable
+from .one_thread import OneThread
 
 __all__ = ["DEFAULT_PROVIDERS", "Binding", "Session", "Value", "provider_name", "usable_providers"]
 
-DEFAULT_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_CUDA = "CUDAExecutionProvider"
+DEFAULT_PROVIDERS = (_CUDA, "CPUExecutionProvider")
 
 Value = Any
 """An ``onnxruntime.OrtValue``: a tensor that stays on the session's device."""
@@ -41,17 +43,22 @@ def usable_providers(wanted: Sequence[Any] | None = None) -> list[Any]:
         wanted: names or (name, options) pairs; None for `DEFAULT_PROVIDERS`.
 
     Raises:
-        ExportError: none of them is usable.
+        ExportError: none of them is usable; or an option ``enable_cuda_graph``, see `Session`.
     """
     ort = require("onnxruntime", "onnx")
     available = set(ort.get_available_providers())
-    if "CUDAExecutionProvider" in available and not _has_cuda_driver():
-        available.discard("CUDAExecutionProvider")  # the GPU build lists it on any machine
+    if _CUDA in available and not _has_cuda_driver():
+        available.discard(_CUDA)  # the GPU build lists it on any machine
     # TF32 is off in torch too, unless asked for.
     named: list[Any] = [
-        (provider, {"use_tf32": "0"}) if provider == "CUDAExecutionProvider" else provider
+        (provider, {"use_tf32": "0"}) if provider == _CUDA else provider
         for provider in (DEFAULT_PROVIDERS if wanted is None else wanted)
     ]
+    if any("enable_cuda_graph" in _options(provider) for provider in named):
+        raise ExportError(
+            "enable_cuda_graph would capture the prompt, and replay it for every token; leave it out of the providers' "
+            "options, and pass cuda_graph=True or False to load"
+        )
     usable = [provider for provider in named if provider_name(provider) in available]
     if not usable:
         raise ExportError(
@@ -66,11 +73,14 @@ def provider_name(provider: Any) -> str:
     return provider if isinstance(provider, str) else str(provider[0])
 
 
+def _options(provider: Any) -> dict[str, Any]:
+    return {} if isinstance(provider, str) else dict(provider[1])
+
+
 def _with_cuda_graph(provider: Any) -> Any:
-    if provider_name(provider) != "CUDAExecutionProvider":
+    if provider_name(provider) != _CUDA:
         return provider
-    options = {} if isinstance(provider, str) else provider[1]
-    return provider_name(provider), {**options, "enable_cuda_graph": "1"}
+    return _CUDA, {**_options(provider), "enable_cuda_graph": "1"}
 
 
 def _has_cuda_driver() -> bool:
@@ -88,11 +98,12 @@ class Session:
         path: of the ``.onnx`` file.
         providers: as for `usable_providers`.
         session_options: ``onnxruntime.SessionOptions``; None for quiet defaults.
-        cuda_graph: let a `Binding` capture its run as a CUDA graph, and replay it.
+        cuda_graph: let a `Binding` capture its run as a CUDA graph, and replay it; from how many threads ever, two run.
 
     Attributes:
         path: of the graph.
-        provider: the first execution provider; ``device``, ``"cpu"`` or ``"cuda"``, is where it computes.
+        provider: the first execution provider; ``device``, ``"cpu"`` or ``"cuda"``, is where it computes, and
+            ``device_id`` which of several.
         inputs: their shapes, with names for dynamic axes, and dtypes.
         outputs: their names.
         signature: shapes and dtypes of both, and of the initializers that may be overridden.
@@ -114,9 +125,7 @@ class Session:
         chosen = usable_providers(providers)
         if cuda_graph:
             chosen = [_with_cuda_graph(provider) for provider in chosen]
-        if any(provider_name(provider) == "CUDAExecutionProvider" for provider in chosen) and hasattr(
-            ort, "preload_dlls"
-        ):
+        if any(provider_name(provider) == _CUDA for provider in chosen) and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA's libraries from pip packages
         if session_options is None:
             session_options = ort.SessionOptions()
@@ -127,8 +136,11 @@ class Session:
             raise ExportError(f"ONNX Runtime cannot load {path}: {_one_line(error)}") from error
         self.path = path
         self.provider: str = self._session.get_providers()[0]
-        self.device = "cuda" if self.provider == "CUDAExecutionProvider" else "cpu"
+        self.device = "cuda" if self.provider == _CUDA else "cpu"
+        told = next((_options(provider) for provider in chosen if provider_name(provider) == self.provider), {})
+        self.device_id = int(told.get("device_id", 0))
         self.cuda_graph = cuda_graph
+        self._thread = OneThread() if cuda_graph else None
         if cuda_graph and self.device != "cuda":
             raise ExportError(f"cuda_graph needs the CUDAExecutionProvider; {path} runs on {self.provider}")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
@@ -148,7 +160,11 @@ class Session:
             sizes: of its dynamic axes.
         """
         shape = [size if isinstance(size, int) else sizes[size] for size in self.inputs[name][0]]
-        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._element[name], self.device)
+        return self._ort.OrtValue.ortvalue_from_shape_and_type(shape, self._element[name], self.device, self.device_id)
+
+    def buffer(self, size: int) -> Buffer:
+        """So many zeroed bytes on its device."""
+        return Buffer(size, self.device, self.device_id)
 
     def run(self, inputs: dict[str, Tensor | Value], *, keep: Sequence[str] = ()) -> dict[str, Value]:
         """Run the graph.
@@ -165,9 +181,9 @@ class Session:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, self._value(name, value) if isinstance(value, Tensor) else value)
         for name in self.outputs:
-            binding.bind_output(name, self.device if name in kept else "cpu")
+            binding.bind_output(name, *((self.device, self.device_id) if name in kept else ("cpu",)))
         try:
-            self._session.run_with_iobinding(binding, self._run_options(None))
+            self._run(binding, self._run_options(None))
         except Exception as error:
             shapes = {name: list(v.shape) for name, v in inputs.items() if isinstance(v, Tensor)}
             raise ExportError(f"ONNX Runtime failed on inputs {shapes}: {_one_line(error)}") from error
@@ -184,6 +200,12 @@ class Session:
                 ones replay it. None to run the graph node by node.
         """
         return Binding(self, places, graph)
+
+    def _run(self, binding: Any, options: Any) -> None:
+        if self._thread is None:
+            self._session.run_with_iobinding(binding, options)
+        else:
+            self._thread(lambda: self._session.run_with_iobinding(binding, options))
 
     def _run_options(self, graph: int | None) -> Any:
         if not self.cuda_graph:
@@ -206,12 +228,11 @@ class Binding:
 
     def __init__(self, session: Session, places: Mapping[str, tuple[Buffer, Sequence[int]]], graph: int | None) -> None:
         self._owner = session
-        self._session = session._session
         self._options = session._run_options(graph)
-        self._binding = self._session.io_binding()
+        self._binding = session._session.io_binding()
         for name, (buffer, shape) in places.items():
             bind = self._binding.bind_output if name in session.outputs else self._binding.bind_input
-            bind(name, session.device, 0, session._element[name], shape, buffer.address)
+            bind(name, session.device, session.device_id, session._element[name], shape, buffer.address)
         self._buffers = [buffer for buffer, _ in places.values()]  # they must outlive the binding
 
     def run(self) -> None:
@@ -221,7 +242,7 @@ class Binding:
             ExportError: ONNX Runtime fails.
         """
         try:
-            self._session.run_with_iobinding(self._binding, self._options)
+            self._owner._run(self._binding, self._options)
         except Exception as error:
             raise ExportError(f"ONNX Runtime failed: {_one_line(error)}") from error
 
@@ -240,19 +261,25 @@ class Binding:
         """
         for name, tensor in inputs.items():
             self._binding.bind_ortvalue_input(name, self._owner._value(name, tensor))
-        device = self._owner.device if reachable(self._owner.device) else "cpu"
-        self._binding.bind_output(output, device)
+        owner = self._owner
+        place = (owner.device, owner.device_id) if reachable(owner.device) else ("cpu",)
+        self._binding.bind_output(output, *place)
         self.run()
         value = self._binding.get_outputs()[-1]  # bound last, the first time
-        self._binding.bind_output(output, device)  # or the binding would keep it until the next run
-        return torch.utils.dlpack.from_dlpack(value._get_c_value())
+        self._binding.bind_output(output, *place)  # or the binding would keep it until the next run
+        return _in_place(value)
 
 
 def _tensor(value: Value) -> Tensor:
     if value.data_type() == "tensor(bfloat16)":
-        # As torch.onnx does it (torch 2.13); numpy has no bfloat16.
-        return torch.utils.dlpack.from_dlpack(value._get_c_value()).clone()
+        return _in_place(value).clone()  # numpy has no bfloat16
     return torch.from_numpy(value.numpy())
+
+
+def _in_place(value: Value) -> Tensor:
+    """The same memory, wherever it is; as torch.onnx does it (torch 2.13)."""
+    found: Tensor = torch.utils.dlpack.from_dlpack(value._get_c_value())
+    return found
 
 
 def _one_line(error: Exception) -> str:

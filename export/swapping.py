@@ -48,7 +48,7 @@ class LiveAdapter:
                 raise ExportError(f"{session.path} has no weight {weight.name} that may be replaced; export it again")
             shape, dtype = session.signature[weight.name]
             sizes = tuple(map(int, shape))
-            buffer = _filled(stored[weight.name].const_value, session.device)
+            buffer = _filled(stored[weight.name].const_value, session)
             self.places[weight.name] = buffer, sizes
             matrix = buffer.nearest(sizes, dtype)
             matrix = matrix.t() if weight.transposed else matrix
@@ -94,8 +94,8 @@ class LiveAdapter:
             buffer.flush()
 
 
-def _filled(tensor: onnx_ir.TensorProtocol, device: str) -> Buffer:
-    buffer = Buffer(tensor.nbytes, device)
+def _filled(tensor: onnx_ir.TensorProtocol, session: Session) -> Buffer:
+    buffer = session.buffer(tensor.nbytes)
     content = torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.uint8)  # numpy has no bfloat16
     buffer.nearest((tensor.nbytes,), torch.uint8).copy_(content)
     buffer.flush()

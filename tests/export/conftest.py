@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
 import pytest
 from exported_models import Export, Exported, build
 from genai_models import Built, build_by_genai
+from seq2seq_models import build_seq2seq
+from stand_in import FakeCuda
 
 from flora_fx.export import export_onnx, load
 from flora_fx.export.traced import Target
@@ -30,6 +36,45 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
 def llama(exported: Export) -> Exported:
     """By the general route."""
     return exported("llama", "general")
+
+
+@pytest.fixture(scope="session")
+def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports by the names of `build_seq2seq`, each made when it is first asked for."""
+    cache: dict[str, Exported] = {}
+    root = tmp_path_factory.mktemp("seq2seq")
+
+    def get(name: str) -> Exported:
+        if name not in cache:
+            model = build_seq2seq(name)
+            result = export_onnx(model, root / name)
+            cache[name] = Exported(model, result, load(root / name))
+        return cache[name]
+
+    return get
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    """As on a machine with a GPU. What is to be exported before is named before it, or exported for CUDA."""
+    with FakeCuda().installed() as found:
+        yield found
+
+
+@pytest.fixture(params=["CPU", "another device"])
+def placed(request: pytest.FixtureRequest) -> Iterator[Callable[[Exported], Exported]]:
+    """An export as it was loaded, and loaded anew on another device, which is there from then on."""
+    with contextlib.ExitStack() as stack:
+
+        def moved(export: Exported) -> Exported:
+            if request.param == "CPU":
+                return export
+            stack.enter_context(FakeCuda().installed())
+            found = replace(export, runner=load(export.directory))
+            assert found.runner.session.device == "cuda"
+            return found
+
+        yield moved
 
 
 @pytest.fixture(scope="session")

@@ -27,8 +27,8 @@ class Built:
     model: Any
     graph: Path
 
-    def decoder(self) -> Decoder:
-        runs = Session(self.graph, providers=["CPUExecutionProvider"])
+    def decoder(self, provider: str = "CPUExecutionProvider") -> Decoder:
+        runs = Session(self.graph, providers=[provider], cuda_graph=provider == "CUDAExecutionProvider")
         return Decoder(runs, self.manifest(runs, "decoder"))
 
     def manifest(self, runs: Session, target: Any) -> Manifest:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +39,10 @@ def by_pytorch(
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 @pytest.mark.parametrize(("ids", "mask"), [(PLAIN, None), (PADDED, MASK)], ids=["plain", "left-padded"])
-def test_64_greedy_tokens_are_pytorchs(exported: Export, name: str, ids: Tensor, mask: Tensor | None) -> None:
-    export = exported(name, "general")
+def test_64_greedy_tokens_are_pytorchs(
+    exported: Export, placed: Callable[[Exported], Exported], name: str, ids: Tensor, mask: Tensor | None
+) -> None:
+    export = placed(exported(name, "general"))
     expected = by_pytorch(export, ids, mask, max_new_tokens=64)
     assert all(len(set(row.tolist())) > 8 for row in expected), "a sequence that repeats itself proves nothing"
     assert torch.equal(export.decoder.generate(ids, mask, max_new_tokens=64, eos_token_id=[]), expected)
@@ -53,13 +56,15 @@ def test_positions_from_masks_and_sliding_windows(exported: Export, name: str) -
     assert torch.equal(export.decoder.generate(PADDED, MASK, max_new_tokens=40, eos_token_id=[]), expected)
 
 
-def test_a_padded_row_is_what_it_is_alone(llama: Exported) -> None:
+def test_a_padded_row_is_what_it_is_alone(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
     together = llama.decoder.generate(PADDED, MASK, max_new_tokens=12, eos_token_id=[])[1, 4:]
     alone = llama.decoder.generate(PADDED[1:, 2:], max_new_tokens=12, eos_token_id=[])[0, 2:]
     assert torch.equal(together, alone)
 
 
-def test_logits_are_pytorchs(llama: Exported) -> None:
+def test_logits_are_pytorchs(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
     found = llama.decoder(PADDED, MASK)
     assert found.shape == (2, 4, VOCAB)
     assert found.isfinite().all(), "rows of padding must not be NaN"
@@ -69,7 +74,8 @@ def test_logits_are_pytorchs(llama: Exported) -> None:
     torch.testing.assert_close(found[MASK.bool()], expected[MASK.bool()], rtol=1e-4, atol=1e-4)
 
 
-def test_rows_end_at_eos_and_are_padded(llama: Exported) -> None:
+def test_rows_end_at_eos_and_are_padded(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
     free = llama.decoder.generate(PLAIN, max_new_tokens=20, eos_token_id=[])
     ends = [int(free[0, 7]), int(free[1, 12])]
     options: dict[str, Any] = {"max_new_tokens": 20, "eos_token_id": ends, "pad_token_id": 96}
@@ -81,7 +87,9 @@ def test_rows_end_at_eos_and_are_padded(llama: Exported) -> None:
     assert int(one[0, -1]) == int(free[0, 7])
 
 
-def test_streaming_gives_the_same_tokens(llama: Exported) -> None:
+def test_streaming_gives_the_same_tokens(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
+
     class Listener:
         def __init__(self) -> None:
             self.heard: list[Tensor] = []
@@ -103,7 +111,8 @@ def test_streaming_gives_the_same_tokens(llama: Exported) -> None:
     assert torch.equal(torch.stack(listener.heard[1:], 1), whole[:, 4:])
 
 
-def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported) -> None:
+def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
     options: dict[str, Any] = {"max_new_tokens": 16, "eos_token_id": [], "do_sample": True, "temperature": 3.0}
     first = llama.decoder.generate(PLAIN, seed=1, **options)
     assert torch.equal(first, llama.decoder.generate(PLAIN, seed=1, **options))
@@ -118,7 +127,10 @@ def test_sampling_is_seeded_and_top_1_is_greedy(llama: Exported) -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
-def test_a_repetition_penalty_is_pytorchs(llama: Exported, penalty: float) -> None:
+def test_a_repetition_penalty_is_pytorchs(
+    llama: Exported, placed: Callable[[Exported], Exported], penalty: float
+) -> None:
+    llama = placed(llama)
     options: dict[str, Any] = {"max_new_tokens": 40, "repetition_penalty": penalty}
     expected = by_pytorch(llama, PADDED, MASK, **options)
     assert not torch.equal(expected, by_pytorch(llama, PADDED, MASK, max_new_tokens=40))
@@ -252,7 +264,10 @@ def tokenizer() -> Any:
 
 
 @pytest.mark.parametrize("cut", [(0, None), (1, None), (0, -1), (1, -1)], ids=["whole", "late", "early", "inside"])
-def test_stop_strings_are_pytorchs(llama: Exported, tokenizer: Any, cut: tuple[int, int | None]) -> None:
+def test_stop_strings_are_pytorchs(
+    llama: Exported, placed: Callable[[Exported], Exported], tokenizer: Any, cut: tuple[int, int | None]
+) -> None:
+    llama = placed(llama)
     free = llama.decoder.generate(PADDED, MASK, max_new_tokens=30, eos_token_id=[])
     strings = [tokenizer.decode(free[row, at : at + 3])[slice(*cut)] for row, at in ((0, 11), (1, 20))]
     options: dict[str, Any] = {"max_new_tokens": 30, "stop_strings": strings, "tokenizer": tokenizer}
@@ -350,7 +365,8 @@ def test_bad_arguments_are_named_at_once(
         llama.decoder.generate(*arguments, **options)
 
 
-def test_other_integer_dtypes_are_taken(llama: Exported) -> None:
+def test_other_integer_dtypes_are_taken(llama: Exported, placed: Callable[[Exported], Exported]) -> None:
+    llama = placed(llama)
     expected = llama.decoder.generate(PADDED, MASK, max_new_tokens=4, eos_token_id=[])
     found = llama.decoder.generate(PADDED.int(), MASK.bool(), max_new_tokens=4, eos_token_id=[])
     assert found.dtype == torch.int64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from exported_models import Export
+from exported_models import Export, Exported
 from torch import Tensor
 
 from flora_fx.errors import ExportError
@@ -21,8 +22,8 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
 
 @pytest.mark.parametrize("length", [1, 3, 5])
-def test_bert_is_pytorchs(exported: Export, length: int) -> None:
-    export = exported("bert")
+def test_bert_is_pytorchs(exported: Export, placed: Callable[[Exported], Exported], length: int) -> None:
+    export = placed(exported("bert"))
     ids, mask = IDS[:, :length], MASK[:, :length]
     with torch.no_grad():
         expected = export.model.eval()(input_ids=ids, attention_mask=mask)
@@ -40,8 +41,8 @@ def test_missing_masks_are_filled_in(exported: Export) -> None:
     assert torch.equal(encoder(input_ids=IDS)["last_hidden_state"], explicit["last_hidden_state"])
 
 
-def test_vit_is_pytorchs(exported: Export) -> None:
-    export = exported("vit")
+def test_vit_is_pytorchs(exported: Export, placed: Callable[[Exported], Exported]) -> None:
+    export = placed(exported("vit"))
     images = torch.randn(3, 3, 24, 24)
     with torch.no_grad():
         expected = export.model.eval()(pixel_values=images).last_hidden_state

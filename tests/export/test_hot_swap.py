@@ -95,6 +95,18 @@ def decoder(swapped: Swapped) -> Decoder:
     return found
 
 
+@pytest.fixture(params=["CPU", "another device"])
+def anywhere(swapped: Swapped, request: pytest.FixtureRequest) -> Decoder:
+    """The decoder, there and there."""
+    if request.param == "CPU":
+        found: Any = request.getfixturevalue("decoder")
+        return found
+    request.getfixturevalue("cuda")
+    found = load(swapped.directory)
+    assert found.session.cuda_graph
+    return found
+
+
 def tokens(decoder: Decoder, count: int = 24) -> Tensor:
     return decoder.generate(PROMPT, max_new_tokens=count, eos_token_id=[])
 
@@ -102,7 +114,7 @@ def tokens(decoder: Decoder, count: int = 24) -> Tensor:
 def weights(decoder: Decoder) -> dict[str, Tensor]:
     assert decoder._adapter is not None
     return {
-        name: place.host(tuple(shape), torch.float32).clone()
+        name: place.nearest(tuple(shape), torch.float32).cpu().clone()
         for name, (place, shape) in decoder._adapter.places.items()
     }
 
@@ -117,35 +129,35 @@ def test_adapters_differ(swapped: Swapped) -> None:
 
 @pytest.mark.parametrize("source", ["directory", "model"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_tokens_are_pytorchs(swapped: Swapped, decoder: Decoder, name: str, source: str) -> None:
-    assert torch.equal(tokens(decoder), swapped.expected(EXPORTED))
-    decoder.load_adapter(swapped.path(name) if source == "directory" else swapped.with_adapter(name))
-    assert torch.equal(tokens(decoder), swapped.expected(name))
-    decoder.load_adapter(str(swapped.path(EXPORTED)))
-    assert torch.equal(tokens(decoder), swapped.expected(EXPORTED))
+def test_tokens_are_pytorchs(swapped: Swapped, anywhere: Decoder, name: str, source: str) -> None:
+    assert torch.equal(tokens(anywhere), swapped.expected(EXPORTED))
+    anywhere.load_adapter(swapped.path(name) if source == "directory" else swapped.with_adapter(name))
+    assert torch.equal(tokens(anywhere), swapped.expected(name))
+    anywhere.load_adapter(str(swapped.path(EXPORTED)))
+    assert torch.equal(tokens(anywhere), swapped.expected(EXPORTED))
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_a_smaller_one_leaves_nothing_of_the_one_before(swapped: Swapped, decoder: Decoder, name: str) -> None:
-    first = weights(decoder)
-    decoder.load_adapter(swapped.path(name))
-    direct = weights(decoder)
-    decoder.load_adapter(swapped.path("same"))
-    decoder.load_adapter(swapped.with_adapter(name))
-    assert all(torch.equal(value, direct[key]) for key, value in weights(decoder).items())
-    decoder.load_adapter(swapped.path(EXPORTED))
-    assert all(torch.equal(value, first[key]) for key, value in weights(decoder).items()), "bit by bit"
+def test_a_smaller_one_leaves_nothing_of_the_one_before(swapped: Swapped, anywhere: Decoder, name: str) -> None:
+    first = weights(anywhere)
+    anywhere.load_adapter(swapped.path(name))
+    direct = weights(anywhere)
+    anywhere.load_adapter(swapped.path("same"))
+    anywhere.load_adapter(swapped.with_adapter(name))
+    assert all(torch.equal(value, direct[key]) for key, value in weights(anywhere).items())
+    anywhere.load_adapter(swapped.path(EXPORTED))
+    assert all(torch.equal(value, first[key]) for key, value in weights(anywhere).items()), "bit by bit"
 
 
-def test_another_dtype_on_disk(swapped: Swapped, decoder: Decoder, tmp_path: Path) -> None:
+def test_another_dtype_on_disk(swapped: Swapped, anywhere: Decoder, tmp_path: Path) -> None:
     found = safetensors.torch.load_file(swapped.path("lower") / "adapter_model.safetensors")
     written = []
     for dtype in (torch.bfloat16, torch.float32):
         place = shutil.copytree(swapped.path("lower"), tmp_path / str(dtype))
         rounded = {key: value.bfloat16().to(dtype) for key, value in found.items()}
         safetensors.torch.save_file(rounded, place / "adapter_model.safetensors")
-        decoder.load_adapter(place)
-        written.append(weights(decoder))
+        anywhere.load_adapter(place)
+        written.append(weights(anywhere))
     assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
 
 
@@ -157,10 +169,10 @@ def test_the_memory_stays_where_it_is(swapped: Swapped, decoder: Decoder) -> Non
     assert {name: place.address for name, (place, _) in decoder._adapter.places.items()} == before
 
 
-def test_a_stream_goes_on_with_the_new_one(swapped: Swapped, decoder: Decoder) -> None:
-    stream = decoder.stream(PROMPT, max_new_tokens=12, eos_token_id=[])
+def test_a_stream_goes_on_with_the_new_one(swapped: Swapped, anywhere: Decoder) -> None:
+    stream = anywhere.stream(PROMPT, max_new_tokens=12, eos_token_id=[])
     found = [next(stream) for _ in range(4)]
-    decoder.load_adapter(swapped.path("same"))
+    anywhere.load_adapter(swapped.path("same"))
     found += list(stream)
 
     model = swapped.with_adapter(EXPORTED)

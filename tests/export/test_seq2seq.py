@@ -31,22 +31,6 @@ MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]])
 START = torch.tensor([[2, 30, 31], [2, 9, 50], [2, 4, 4]])
 
 
-@pytest.fixture(scope="session")
-def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports by the names of `build_seq2seq`, each made when it is first asked for."""
-    cache: dict[str, Exported] = {}
-    root = tmp_path_factory.mktemp("seq2seq")
-
-    def get(name: str) -> Exported:
-        if name not in cache:
-            model = build_seq2seq(name)
-            result = export_onnx(model, root / name)
-            cache[name] = Exported(model, result, load(root / name))
-        return cache[name]
-
-    return get
-
-
 @pytest.fixture
 def t5(seq2seq: Callable[[str], Exported]) -> Exported:
     return seq2seq("t5")
@@ -64,8 +48,10 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mt5", "marian")
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", *SLOW])
-def test_greedy_tokens_are_pytorchs(seq2seq: Callable[[str], Exported], name: str) -> None:
-    export = seq2seq(name)
+def test_greedy_tokens_are_pytorchs(
+    seq2seq: Callable[[str], Exported], placed: Callable[[Exported], Exported], name: str
+) -> None:
+    export = placed(seq2seq(name))
     expected = by_pytorch(export, IDS, MASK, max_new_tokens=48, eos_token_id=None)
     assert expected.shape == (3, 49)
     assert len({tuple(row.tolist()) for row in expected}) == 3, "the prompts must matter for this to mean anything"
@@ -75,8 +61,10 @@ def test_greedy_tokens_are_pytorchs(seq2seq: Callable[[str], Exported], name: st
 
 
 @pytest.mark.parametrize("name", ["t5", "bart", *SLOW])
-def test_logits_are_pytorchs(seq2seq: Callable[[str], Exported], name: str) -> None:
-    export = seq2seq(name)
+def test_logits_are_pytorchs(
+    seq2seq: Callable[[str], Exported], placed: Callable[[Exported], Exported], name: str
+) -> None:
+    export = placed(seq2seq(name))
     found = export.runner(IDS, MASK, decoder_input_ids=START)
     assert found.shape == (3, 3, VOCAB)
     with torch.no_grad():
@@ -89,14 +77,16 @@ def test_a_prompt_of_one_token(t5: Exported) -> None:
     assert torch.equal(t5.runner.generate(IDS[:1, :1], max_new_tokens=6, eos_token_id=[]), expected)
 
 
-def test_a_padded_row_is_what_it_is_alone(t5: Exported) -> None:
+def test_a_padded_row_is_what_it_is_alone(t5: Exported, placed: Callable[[Exported], Exported]) -> None:
+    t5 = placed(t5)
     together = t5.runner.generate(IDS, MASK, max_new_tokens=8, eos_token_id=[])
     for row, part in ((1, slice(0, 3)), (2, slice(2, 5))):
         alone = t5.runner.generate(IDS[row : row + 1, part], max_new_tokens=8, eos_token_id=[])
         assert torch.equal(together[row : row + 1], alone)
 
 
-def test_rows_end_at_eos_and_are_padded(t5: Exported) -> None:
+def test_rows_end_at_eos_and_are_padded(t5: Exported, placed: Callable[[Exported], Exported]) -> None:
+    t5 = placed(t5)
     free = t5.runner.generate(IDS, MASK, max_new_tokens=12, eos_token_id=[])
     options: dict[str, Any] = {
         "max_new_tokens": 12,
@@ -109,8 +99,10 @@ def test_rows_end_at_eos_and_are_padded(t5: Exported) -> None:
     assert (expected == 96).any()
 
 
-def test_what_the_generation_config_forces(seq2seq: Callable[[str], Exported]) -> None:
-    bart = seq2seq("bart")
+def test_what_the_generation_config_forces(
+    seq2seq: Callable[[str], Exported], placed: Callable[[Exported], Exported]
+) -> None:
+    bart = placed(seq2seq("bart"))
     found = bart.runner.generate(IDS, MASK, max_new_tokens=9, eos_token_id=[])
     assert found[:, [0, 1, -1]].tolist() == [[2, 0, 2]] * 3
     other = bart.runner.generate(IDS, MASK, max_new_tokens=9, eos_token_id=[], forced_bos_token_id=50)
@@ -157,7 +149,8 @@ def test_what_the_generation_config_asks_for(seq2seq: Callable[[str], Exported],
     assert torch.equal(old.generate(IDS, MASK, eos_token_id=[]), wanted)
 
 
-def test_streaming_and_sampling(t5: Exported) -> None:
+def test_streaming_and_sampling(t5: Exported, placed: Callable[[Exported], Exported]) -> None:
+    t5 = placed(t5)
     options: dict[str, Any] = {"max_new_tokens": 7, "eos_token_id": [], "do_sample": True, "temperature": 3.0}
     whole = t5.runner.generate(IDS, MASK, seed=1, **options)
     tokens = list(t5.runner.stream(IDS, MASK, seed=1, **options))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from genai_models import POSITIONS, VOCAB, Built
+from stand_in import CUDA
 from torch import Tensor
 
 from flora_fx.errors import ExportError
@@ -19,9 +19,12 @@ from flora_fx.export.memory import SharedMemory
 from flora_fx.export.session import Session
 
 
-@pytest.fixture
-def decoder(built: Built) -> Decoder:
-    return built.decoder()
+@pytest.fixture(params=["CPU", "another device"])
+def decoder(built: Built, request: pytest.FixtureRequest) -> Decoder:
+    if request.param == "CPU":
+        return built.decoder()
+    request.getfixturevalue("cuda")
+    return built.decoder(CUDA)
 
 
 def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
@@ -108,8 +111,8 @@ def test_past_is_present_and_written_in_place(decoder: Decoder, monkeypatch: pyt
                 assert past[0] is present[0]
                 assert past[1] == present[1] == (2, 2, 256, 16)
     assert prompt.keys() | {"input_ids", "attention_mask", "logits"} == step.keys()
-    keys = memory(decoder).buffers["past_key_values.1.key"].host((2, 2, 256, 16), torch.float32)
-    written = keys.ne(0).any(-1).any(1)
+    keys = memory(decoder).buffers["past_key_values.1.key"].nearest((2, 2, 256, 16), torch.float32)
+    written = keys.cpu().ne(0).any(-1).any(1)
     assert written.sum(1).tolist() == [6 + 9, 4 + 9], "the last of 10 new tokens is not run"
     decoder.generate(ids, mask, max_new_tokens=10)
     assert len(bound) == 2
@@ -190,7 +193,8 @@ def test_a_failed_run_is_named(decoder: Decoder) -> None:
 # Devices
 
 
-def test_where_torch_cannot_reach_the_memory(built: Built, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_torch_cannot_reach_the_memory(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = built.decoder()
     for module in (buffer, session):
         monkeypatch.setattr(module, "reachable", lambda device: False)
     ids, mask = prompts(4, 9)
@@ -199,46 +203,3 @@ def test_where_torch_cannot_reach_the_memory(built: Built, decoder: Decoder, mon
         assert torch.equal(found, built.expected(ids, mask, max_new_tokens=20))
     copy = memory(decoder).buffers["logits"]
     assert copy.host((1,), torch.float32).data_ptr() != copy.address
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """The CUDA graphs that ONNX Runtime is told of, run by run; the CPU does not care."""
-    import onnxruntime
-
-    graphs: list[str] = []
-    run = onnxruntime.InferenceSession.run_with_iobinding
-
-    def listen(self: Any, binding: Any, options: Any = None) -> None:
-        graphs.append(options.get_run_config_entry("gpu_graph_id"))
-        run(self, binding, options)
-
-    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", listen)
-    return graphs
-
-
-def test_prompts_are_in_no_cuda_graph_and_each_shape_of_a_step_is_in_one(built: Built, told: list[str]) -> None:
-    runs = Session(built.graph, providers=["CPUExecutionProvider"])
-    runs.cuda_graph = True
-    decoder = Decoder(runs, built.manifest(runs, "decoder"))
-    for batch, length in ((1, 5), (2, 5), (1, 9), (1, 300), (2, 5)):
-        ids, mask = prompts(batch, length)
-        decoder.generate(ids, mask, max_new_tokens=3)
-    # The third finds the first one's; the fourth has bytes enough (two rows of 256), and a shape of its own.
-    assert told == ["-1", "1", "1", "-1", "2", "2", "-1", "3", "3", "-1", "4", "4", "-1", "2", "2"]
-
-
-def test_cuda_graph_is_an_option_of_cuda() -> None:
-    given = ("CUDAExecutionProvider", {"use_tf32": "0"})
-    assert session._with_cuda_graph(given) == ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": "1"})
-    assert session._with_cuda_graph("CUDAExecutionProvider")[1] == {"enable_cuda_graph": "1"}
-    assert session._with_cuda_graph("CPUExecutionProvider") == "CPUExecutionProvider"
-
-
-def test_cuda_graph_needs_cuda_and_fixed_places(built: Built) -> None:
-    with pytest.raises(ExportError, match=r"cuda_graph needs the CUDAExecutionProvider; .* runs on CPUExecution"):
-        Session(built.graph, providers=["CPUExecutionProvider"], cuda_graph=True)
-    runs = Session(built.graph, providers=["CPUExecutionProvider"])
-    runs.cuda_graph = True
-    with pytest.raises(ExportError, match="needs an export whose target is 'decoder'; this one is 'general'"):
-        Decoder(runs, built.manifest(runs, "general"))

@@ -79,7 +79,7 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "bfloat16": (bfloat16, ExportError, "is in bfloat16, which ONNX Runtime does not compute on a CPU; use a GPU, or"),
     "cuda_graph on a CPU": (
-        lambda place: load(by_hand(place / "out"), providers=["CPUExecutionProvider"], cuda_graph=True),
+        lambda place: load(by_hand(place / "out", "causal-lm"), providers=["CPUExecutionProvider"], cuda_graph=True),
         ExportError,
         "cuda_graph needs the CUDAExecutionProvider; .* runs on CPUExecutionProvider",
     ),
