@@ -42,8 +42,8 @@ def test_missing_masks_are_filled_in(exported: Export) -> None:
 
 
 def test_vit_is_pytorchs(exported: Export, placed: Callable[[Exported], Exported]) -> None:
+    images = torch.randn(3, 3, 24, 24)  # before an export, which may draw, too
     export = placed(exported("vit"))
-    images = torch.randn(3, 3, 24, 24)
     with torch.no_grad():
         expected = export.model.eval()(pixel_values=images).last_hidden_state
     found = export.encoder(pixel_values=images)["last_hidden_state"]
