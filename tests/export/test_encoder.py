@@ -47,7 +47,7 @@ def test_vit_is_pytorchs(exported: Export, placed: Callable[[Exported], Exported
     with torch.no_grad():
         expected = export.model.eval()(pixel_values=images).last_hidden_state
     found = export.encoder(pixel_values=images)["last_hidden_state"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=5e-5)
     assert len(export.result.report.fused) > 0
 
 
