@@ -19,15 +19,23 @@ from flora_fx.export.source import unwrap
 
 IDS = torch.tensor([[0, 0, 61, 8], [11, 23, 5, 40]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+EXAMPLES = {
+    "bert": {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": torch.zeros_like(IDS)},
+    "vit": {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 24 * 24).view(2, 3, 24, 24)},
+}
 
 
 @pytest.mark.parametrize("name", ["llama", "Llama", "bert", "vit", "t5"])
 def test_the_check_of_an_export(exported: Export, seq2seq: Callable[[str], Exported], name: str) -> None:
     export = seq2seq(name) if name == "t5" else exported(name, "general" if name == "llama" else None)
     with FakeCuda().installed() as cuda:
-        found = check(export.directory, read_manifest(export.directory), unwrap(export.model.eval()), None)
+        core = unwrap(export.model.eval())
+        found = check(export.directory, read_manifest(export.directory), core, None, EXAMPLES.get(name))
     assert found.checked_on == (f"{CUDA}, in a CUDA graph" if name == "Llama" else CUDA)
-    assert found.max_rel_error == pytest.approx(export.result.max_rel_error, abs=1e-7)
+    if name in EXAMPLES:
+        assert 0 < found.max_rel_error < 1e-4
+    else:
+        assert found.max_rel_error == pytest.approx(export.result.max_rel_error, abs=1e-7)
     assert found.greedy_tokens_equal == export.result.greedy_tokens_equal
     assert len(cuda.runs) > 0
 
