@@ -1,8 +1,8 @@
 """From a transformers model with adapters to a fused ONNX directory, and back to tokens on ONNX Runtime.
 
     source -> tracing -> flora_fx.fuse -> lowering -> checking -> directory, manifest
-    loading -> manifest, session -> decoder (cache, swapping) | seq2seq_decoder | encoder
-    options -> rules, sampling, stopping: how the tokens of both are chosen; generation: what the model asks for
+    loading -> manifest, session -> decoder (text_cache, cache, swapping), conversation | seq2seq_decoder | encoder
+    options -> rules, sampling, stopping, ending: how the tokens of both are chosen; generation: what the model asks for
 
 A causal LM goes by target "decoder" (decoder_tracing, rotary, parts, decoder_lowering, genai), or by the general one.
 
@@ -11,6 +11,7 @@ Only ``import flora_fx.export`` works with torch alone; each function asks for t
 
 from __future__ import annotations
 
+from .conversation import Conversation
 from .decoder import Decoder
 from .encoder import Encoder
 from .exporting import export_onnx
@@ -22,10 +23,12 @@ from .options import GenerationOptions
 from .result import ExportResult
 from .sampling import Sampling
 from .seq2seq_decoder import Seq2Seq
+from .stream import TokenStream
 
 __all__ = [
     "DECODER_FORMS",
     "ONNX_FORMS",
+    "Conversation",
     "Decoder",
     "Encoder",
     "ExportResult",
@@ -35,6 +38,7 @@ __all__ = [
     "Sampling",
     "Seq2Seq",
     "Streamer",
+    "TokenStream",
     "export_onnx",
     "load",
 ]

@@ -6,6 +6,7 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from flora_fx.errors import require
 
 from .checking_seq2seq import check_seq2seq
+from .crossing import check_crossings
 from .decoder import Decoder
 from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
 from .encoder import Encoder
@@ -94,7 +96,9 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     expected, _ = _run(model, token, mask, cache)
     differences.add("the logits of the next token", logits, expected[:, -1])
     equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
-    return Check(differences.max_abs, differences.max_rel, equal, decoder.session.provider)
+    crossed, not_crossed = check_crossings(decoder, model, partial(_run, model), differences)
+    provider = decoder.session.provider
+    return Check(differences.max_abs, differences.max_rel, equal, provider, crossed, not_crossed)
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

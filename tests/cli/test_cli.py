@@ -309,7 +309,8 @@ def test_generate_passes_every_option_on(exported: Path, monkeypatch: pytest.Mon
     from flora_fx.export import Decoder
 
     passed: dict[str, object] = {}
-    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    stream = Decoder.stream
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or stream(self, ids))
     options = (
         "--min-p",
         "0.1",

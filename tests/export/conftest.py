@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from exported_models import Export, Exported, build
 from genai_models import Built, build_by_genai
+from longrope_models import build_longrope
+from seq2seq_models import build_seq2seq
 
 from flora_fx.export import export_onnx, load
 from flora_fx.export.traced import Target
@@ -36,3 +40,35 @@ def llama(exported: Export) -> Exported:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """By the model builder of onnxruntime-genai."""
     return build_by_genai(tmp_path_factory.mktemp("genai"))
+
+
+@pytest.fixture(scope="session")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Target], Exported]:
+    """Exports of a LongRoPE model by target, each made when it is first asked for; one can be given another LoRA."""
+    cache: dict[Target, Exported] = {}
+    root = tmp_path_factory.mktemp("longrope")
+
+    def get(target: Target) -> Exported:
+        if target not in cache:
+            model = build_longrope()
+            result = export_onnx(model, root / target, target=target, hot_swap=target == "decoder")
+            cache[target] = Exported(model, result, load(result.directory))
+        return cache[target]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """Exports by the names of `build_seq2seq`, each made when it is first asked for."""
+    cache: dict[str, Exported] = {}
+    root = tmp_path_factory.mktemp("seq2seq")
+
+    def get(name: str) -> Exported:
+        if name not in cache:
+            model = build_seq2seq(name)
+            result = export_onnx(model, root / name)
+            cache[name] = Exported(model, result, load(root / name))
+        return cache[name]
+
+    return get
