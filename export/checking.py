@@ -95,8 +95,9 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     logits = past.decode(token[:, 0].tolist()).tensor
     expected, _ = _run(model, token, mask, cache)
     differences.add("the logits of the next token", logits, expected[:, -1])
-    equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
+    # Before longer texts, which PyTorch's dynamic NTK scaling would remember.
     crossed, not_crossed = check_crossings(decoder, model, partial(_run, model), differences)
+    equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
     provider = decoder.session.provider
     return Check(differences.max_abs, differences.max_rel, equal, provider, crossed, not_crossed)
 
