@@ -1,9 +1,9 @@
 """From a transformers model with adapters to a fused ONNX directory, and back to tokens on ONNX Runtime.
 
     source -> tracing -> flora_fx.fuse -> lowering -> checking -> directory, manifest
-    loading -> manifest, cuda_graph -> decoder (cache, memory, swapping) -> session, buffer
+    loading -> manifest, cuda_graph -> decoder (text_cache, cache, memory, swapping), conversation -> session, buffer
             -> seq2seq_decoder | encoder -> session
-    options -> rules, sampling, stopping: how the tokens of both are chosen; generation: what the model asks for
+    options -> rules, sampling, stopping, ending: how the tokens of both are chosen; generation: what the model asks for
 
 A causal LM goes by target "decoder" (decoder_tracing, rotary, parts, decoder_lowering, genai), or by the general one.
 
@@ -16,6 +16,7 @@ Only ``import flora_fx.export`` works with torch alone; each function asks for t
 
 from __future__ import annotations
 
+from .conversation import Conversation
 from .decoder import Decoder
 from .encoder import Encoder
 from .exporting import export_onnx
@@ -27,10 +28,12 @@ from .options import GenerationOptions
 from .result import ExportResult
 from .sampling import Sampling
 from .seq2seq_decoder import Seq2Seq
+from .stream import TokenStream
 
 __all__ = [
     "DECODER_FORMS",
     "ONNX_FORMS",
+    "Conversation",
     "Decoder",
     "Encoder",
     "ExportResult",
@@ -40,6 +43,7 @@ __all__ = [
     "Sampling",
     "Seq2Seq",
     "Streamer",
+    "TokenStream",
     "export_onnx",
     "load",
 ]

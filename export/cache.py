@@ -59,17 +59,36 @@ class GrowingCache:
 
     def decode(self, tokens: list[int]) -> Logits:
         """Run one more token of each row; returns and raises as `prefill`."""
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-        return Logits(self._run(torch.tensor(tokens)[:, None])[:, -1])
+        return self.extend(torch.tensor(tokens)[:, None])
+
+    @property
+    def held(self) -> bool:
+        """Whether keys and values of the last run are there still."""
+        return bool(self._values)
+
+    def claim(self) -> None:
+        """Nobody else's prompt has taken the memory."""
+
+    def takes(self, count: int, room: int) -> bool:
+        """Whether so many more tokens of each row can be run, and be followed by others."""
+        return True
+
+    def extend(self, ids: Tensor) -> Logits:
+        """Run more tokens [batch, n] of each row; returns and raises as `prefill`."""
+        new = self._mask.new_ones(*ids.shape)
+        if self._limit and self._mask.shape[1] >= self._limit:  # a row at the last position stays there, unseen
+            new[self._mask.sum(1) >= self._limit] = 0
+        self._mask = torch.cat([self._mask, new], 1)
+        return Logits(self._run(ids)[:, -1])
 
     def _run(self, ids: Tensor) -> Tensor:
         inputs = {"input_ids": ids, "attention_mask": self._mask, **self._values}
         try:
             outputs = self._session.run(inputs, keep=list(self._past.values()))
         except ExportError as error:
-            total = self._mask.shape[1]
-            if self._limit and total > self._limit:  # learned positions end there; rotary ones would go on
-                raise too_many(total, self._limit) from error
+            longest = int(self._mask.sum(1).max())
+            if self._limit and longest > self._limit:  # learned positions end there; rotary ones would go on
+                raise too_many(longest, self._limit) from error
             raise
         self._values = {past: outputs[present] for past, present in self._past.items()}
         return outputs["logits"]
@@ -87,7 +106,6 @@ class SharedCache:
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
         self._layout: Layout
-        self._longest = 0
         self._lengths: list[int] = []
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -113,21 +131,47 @@ class SharedCache:
         Raises:
             RuntimeError: another prompt took the memory.
         """
-        if not self._memory.belongs_to(self):
+        self.claim()
+        # A row at the last position stays there, overwritten.
+        places = [min(length, self._memory.limit - 1) for length in self._lengths]
+        logits = self._layout.step(tokens, places)
+        self._lengths = [place + 1 for place in places]
+        return logits
+
+    @property
+    def held(self) -> bool:
+        """As `GrowingCache.held`."""
+        return self._memory.belongs_to(self)
+
+    def claim(self) -> None:
+        """As `GrowingCache.claim`.
+
+        Raises:
+            RuntimeError: another prompt took it.
+        """
+        if not self.held:
             raise RuntimeError(
                 "another prompt went through this decoder, and the keys and values of this stream are gone; finish a "
                 "stream before the next one begins, or load the export twice"
             )
-        self._longest += 1
-        if self._longest > self._layout.capacity:
-            raise too_many(self._longest, self._layout.capacity)
-        logits = self._layout.step(tokens, self._lengths)
-        self._lengths = [length + 1 for length in self._lengths]
-        return logits
+
+    def takes(self, count: int, room: int) -> bool:
+        """As `GrowingCache.takes`; several tokens of one row only, for so it is with GroupQueryAttention on CPUs."""
+        one = count == 1 or len(self._lengths) == 1
+        return one and self._memory.wanted(max(self._lengths) + count, room) <= self._layout.capacity
+
+    def extend(self, ids: Tensor) -> Logits:
+        """As `GrowingCache.extend`."""
+        if ids.shape[1] == 1:
+            return self.decode(ids[:, 0].tolist())
+        self._lengths = [length + ids.shape[1] for length in self._lengths]
+        mask = (torch.arange(self._layout.capacity) < torch.tensor(self._lengths)[:, None]).long()
+        self._layout.fill(mask)
+        return Logits(self._layout.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")[:, -1])
 
     def _prompt(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
-        batch, self._longest = ids.shape
-        self._layout = self._memory.lend(self, batch, self._longest, room)
+        batch, length = ids.shape
+        self._layout = self._memory.lend(self, batch, length, room)
         # Without room: a mask as long as the prompt is what tells GroupQueryAttention that nothing is before it.
         return self._layout.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")
 

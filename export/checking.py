@@ -6,6 +6,7 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from flora_fx.errors import require
 
 from .checking_seq2seq import check_seq2seq
+from .crossing import check_crossings
 from .cuda_graph import open_decoder
 from .decoder import Decoder
 from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
@@ -95,10 +97,12 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     logits = past.decode(token[:, 0].tolist()).cpu()
     expected, _ = _run(model, token, mask, cache)
     differences.add("the logits of the next token", logits, expected[:, -1])
+    # Before longer texts, which PyTorch's dynamic NTK scaling would remember.
+    crossed, not_crossed = check_crossings(decoder, model, partial(_run, model), differences)
     equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
     session = decoder.session
     checked_on = f"{session.provider}, in a CUDA graph" if session.cuda_graph else session.provider
-    return Check(differences.max_abs, differences.max_rel, equal, checked_on)
+    return Check(differences.max_abs, differences.max_rel, equal, checked_on, crossed, not_crossed)
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -12,13 +12,17 @@ from flora_fx.errors import ExportError
 
 from .arguments import padding_mask, tokens
 from .cache import GrowingCache, SharedCache
+from .conversation import Conversation
+from .ending import Ending
 from .generated import Generated, Record, Streamer, gather, record_for
 from .lora_source import read_lora
 from .manifest import Manifest
-from .memory import SharedMemory
+from .memory import SharedMemory, too_many
 from .options import GenerationOptions, Plan, plan
 from .session import Session
+from .stream import TokenStream
 from .swapping import LiveAdapter
+from .text_cache import TextCache
 
 __all__ = ["Decoder"]
 
@@ -37,6 +41,7 @@ class Decoder:
     def __init__(self, session: Session, manifest: Manifest) -> None:
         self.session = session
         self.manifest = manifest
+        self._swaps = 0
         if session.cuda_graph and manifest.target != "decoder":
             raise ExportError(
                 f"cuda_graph needs an export whose target is 'decoder'; this one is {manifest.target!r}: its keys and "
@@ -92,13 +97,23 @@ class Decoder:
         """
         if self._adapter is None:
             raise ExportError("the LoRA in this export cannot be replaced; export the model again with hot_swap=True")
-        self._adapter.write(read_lora(source))
+        lora = read_lora(source)
+        self._swaps += 1  # before, for Ctrl-C may come while it is written
+        self._adapter.write(lora)
 
-    def new_cache(self) -> GrowingCache | SharedCache:
-        """What runs one prompt and then its tokens, unchecked: see `GrowingCache`."""
-        if self._memory is not None:
-            return SharedCache(self._memory)
-        return GrowingCache(self.session, self.manifest)
+    def new_cache(self, *, keeps: bool = False) -> TextCache:
+        """What runs one prompt and then its tokens, unchecked: see `TextCache`."""
+        cache = GrowingCache(self.session, self.manifest) if self._memory is None else SharedCache(self._memory)
+        return TextCache(cache, self.manifest, adapter=lambda: self._swaps, keeps=keeps)
+
+    def start(self) -> Conversation:
+        """A text that goes on for several turns, whose keys and values are kept from one to the next.
+
+        >>> chat = decoder.start()  # doctest: +SKIP
+        >>> answer = chat.generate(first_question, max_new_tokens=100)  # doctest: +SKIP
+        >>> answer = chat.generate(next_question, max_new_tokens=100)  # runs these tokens only  # doctest: +SKIP
+        """
+        return Conversation(self)
 
     @overload
     def generate(
@@ -139,6 +154,8 @@ class Decoder:
     ) -> Tensor | Generated:
         """Continue prompts, as transformers' ``generate`` does.
 
+        A row ends, with a warning, where the model has no more positions; others go on.
+
         Args:
             input_ids: [batch, prompt], integers; shorter prompts are padded on the left.
             attention_mask: [batch, prompt]; 0 where padded. None for no padding.
@@ -151,7 +168,8 @@ class Decoder:
             [batch, prompt + new], int64.
 
         Raises:
-            TypeError, ValueError: an argument that cannot be; padding on the right; rules that leave no token.
+            TypeError, ValueError: an argument that cannot be; padding on the right; a prompt that is longer than the
+                model has positions; rules that leave no token.
             ExportError: ONNX Runtime fails.
         """
         record = record_for(
@@ -162,8 +180,10 @@ class Decoder:
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationOptions]
-    ) -> Iterator[Tensor]:
+    ) -> TokenStream:
         """As `generate`, one token of every row at a time. Arguments are checked at once, not at the first token.
+
+        In the end its ``finish_reasons`` say why each row ended: see `TokenStream`.
 
         A decoder of the target ``"decoder"`` has one memory for keys and values: as another prompt begins, the
         streams before it end with a RuntimeError, if they are asked for more.
@@ -175,8 +195,14 @@ class Decoder:
 
     def _begin(
         self, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions, record: Record | None
-    ) -> tuple[Tensor, Iterator[Tensor]]:
+    ) -> tuple[Tensor, TokenStream]:
         """The prompts, checked, and their tokens to come."""
+        ids, mask = self.prompt(input_ids, attention_mask)
+        planned = plan(options, self.manifest, ids, mask, record)
+        return ids, TokenStream(*self.run(self.new_cache(), ids, mask, planned))
+
+    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The arguments of `generate`, checked: tokens and mask as int64 on the CPU."""
         ids, mask = self._checked(input_ids, attention_mask)
         if not bool(mask[:, -1].all()):
             row = int((mask[:, -1] == 0).nonzero()[0])
@@ -184,18 +210,29 @@ class Decoder:
                 f"row {row} of attention_mask ends with 0: the prompt is padded on the right, and its continuation "
                 "would follow the padding. Pad on the left (tokenizer.padding_side = 'left')"
             )
-        return ids, self._tokens(ids, mask, plan(options, self.manifest, ids, mask, record))
+        return ids, mask
 
-    def _tokens(self, ids: Tensor, mask: Tensor, plan: Plan) -> Iterator[Tensor]:
-        cache = self.new_cache()
+    def run(self, cache: TextCache, ids: Tensor, mask: Tensor, plan: Plan) -> tuple[Iterator[Tensor], Ending]:
+        """The tokens after a whole text, of which a cache may hold something, and what is told of them.
+
+        Raises:
+            ValueError: it is longer than the model has positions.
+        """
+        limit, lengths = self.manifest.max_positions, mask.sum(1).tolist()
+        if limit and max(lengths) > limit:
+            raise too_many(max(lengths), limit)
+        ending = Ending(plan.stopping, lengths, plan.count, limit)
+        return self._tokens(cache, ids, mask, plan, ending), ending
+
+    def _tokens(self, cache: TextCache, ids: Tensor, mask: Tensor, plan: Plan, ending: Ending) -> Iterator[Tensor]:
         logits = cache.prefill(ids, mask, plan.count - 1)
         ended = [False] * len(ids)
-        for left in reversed(range(plan.count)):
+        while True:
             token = plan.choose(logits, ended)
             yield token
             new = token.tolist()
-            ended = plan.stopping(new)
-            if left == 0 or all(ended):
+            ended = ending(new)
+            if ending.over:
                 return
             logits = cache.decode(new)
 

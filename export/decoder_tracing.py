@@ -23,7 +23,8 @@ from flora_fx.errors import require
 
 from .rotary import absorb_rotary, count_rotary, reads_positions
 from .source import private_copy
-from .traced import NotCaptured, Traced, capture, first_line, text_config
+from .switches import Changing, find_switches, is_rotary, rows_of
+from .traced import NotCaptured, Traced, capture, first_line, max_positions, text_config
 
 __all__ = ["Unsuited", "trace_decoder"]
 
@@ -55,10 +56,11 @@ class _Layer:
 
 @dataclass
 class _Run:
-    """One run of the model: how it attends, what stands for its masks, and what the layers leave behind."""
+    """One run of the model: how it attends, what stands for masks, its longest row, what the layers leave behind."""
 
     attend: Callable[..., Tensor]
     mask: Callable[..., Any]
+    longest: Tensor | None = None
     layers: list[_Layer] = field(default_factory=list)
     present: list[Tensor] = field(default_factory=list)
 
@@ -114,6 +116,7 @@ def trace_decoder(model: nn.Module, provider: str = "CPUExecutionProvider") -> T
         raise Unsuited("it makes positions of its own")
     absorb_rotary(program)
     rotating = count_rotary(program)
+    switches = {switch for module in twin.modules() if isinstance(module, _Tables) for switch in module.switches}
     names = [f"{i}.{which}" for i in range(len(layers)) for which in ("key", "value")]
     return Traced(
         program,
@@ -131,6 +134,7 @@ def trace_decoder(model: nn.Module, provider: str = "CPUExecutionProvider") -> T
         layers[0].dim,
         target="decoder",
         notes=("rotary positions are computed outside of the attention",) if rotating else (),
+        switches=tuple(sorted(switches)),
     )
 
 
@@ -178,7 +182,7 @@ class _Decoder(nn.Module):
             run.present.extend(present)
             return out.unflatten(-1, (layer.heads, layer.dim))
 
-        run = _Run(attend, lambda **_: None)
+        run = _Run(attend, lambda **_: None, seqlens.max() + 1)
         with _running(run):
             out = self.model(
                 input_ids=input_ids,
@@ -297,47 +301,76 @@ def _tabulate_rotary(model: nn.Module) -> None:
     Raises:
         Unsuited: their angles depend on the length of the sequence.
     """
-    length = getattr(text_config(model), "max_position_embeddings", None)
+    length = max_positions(model)
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "forward"):
+        if is_rotary(module):
             kinds = [value for key, value in vars(module).items() if key.endswith("rope_type")]
             kinds += [kind for value in kinds if isinstance(value, dict) for kind in value.values()]
-            if changing := {"dynamic", "longrope"} & {kind for kind in kinds if isinstance(kind, str)}:
-                raise Unsuited(f"its rotary positions are {changing.pop()}: they depend on the length of the sequence")
+            if "dynamic" in kinds:
+                raise Unsuited("its rotary positions are dynamic: they depend on the length of the sequence")
             if length:
                 model.set_submodule(name, _Tables(module, length))
 
 
 class _Tables(nn.Module):
-    """A rotary embedding as tables of cosines and sines, one pair for each way it is called."""
+    """A rotary embedding as tables of cosines and sines, one pair for each way it is called.
+
+    Where its rows change with the length of a text (LongRoPE), a table has one part for each way, one below the other;
+    which part is looked up depends on the longest row of a batch, as in transformers.
+
+    Attributes:
+        switches: after how many tokens they change, however it is called.
+    """
 
     def __init__(self, module: nn.Module, length: int) -> None:
         super().__init__()
         self.module = module
         self.length = length
-        self.known: dict[str, tuple[str, bool]] = {}
+        self.known: dict[str, _Table | None] = {}
+        self.switches: set[int] = set()
 
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         key = repr((args, sorted(kwargs.items())))
         if key not in self.known:
             self.known[key] = self.tabulate(x, args, kwargs)
-        name, interleaved = self.known[key]
-        if not name:
+        table = self.known[key]
+        if table is None:
             return self.module(x, position_ids, *args, **kwargs)
-        return rotary_rows(self.get_buffer(f"cos{name}"), self.get_buffer(f"sin{name}"), position_ids, interleaved)
+        longest = _run.get().longest
+        if table.switches and longest is not None:
+            position_ids = position_ids + sum(torch.where(longest > switch, switch, 0) for switch in table.switches)
+        cos, sin = (self.get_buffer(f"{which}{table.name}") for which in ("cos", "sin"))
+        return rotary_rows(cos, sin, position_ids, table.interleaved)
 
-    def tabulate(self, x: Tensor, args: Any, kwargs: Any) -> tuple[str, bool]:
-        """The name of a pair of tables, and whether each number stands beside its twin; no name if there is none."""
-        with torch.no_grad():
-            rows = self.module(x, torch.arange(self.length, device=x.device)[None], *args, **kwargs)
-        if not (isinstance(rows, tuple) and len(rows) == 2 and all(r.dim() == 3 and r.shape[0] == 1 for r in rows)):
-            return "", False
+    def tabulate(self, x: Tensor, args: Any, kwargs: Any) -> _Table | None:
+        """Make a pair of tables, if what it returns can be written so."""
+        rotary = rows_of(self.module, x, *args, **kwargs)
+        try:
+            switches = find_switches(rows_of(self.module, x.float(), *args, **kwargs), self.length)
+        except Changing as reason:
+            raise Unsuited(str(reason)) from reason
+        self.switches |= {*switches}
+        parts = [rotary(torch.arange(length)[None]) for length in (*switches, self.length)]
+        if not all(isinstance(rows, tuple) and len(rows) == 2 for rows in parts):
+            return None
+        if not all(table.dim() == 3 and table.shape[0] == 1 for rows in parts for table in rows):
+            return None
+        rows = [torch.cat(tables, 1)[0] for tables in zip(*parts, strict=True)]
         half = rows[0].shape[-1] // 2
         ways = [(slice(0, half), slice(half, None), False), (slice(0, None, 2), slice(1, None, 2), True)]
         for first, second, interleaved in ways:
-            if all(torch.equal(table[..., first], table[..., second]) for table in rows):
+            if all(torch.equal(table[:, first], table[:, second]) for table in rows):
                 name = f"_{len(self.known)}"
                 for which, table in zip(("cos", "sin"), rows, strict=True):
-                    self.register_buffer(f"{which}{name}", table[0, :, first].contiguous(), persistent=False)
-                return name, interleaved
-        return "", False
+                    self.register_buffer(f"{which}{name}", table[:, first].contiguous(), persistent=False)
+                return _Table(name, interleaved, switches)
+        return None
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The name of a pair of tables, whether each number stands beside its twin, and where the parts begin anew."""
+
+    name: str
+    interleaved: bool
+    switches: tuple[int, ...]

@@ -25,6 +25,8 @@ class Check:
     max_rel_error: float
     greedy_tokens_equal: bool | None
     checked_on: str
+    crossed: tuple[int, ...] = ()
+    not_crossed: tuple[int, ...] = ()
 
 
 class Differences:

@@ -34,7 +34,7 @@ from .result import ExportResult
 from .saving import save_graphs
 from .session import DEFAULT_PROVIDERS, provider_name, usable_providers
 from .source import DTYPES, Kind, kind_of, private_copy, unwrap
-from .traced import Target, Traced
+from .traced import Target, Traced, max_positions
 from .tracing import trace
 
 __all__ = ["export_onnx"]
@@ -155,7 +155,8 @@ def export_onnx(
             for note in manifest.notes[len(traced.notes) :]:
                 warnings.warn(note, stacklevel=2)
             if traced.target == "decoder":
-                write_genai_config(place, reference, traced, provider)
+                notes = write_genai_config(place, reference, traced, provider)
+                manifest = replace(manifest, notes=[*manifest.notes, *notes])
             example = traced.example
             # They hold the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, programs, traced
@@ -193,8 +194,6 @@ def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind)
     ends = token("eos_token_id")
     start = token("decoder_start_token_id")
     start = token("bos_token_id") if start is None else start  # as transformers' generate has it
-    # Whisper's decoder has its own.
-    positions = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
     return Manifest(
         kind=kind,
         architecture=type(core).__name__,
@@ -208,7 +207,8 @@ def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind)
         kv_heads=traced.kv_heads,
         head_dim=traced.head_dim,
         vocab_size=getattr(text, "vocab_size", None) or 0,
-        max_positions=0 if traced.endless else positions or 0,
+        max_positions=0 if traced.endless else max_positions(core),
+        switches=list(traced.switches),
         eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         pad_token_id=token("pad_token_id"),
         decoder_start_token_id=start if kind == "seq2seq-lm" else None,

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .genai_context import genai_context
 from .generation import own_options
 from .traced import Traced, text_config
 
@@ -23,7 +24,7 @@ _TYPES = {
 """Model types that onnxruntime-genai 0.18 knows by name; ``decoder`` is for all others with the same inputs."""
 
 
-def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -> None:
+def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -> tuple[str, ...]:
     """Write ``genai_config.json`` beside a decoder's graph.
 
     Args:
@@ -31,6 +32,9 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
         model: the transformers model.
         traced: what was captured of it.
         provider: ONNX Runtime's name of the execution provider that the export is for.
+
+    Returns:
+        what a reader should know.
     """
     config, generation = text_config(model), getattr(model, "generation_config", None)
 
@@ -49,11 +53,13 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
     ends = number("eos_token_id", [])
     ends = [end for end in (ends if isinstance(ends, list) else [ends]) if 0 <= end < config.vocab_size]
     first = ends[0] if ends else 0
-    context = getattr(config, "max_position_embeddings", None) or 2048
+    kind = config.model_type if config.model_type in _TYPES else "decoder"
+    positions = getattr(config, "max_position_embeddings", None) or 2048
+    context, notes = genai_context(kind, positions, traced.switches)
     search = own_options(generation)
     content = {
         "model": {
-            "type": config.model_type if config.model_type in _TYPES else "decoder",
+            "type": kind,
             "context_length": context,
             "vocab_size": config.vocab_size,
             "bos_token_id": token("bos_token_id", first),
@@ -98,3 +104,4 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
         },
     }
     (place / GENAI_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return notes

@@ -41,6 +41,8 @@ class Manifest:
         inputs, outputs: names, in the graph's order; of an encoder-decoder, those of the decoder's graph.
         layers, kv_heads, head_dim: of the keys and values; 0 for encoders.
         vocab_size, max_positions: 0 where the model has none.
+        switches: after how many tokens rotary positions change for all of a text, so that keys cached until then are of
+            no use to what follows (LongRoPE); in rising order.
         eos_token_ids, pad_token_id: what `generate` stops at and fills up with.
         decoder_start_token_id: what an encoder-decoder's `generate` starts with.
         generation: what `generate` goes by where a caller says nothing: of the model's generation config, what
@@ -67,6 +69,7 @@ class Manifest:
     head_dim: int = 0
     vocab_size: int = 0
     max_positions: int = 0
+    switches: list[int] = field(default_factory=list)
     eos_token_ids: list[int] = field(default_factory=list)
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
@@ -163,6 +166,11 @@ def _parse(path: Path, *, verify: bool) -> Manifest:
         told = content.pop("sha256", None)
         if verify and told != _digest(content):
             raise ExportError(f"{path} is not what was exported (its SHA-256 differs); copy it again, or {_AGAIN}")
+        if "switches" not in content and _is_longrope(path.parent / "config.json"):
+            raise ExportError(
+                f"{path} is from before exports noted where LongRoPE's factors change; a text that grows across that "
+                f"length would go on wrongly: {_AGAIN}"
+            )
         known = {f.name for f in fields(Manifest)}
         content["generation"] = _generation(content)
         content["identity"] = Identity.from_dict(content.get("identity", {}))
@@ -181,6 +189,10 @@ def _generation(content: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := told.keys() - set(TAKEN):
         raise ValueError(f"generation has {', '.join(sorted(unknown))}")
     return {name: value for name, value in told.items() if value is not None}
+
+
+def _is_longrope(config: Path) -> bool:
+    return config.is_file() and '"longrope"' in config.read_text(encoding="utf-8")
 
 
 def _check_file(directory: Path, name: str, expected: Any, *, verify: bool) -> None:

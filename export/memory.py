@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,11 +35,13 @@ class SharedMemory:
         live: further inputs of every run, see `Session.bind`.
 
     Attributes:
+        limit: the model's positions.
         buffers: by the names of the inputs, and ``logits``.
     """
 
     def __init__(self, session: Session, manifest: Manifest, live: Mapping[str, tuple[Buffer, Sequence[int]]]) -> None:
         self._owner: Callable[[], object] = lambda: None
+        self.limit = manifest.max_positions or sys.maxsize
         self.buffers: dict[str, Buffer] = {}
         self._session = session
         self._manifest = manifest
@@ -62,15 +65,18 @@ class SharedMemory:
         Raises:
             ValueError: a longer prompt than the model has positions.
         """
-        limit = self._manifest.max_positions or math.inf
-        if prompt > limit:
-            raise too_many(prompt, limit)
+        if prompt > self.limit:
+            raise too_many(prompt, self.limit)
         self._owner = weakref.ref(owner)  # who refers to it: a decoder that is let go is gone, memory and all
-        wanted = min(prompt + room, limit)
+        wanted = self.wanted(prompt, room)
         found = self._layouts.get(batch)
         if found is None or found.capacity < wanted:
-            found = self._layouts[batch] = self._lay_out(batch, int(min(-(-wanted // _STEP) * _STEP, limit)))
+            found = self._layouts[batch] = self._lay_out(batch, min(-(-wanted // _STEP) * _STEP, self.limit))
         return found
+
+    def wanted(self, prompt: int, room: int) -> int:
+        """The capacity for so many tokens and so many more, as far as the model's positions go."""
+        return min(prompt + room, self.limit)
 
     def _lay_out(self, batch: int, capacity: int) -> Layout:
         session, manifest = self._session, self._manifest
@@ -167,6 +173,6 @@ def _known(axes: Sequence[int | str], sizes: tuple[int, ...]) -> tuple[int, ...]
     return tuple(axis if isinstance(axis, int) else size for axis, size in zip(axes, sizes, strict=True))
 
 
-def too_many(tokens: int, limit: float) -> ValueError:
-    """The error of a prompt that goes on beyond the positions of its model."""
-    return ValueError(f"the prompt and the new tokens are {tokens} together; this model has {limit} positions")
+def too_many(tokens: int, limit: int) -> ValueError:
+    """The error of a prompt that is longer than its model has positions."""
+    return ValueError(f"the prompt has {tokens} tokens; this model has {limit} positions")

@@ -110,7 +110,7 @@ def _part_of(node: Node) -> _Part | None:
         assert isinstance(whole, Node)
         width = sizes(whole)[-1]  # type: ignore[index]
         start, stop = (node.args[2] if len(node.args) > 2 else 0), (node.args[3] if len(node.args) > 3 else width)
-        if isinstance(start, int) and isinstance(stop, int) and start >= 0 and stop >= 0:
+        if isinstance(start, int) and isinstance(stop, int) and 0 <= start < min(stop, width):  # none that is empty
             return _Part(whole, start, min(stop, width))
     return None
 

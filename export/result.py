@@ -24,6 +24,9 @@ class ExportResult:
         greedy_tokens_equal: whether greedy generation took the same tokens; None for encoders. False only where
             PyTorch's own logits of the two tokens were as close as the tolerance.
         checked_on: the execution provider of the check.
+        crossed: of a causal LM, lengths of a text on both sides of which a step was compared: where windows, rotary
+            positions or the scale of attention may change, and where positions end.
+        not_crossed: those whose keys and values would take too much memory (a quarter of the weights').
         target: how the graph attends, see `export_onnx`.
         notes: what a reader should know: why the target is not the one that is usual, and what the model's generation
             config asks for in vain.
@@ -41,6 +44,8 @@ class ExportResult:
     notes: tuple[str, ...]
     files: Mapping[str, int]
     seconds: Mapping[str, float]
+    crossed: tuple[int, ...] = ()
+    not_crossed: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         tokens = {True: "greedy tokens equal", False: "greedy tokens differ at a near tie", None: "no tokens"}
@@ -52,6 +57,9 @@ class ExportResult:
             f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}",
             f"seconds: {stages}",
         ]
+        if self.not_crossed:
+            lengths = ", ".join(map(str, self.not_crossed))
+            lines.append(f"not checked in texts of {lengths} tokens: their keys and values take too much memory")
         lines[1:1] = [f"  {note}" for note in self.notes]
         reasons = Counter(decline.reason.value for decline in self.report.declines)
         lines[1:1] = [f"  declined ×{count}: {reason}" for reason, count in reasons.items()]

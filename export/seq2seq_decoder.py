@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -11,11 +12,14 @@ from torch import Tensor
 from flora_fx.errors import ExportError
 
 from .arguments import padding_mask, tokens
+from .ending import Ending
 from .generated import Generated, Record, Streamer, gather, record_for
 from .logits import Logits
 from .manifest import Manifest
+from .memory import too_many
 from .options import GenerationOptions, Plan, plan
 from .session import Session, Value
+from .stream import TokenStream
 
 __all__ = ["Encoded", "Seq2Seq"]
 
@@ -140,6 +144,8 @@ class Seq2Seq:
     ) -> Tensor | Generated:
         """Answer prompts, as transformers' ``generate`` does without beams.
 
+        All rows end, with a warning, where the decoder has no more positions.
+
         Args:
             input_ids: [batch, prompt], integers; shorter prompts are padded on either side. Of a speech model its
                 features [batch, mels, frames], floats.
@@ -171,8 +177,10 @@ class Seq2Seq:
         *,
         decoder_input_ids: Tensor | None = None,
         **options: Unpack[GenerationOptions],
-    ) -> Iterator[Tensor]:
+    ) -> TokenStream:
         """As `generate`, one token of every row at a time. Arguments are checked at once, not at the first token.
+
+        In the end its ``finish_reasons`` say why each row ended: see `TokenStream`.
 
         Yields:
             [batch], int64.
@@ -186,21 +194,26 @@ class Seq2Seq:
         decoder_input_ids: Tensor | None,
         options: GenerationOptions,
         record: Record | None,
-    ) -> tuple[Tensor, Iterator[Tensor]]:
+    ) -> tuple[Tensor, TokenStream]:
         """What the decoder starts from, and its tokens to come."""
         inputs = self._checked(input_ids, attention_mask)
         start = self._prompt(decoder_input_ids, len(inputs[self._reads]))
-        return start, self._tokens(inputs, start, plan(options, self.manifest, start, torch.ones_like(start), record))
+        limit = self.manifest.max_positions
+        if limit and start.shape[1] > limit:
+            raise too_many(start.shape[1], limit)
+        planned = plan(options, self.manifest, start, torch.ones_like(start), record)
+        ending = Ending(planned.stopping, [start.shape[1]] * len(start), planned.count, limit)
+        return start, TokenStream(self._tokens(inputs, start, planned, ending), ending)
 
-    def _tokens(self, inputs: dict[str, Tensor], start: Tensor, plan: Plan) -> Iterator[Tensor]:
+    def _tokens(self, inputs: dict[str, Tensor], start: Tensor, plan: Plan, ending: Ending) -> Iterator[Tensor]:
         encoded = self.encode(inputs)
         logits, past = self.step(start, encoded)
         ended = [False] * len(start)
-        for index in range(plan.count):
+        for index in itertools.count():
             token = plan.choose(Logits(logits[:, -1]), ended)
             yield token
-            ended = plan.stopping(token.tolist())
-            if index + 1 == plan.count or all(ended):
+            ended = ending(token.tolist())
+            if ending.over:
                 return
             logits, past = self.step(token[:, None], encoded, past, length=start.shape[1] + index)
 

@@ -81,7 +81,8 @@ def kind_of(model: nn.Module) -> Kind:
 def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of all but the weights, which are shared: whatever is done to it, ``model`` stays as it was.
 
-    Its Parameters are objects of their own on the same storage, frozen; its modules, configs and mode are its own.
+    Its Parameters are objects of their own on the same storage, frozen; its modules, configs and mode are its own, and
+    so are buffers that no state dict has: some modules write to them as they run (LongRoPE its frequencies).
 
     Args:
         model: in any mode, on any device.
@@ -102,6 +103,8 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     ):
         value = tensor.detach()
+        if name not in saved and not isinstance(tensor, nn.Parameter):
+            value = value.clone()
         if dtype is not None and value.is_floating_point() and name in saved:
             value = value.to(dtype)
         memo.setdefault(id(tensor), _like(tensor, value))

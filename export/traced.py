@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from flora_fx.errors import require
 
-__all__ = ["PREFIX", "NotCaptured", "Target", "Traced", "capture", "first_line", "text_config"]
+__all__ = ["PREFIX", "NotCaptured", "Target", "Traced", "capture", "first_line", "max_positions", "text_config"]
 
 PREFIX = "model."
 """Where wrappers hold the model that they are around; cut off the names of the weights again."""
@@ -44,6 +44,7 @@ class Traced:
         example: inputs for the check, of other sizes than those of the capture; none for language models of tokens.
         needs_mask: see `Manifest`.
         endless: whether its positions have no end, whatever its config calls their number.
+        switches: after how many tokens rotary positions change for the whole text, see `export.switches`.
     """
 
     program: ExportedProgram
@@ -59,12 +60,20 @@ class Traced:
     example: Mapping[str, Tensor] = field(default_factory=dict)
     needs_mask: bool = False
     endless: bool = False
+    switches: tuple[int, ...] = ()
 
 
 def text_config(model: nn.Module) -> Any:
     """The config of a model's text part: its own, if it has no other parts."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def max_positions(model: nn.Module) -> int:
+    """The most tokens that a model has positions for; 0 where there is no end."""
+    text = text_config(model)
+    # Whisper's decoder has its own.
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None) or 0
 
 
 def capture(wrapper: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:

@@ -19,7 +19,8 @@ from .running import run_on
 from .seq2seq import trace_seq2seq
 from .source import Kind, private_copy
 from .stateless_rope import forget_lengths
-from .traced import PREFIX, NotCaptured, Target, Traced, capture, text_config
+from .switches import observed_switches
+from .traced import PREFIX, NotCaptured, Target, Traced, capture, max_positions, text_config
 
 __all__ = ["PREFIX", "Traced", "trace"]
 
@@ -115,7 +116,8 @@ def _trace_causal_lm(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     past_length = length + 2
     wrapper = _CausalLM(model)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    _, *first = run_on(model, inputs, lambda: wrapper(*inputs.values(), ()), _OWN_FORWARD)
+    with observed_switches(model, max_positions(model)) as switches:
+        _, *first = run_on(model, inputs, lambda: wrapper(*inputs.values(), ()), _OWN_FORWARD)
     if not first or not all(isinstance(kv, Tensor) and kv.dim() == 4 for kv in first):
         raise ExportError(f"{type(model).__name__} has no cache of keys and values; its decode cannot be exported")
     past = tuple(kv.new_zeros(batch, kv.shape[1], past_length, kv.shape[3]) for kv in first)
@@ -141,4 +143,5 @@ def _trace_causal_lm(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
         layers,
         first[0].shape[1],
         first[0].shape[3],
+        switches=tuple(sorted(switches)),
     )

@@ -316,15 +316,22 @@ def generate(
 
     pieces = (f"{token} " for token in tokens()) if tokenizer is None else _pieces(tokenizer, tokens())
     text = ""
-    for piece in pieces:
-        text += piece
-        if not as_json:
-            print(piece, end="", flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the last position: it is said in the end
+        for piece in pieces:
+            text += piece
+            if not as_json:
+                print(piece, end="", flush=True)
+    (reason,) = stream.finish_reasons
     if as_json:
         text_or_none = None if tokenizer is None else text
-        print(json.dumps({"prompt_ids": list(ids), "token_ids": new, "text": text_or_none}, indent=2))
+        answer = {"prompt_ids": list(ids), "token_ids": new, "text": text_or_none, "finish_reason": reason}
+        print(json.dumps(answer, indent=2))
     else:
         print()
+        if reason == "positions":
+            limit = runner.manifest.max_positions
+            print(f"(the text ends at the last of the model's {limit} positions)", file=sys.stderr)
 
 
 def demo(output: Path, *, fast: bool, as_json: bool) -> None:

@@ -309,7 +309,8 @@ def test_generate_passes_every_option_on(exported: Path, monkeypatch: pytest.Mon
     from flora_fx.export import Decoder
 
     passed: dict[str, object] = {}
-    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    stream = Decoder.stream
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or stream(self, ids))
     options = (
         "--min-p",
         "0.1",
@@ -348,7 +349,8 @@ def test_generate_leaves_the_rest_to_the_model(exported: Path, monkeypatch: pyte
     from flora_fx.export import Decoder
 
     passed: dict[str, object] = {}
-    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    stream = Decoder.stream
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or stream(self, ids))
     assert invoke("generate", "--directory", exported, "--token-ids", "3,1", "--json").exit_code == 0
     assert passed == {"max_new_tokens": 64, "seed": 0, "tokenizer": None}
     result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--temperature", "0", "--json")

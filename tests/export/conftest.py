@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from exported_models import Export, Exported, build
 from genai_models import Built, build_by_genai
+from longrope_models import build_longrope
 from seq2seq_models import build_seq2seq
 from stand_in import FakeCuda
 
@@ -81,3 +82,19 @@ def placed(request: pytest.FixtureRequest) -> Iterator[Callable[[Exported], Expo
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """By the model builder of onnxruntime-genai."""
     return build_by_genai(tmp_path_factory.mktemp("genai"))
+
+
+@pytest.fixture(scope="session")
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Target], Exported]:
+    """Exports of a LongRoPE model by target, each made when it is first asked for; one can be given another LoRA."""
+    cache: dict[Target, Exported] = {}
+    root = tmp_path_factory.mktemp("longrope")
+
+    def get(target: Target) -> Exported:
+        if target not in cache:
+            model = build_longrope()
+            result = export_onnx(model, root / target, target=target, hot_swap=target == "decoder")
+            cache[target] = Exported(model, result, load(result.directory))
+        return cache[target]
+
+    return get

@@ -379,5 +379,5 @@ def test_a_decoder_is_no_encoder(llama: Exported) -> None:
 
 
 def test_more_tokens_than_positions(exported: Export) -> None:
-    with pytest.raises(ValueError, match="are 260 together; this model has 256 positions"):
+    with pytest.raises(ValueError, match="the prompt has 260 tokens; this model has 256 positions"):
         exported("gpt2", "general").decoder(torch.ones(1, 260, dtype=torch.long))

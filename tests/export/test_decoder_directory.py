@@ -41,7 +41,7 @@ def test_the_files(exported: Export) -> None:
 
 def config_of(model: Any, place: Path, provider: str = "CPUExecutionProvider") -> Any:
     text = model.config
-    traced: Any = SimpleNamespace(layers=text.num_hidden_layers, kv_heads=2, head_dim=16)
+    traced: Any = SimpleNamespace(layers=text.num_hidden_layers, kv_heads=2, head_dim=16, switches=())
     write_genai_config(place, model, traced, provider)
     return json.loads((place / "genai_config.json").read_text())
 

@@ -106,15 +106,19 @@ def dynamic() -> Any:
     return llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0})
 
 
-def longrope() -> Any:
-    rope = {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 8,
-        "long_factor": [2.0] * 8,
-        "original_max_position_embeddings": 32,
-    }
-    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL, rope_parameters=rope))
+class GrowingRotaryEmbedding(modeling_llama.LlamaRotaryEmbedding):
+    """Scaled by the length of the text."""
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        cos, sin = super().forward(x, position_ids)
+        scale = 1 + position_ids.max() / 64
+        return cos * scale, sin * scale
+
+
+def growing() -> Any:
+    model = llama()
+    model.model.rotary_emb = GrowingRotaryEmbedding(model.config)
+    return model
 
 
 def chunked() -> Any:
@@ -160,7 +164,7 @@ UNSUITED: dict[str, tuple[Callable[[], Any], str]] = {
     "stubborn": (not_replaceable, r"its attention could not be replaced \(it is mine\)"),
     "failing": (lambda: llama_with(failing), r"its attention could not be replaced \(no mask\)"),
     "dynamic": (dynamic, "its rotary positions are dynamic: they depend on the length of the sequence"),
-    "LongRoPE": (longrope, "its rotary positions are longrope"),
+    "growing": (growing, "its rotary positions change with every length beyond 2"),
     "Llama 4": (chunked, "its mask is neither causal nor a sliding window"),
     "a mask of its own": (
         lambda: llama_with(lambda f, attention_mask, **kw: f(attention_mask=torch.zeros(1, 1, 3, 3), **kw)),

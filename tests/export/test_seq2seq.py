@@ -194,8 +194,8 @@ def test_more_tokens_than_positions(seq2seq: Callable[[str], Exported]) -> None:
     runner = seq2seq("bart").runner
     with pytest.raises(ValueError, match="a sequence has 70 tokens; this model has 64 positions"):
         runner.generate(torch.ones(1, 70, dtype=torch.long), max_new_tokens=1)
-    with pytest.raises(ValueError, match="a sequence has 65 tokens"):
-        runner.generate(IDS, MASK, max_new_tokens=80, eos_token_id=[])
+    with pytest.raises(ValueError, match="the prompt has 65 tokens; this model has 64 positions"):
+        runner.generate(IDS[:1], decoder_input_ids=torch.ones(1, 65, dtype=torch.long))
 
 
 # --- what is in the directory -----------------------------------------------------------------------------

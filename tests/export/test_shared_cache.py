@@ -13,7 +13,6 @@ from torch import Tensor
 from flora_fx.errors import ExportError
 from flora_fx.export import buffer, session
 from flora_fx.export.buffer import Buffer
-from flora_fx.export.cache import SharedCache
 from flora_fx.export.decoder import Decoder
 from flora_fx.export.memory import SharedMemory
 from flora_fx.export.session import Session
@@ -36,9 +35,8 @@ def prompts(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def memory(decoder: Decoder) -> SharedMemory:
-    cache = decoder.new_cache()
-    assert isinstance(cache, SharedCache)
-    return cache._memory
+    assert decoder._memory is not None
+    return decoder._memory
 
 
 def addresses(decoder: Decoder) -> dict[str, int]:
@@ -145,14 +143,12 @@ def test_capacity_grows(built: Built, decoder: Decoder) -> None:
     assert capacities == [256, 512, 512, 512, 512]  # 250 + 10 are more than 256
 
 
-def test_more_tokens_than_positions(decoder: Decoder) -> None:
-    ids, _ = prompts(1, POSITIONS - 3)
-    stream = decoder.stream(ids, max_new_tokens=50)
-    assert len([next(stream) for _ in range(4)]) == 4  # the last one's own position is not needed
-    with pytest.raises(ValueError, match="are 601 together; this model has 600 positions"):
-        next(stream)
-    with pytest.raises(ValueError, match="are 601 together; this model has 600 positions"):
-        decoder(torch.ones(1, POSITIONS + 1, dtype=torch.int64))
+def test_prompts_that_are_longer_than_the_model_has_positions(decoder: Decoder) -> None:
+    ids = torch.ones(1, POSITIONS + 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="the prompt has 601 tokens; this model has 600 positions"):
+        decoder(ids)
+    with pytest.raises(ValueError, match="the prompt has 601 tokens; this model has 600 positions"):
+        decoder.generate(ids)
 
 
 # Streams
