@@ -32,6 +32,7 @@ from flora_fx.sketch import Sketch, SketchWrite
 from .group import Group, Grouping, Write
 from .layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
 from .names import Names
+from .rotary import Unrolled
 from .values import Values
 
 __all__ = ["Writer"]
@@ -46,6 +47,7 @@ class Writer:
         replaced: old nodes that nothing should read any more.
         labels: names for new nodes, to be given when the old ones are gone.
         sketches: what the report draws.
+        unrolled: the up-projections that were written as a product and a sum.
     """
 
     def __init__(self, program: Program, values: Values, config: FuseConfig) -> None:
@@ -59,6 +61,7 @@ class Writer:
         self.replaced: list[Node] = []
         self.labels: dict[Node, str] = {}
         self.sketches: list[Sketch] = []
+        self.unrolled: list[Unrolled] = []
         self._now: dict[Node, Node] = {}
         self._order = {node: index for index, node in enumerate(self.graph.nodes)}
 
@@ -216,29 +219,46 @@ class Writer:
         return found
 
     def block(self, layout: Layout, block: Block) -> Node:
-        """The matrix of a block: a parameter as it is where it is the only one, a pack otherwise."""
+        """The matrix of a block, [out, rank]: a parameter as it is where it is the only one, a pack otherwise."""
         alone = len(block.writes) == 1 and len(layout.segments[block.segment]) == 1
         if alone and block.columns[1] - block.columns[0] == 1:
             return self.up(block.writes[0].path)
         ups = [write.path.up for write in block.writes]
-        pack = up_pack(self.names.of(ups, "_up"), layout, block, self.config)
-        return self.read(pack, ups[0])
+        return self.up_read(up_pack(self.names.of(ups, "_up"), layout, block, self.config), ups)
 
     def up(self, path: LowRankPath) -> Node:
         """The up-projection of one path, [out, rank]."""
         piece = up_slice(path, 0, 0, self.config)
-        if piece.view:
+        if piece.view and (path.up.weight.transposed or not self.across([path.up])):
             node = self.program.weight_node(path.up.weight)
             return self.program.call(self.program.ops.transpose, node) if path.up.weight.transposed else node
         like: Weight = path.up.like or path.up.weight
         shape = (path.up.out_features, path.up.in_features)
         pack = Pack(self.names.of([path.up], "_up"), shape, (piece,), path.down.node.name, like.source)
-        return self.read(pack, path.up)
+        return self.up_read(pack, [path.up])
+
+    def up_read(self, pack: Pack, ups: Sequence[Projection]) -> Node:
+        """A node for a pack of up-projections, [out, rank]."""
+        if not self.across(ups):
+            return self.read(pack, ups[0])
+        return self.program.call(self.program.ops.transpose, self.read(pack.across(), ups[0]))
+
+    def across(self, ups: Sequence[Projection]) -> bool:
+        """Whether up-projections stand as [rank, out]: then the loop over the features reads neighbours.
+
+        Not where one requires gradients: an optimizer finds it as it was made.
+        """
+        trained = any(up.weight.tensor.requires_grad for up in ups)
+        return self.config.accumulate == "unrolled" and not trained
 
     def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
             return self.program.accumulate(y, z, up, scale)
+        if self.config.accumulate == "unrolled":
+            value = self.program.unrolled(y, z, up, scale)
+            self.unrolled.append(Unrolled(value, y, z, up, scale))
+            return value
         delta = self.program.linear(z, up, None)
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
