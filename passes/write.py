@@ -21,8 +21,10 @@ from itertools import accumulate as running
 from itertools import groupby, pairwise
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
+from flora_fx.choosing import HIGHEST_RANK, unrolls
 from flora_fx.config import FuseConfig
 from flora_fx.ir import LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
@@ -248,14 +250,14 @@ class Writer:
 
         Not where one requires gradients: an optimizer finds it as it was made.
         """
-        trained = any(up.weight.tensor.requires_grad for up in ups)
-        return self.config.accumulate == "unrolled" and not trained
+        fits = all(up.in_features <= HIGHEST_RANK and not up.weight.tensor.requires_grad for up in ups)
+        return self.config.accumulate == "unrolled" and fits
 
     def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
             return self.program.accumulate(y, z, up, scale)
-        if self.config.accumulate == "unrolled":
+        if self.config.accumulate == "unrolled" and self.unrolls(z, up):
             value = self.program.unrolled(y, z, up, scale)
             self.unrolled.append(Unrolled(value, y, z, up, scale))
             return value
@@ -263,6 +265,13 @@ class Writer:
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
         return self.program.call(self.program.ops.add, y, self.program.shaped_like(delta, y))
+
+    def unrolls(self, z: Node, up: Node) -> bool:
+        """Whether a product and a sum pays."""
+        low, matrix = self.program.value(z), self.program.value(up)
+        if not isinstance(low, Tensor) or not isinstance(matrix, Tensor):
+            return True  # nothing is known of the sizes
+        return unrolls(matrix.shape[-1], low.shape[:-1])
 
     def add_bias(self, y: Node, path: LowRankPath) -> Node:
         """``y + scale · factors · bias of the up-projection``, where it has one."""
