@@ -24,7 +24,6 @@ from .errors import AdapterError
 from .fusing import rewrite
 from .fusion_report import FusionReport, combined
 from .lifting import LiftedView, PackedCall
-from .program import GraphModuleView
 
 __all__ = ["INNER", "flora", "last_report"]
 
@@ -82,7 +81,7 @@ def flora(
     """
     inner, config, passed = _read(options or {})
     view = LiftedView(graph, generates=inner == "inductor")
-    views: list[GraphModuleView] = [*bodies(view), view]
+    views = [*bodies(view), view]
     try:
         fusions = [rewrite(part, config) for part in views]
     except AdapterError as error:
@@ -90,7 +89,8 @@ def flora(
         return _compiler(inner, mode, passed)(graph, example_inputs)
     report = combined([fusion.report for fusion in fusions])
     _tell(report)
-    compile_ = _compiler(inner, mode, _unrolling(inner, views, report) | passed)
+    generates = inner == "inductor" and not any(pack.trains for pack in report.packs)
+    compile_ = _compiler(inner, mode, (report.inductor_options if generates else {}) | passed)
     if not report.packs and not report.fused:
         return compile_(graph, example_inputs)
     for part, fusion in zip(views, fusions, strict=True):
@@ -135,18 +135,6 @@ def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
         raise ValueError(f"options {', '.join(sorted(passed))} are Inductor's, and 'flora.inner' is {inner!r}")
     chosen = _DEFAULTS | (_UNDER_INDUCTOR if inner == "inductor" else {}) | own
     return inner, FuseConfig(**chosen), passed
-
-
-def _unrolling(inner: str, views: Sequence[GraphModuleView], report: FusionReport) -> dict[str, Any]:
-    """What Inductor needs to make sums over a rank a part of loops over features.
-
-    Without it a sum over more than 7 is a loop of its own inside of the kernel, which keeps it out of a normalization.
-    Not in training: there it costs more than it brings (CPU, 128 tokens, rank 16: 1.02 of PEFT's step, 0.95 without).
-    """
-    if inner != "inductor" or any(pack.trains for pack in report.packs):
-        return {}
-    ranks = [rank for view in views for rank in view.unrolled_ranks()]
-    return {"unroll_reductions_threshold": max(ranks) + 1} if ranks else {}
 
 
 def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

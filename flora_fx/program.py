@@ -267,11 +267,6 @@ class GraphModuleView(Program):
             node.meta[self.values_key] = fake
         return node
 
-    def unrolled_ranks(self) -> list[int]:
-        """The ranks of the up-projections that were written as a product and a sum."""
-        written = self.graph.find_nodes(op="call_function", target=accumulate_unrolled)
-        return [int(self.value(node.args[1]).shape[-1]) for node in written]
-
     def finish(self, fusion: Fusion) -> fx.GraphModule:
         module = FusedGraphModule.of(self.root, self.graph, fusion)
         module.graph.lint()

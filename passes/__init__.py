@@ -55,6 +55,7 @@ class Outcome:
         seconds: time per pass.
         sketches: what stood around each read and what stands there now.
         derived: the values that are computed from parameters alone, and stored.
+        unrolled: the highest rank of an up-projection that was written as a product and a sum; 0 for none.
     """
 
     packs: tuple[Pack, ...]
@@ -64,6 +65,7 @@ class Outcome:
     seconds: dict[str, float]
     sketches: tuple[Sketch, ...]
     derived: tuple[Derived, ...]
+    unrolled: int
 
 
 def run(program: Program, config: FuseConfig) -> Outcome:
@@ -132,4 +134,5 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         seconds,
         tuple(writer.sketches),
         derived,
+        max((unrolled.rank for unrolled in writer.unrolled), default=0),
     )

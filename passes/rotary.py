@@ -56,6 +56,7 @@ class Unrolled:
     z: Node
     up: Node
     scale: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def write_rotations(program: Program, rotations: Sequence[Rotation]) -> list[Nod
 def _written(program: Program, rotation: Rotation) -> Node:
     unrolled, half = rotation.sum, rotation.half
     *leading, heads, width = program.sizes(rotation.heads)
-    rank = program.value(unrolled.z).shape[-1]
+    rank = unrolled.rank
 
     def swapped(value: Node, across: int, sizes: list[int | Node], dim: int) -> Node:
         """The features of a value in these sizes, with halves or neighbours in one dimension swapped."""

@@ -21,7 +21,6 @@ from itertools import accumulate as running
 from itertools import groupby, pairwise
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from flora_fx.choosing import HIGHEST_RANK, unrolls
@@ -206,7 +205,8 @@ class Writer:
             runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
                 scale = 1.0 if self.config.fold_scale else block.scale
-                adapted = self.add(after[block.segment], low, self.block(layout, block), scale)
+                rank = sum(down.out_features for down in layout.downs[slice(*block.columns)])
+                adapted = self.add(after[block.segment], low, self.block(layout, block), scale, rank)
                 sources = [base.weight.name for base in layout.segments[block.segment]]
                 self.labels[adapted] = f"{Names.joined(sources)}_adapted"
                 after[block.segment] = adapted
@@ -253,25 +253,19 @@ class Writer:
         fits = all(up.in_features <= HIGHEST_RANK and not up.weight.tensor.requires_grad for up in ups)
         return self.config.accumulate == "unrolled" and fits
 
-    def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+    def add(self, y: Node, z: Node, up: Node, scale: float, rank: int) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
             return self.program.accumulate(y, z, up, scale)
-        if self.config.accumulate == "unrolled" and self.unrolls(z, up):
+        shape = self.values.shape(z)
+        if self.config.accumulate == "unrolled" and unrolls(rank, shape and shape[:-1]):
             value = self.program.unrolled(y, z, up, scale)
-            self.unrolled.append(Unrolled(value, y, z, up, scale))
+            self.unrolled.append(Unrolled(value, y, z, up, scale, rank))
             return value
         delta = self.program.linear(z, up, None)
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
         return self.program.call(self.program.ops.add, y, self.program.shaped_like(delta, y))
-
-    def unrolls(self, z: Node, up: Node) -> bool:
-        """Whether a product and a sum pays."""
-        low, matrix = self.program.value(z), self.program.value(up)
-        if not isinstance(low, Tensor) or not isinstance(matrix, Tensor):
-            return True  # nothing is known of the sizes
-        return unrolls(matrix.shape[-1], low.shape[:-1])
 
     def add_bias(self, y: Node, path: LowRankPath) -> Node:
         """``y + scale · factors · bias of the up-projection``, where it has one."""
@@ -313,7 +307,8 @@ class Writer:
                 for factor in path.factors:
                     low = self.program.call(self.program.ops.mul, low, self.now(factor))
                 scale = 1.0 if self.config.fold_scale else path.scale
-                value = self.add_bias(self.add(value, low, self.up(path), scale), path)
+                value = self.add(value, low, self.up(path), scale, path.up.in_features)
+                value = self.add_bias(value, path)
             value = self.cast_back(paths[-1], value)
         self.replace(add, value)
 
