@@ -6,6 +6,7 @@ import argparse
 import itertools
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from . import (
     fusing,
     generation,
     goals,
-    gpu,
     kernels,
     large,
     latency,
@@ -32,6 +32,7 @@ from . import (
 from .accuracy_methods import FULL, METHODS
 from .accuracy_model import Pretraining
 from .accuracy_run import Recipe
+from .gpu import PHASES
 from .onnx_exports import GRAPHS
 from .page import Chapter, setup, write_page
 from .results import RECORD, save
@@ -56,13 +57,22 @@ def main(arguments: Sequence[str]) -> None:
     """
     arguments_of = parser()
     options = arguments_of.parse_args(arguments)
-    command = f"python -m benchmarks {shlex.join(arguments)}"
+    command = f"python -m benchmarks {shlex.join(_repeatable(arguments))}"
     if options.suite == "page":
         print(f"written to {write_page(chapters(RECORD))}")
         return
     if options.suite == "gpu":
-        sections = [section for section in gpu.SECTIONS if section.name in options.sections or not options.sections]
-        sys.exit(gpu.run(options.output, minutes=options.minutes, rehearse=options.rehearse, sections=sections))
+        try:
+            status = PHASES[options.phase].run(
+                options.folder
+                or Path(tempfile.gettempdir(), "flora-gpu-rehearsal" if options.rehearse else "flora-gpu"),
+                minutes=options.minutes,
+                rehearse=options.rehearse,
+                only=options.sections,
+            )
+        except ValueError as error:
+            arguments_of.error(str(error))
+        sys.exit(status)
     try:
         settings = _plan(options) if options.suite == "accuracy" else _settings(options)
     except (ValueError, OSError) as error:
@@ -81,6 +91,16 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"drawn to {picture}")
     except MissingExtraError as error:
         print(error, file=sys.stderr)
+
+
+def _repeatable(arguments: Sequence[str]) -> list[str]:
+    """What repeats a measurement elsewhere: all but where its files went.
+
+    >>> _repeatable(["latency", "--output", "/home/me/out", "--rounds", "3", "--output=here"])
+    ['latency', '--rounds', '3']
+    """
+    places = {index + 1 for index, argument in enumerate(arguments) if argument == "--output"}
+    return [a for index, a in enumerate(arguments) if index not in places and a.partition("=")[0] != "--output"]
 
 
 def _settings(options: Options) -> Settings:
@@ -424,12 +444,12 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--workers", type=int, default=0, help="processes of one thread (one per core, or per GPU)")
     suite.add_argument("--device", default=Recipe.device, help="cpu or cuda (%(default)s)")
 
-    suite = suites.add_parser("gpu", parents=[output], help="all that a GPU host should run")
-    names = [section.name for section in gpu.SECTIONS]
-    suite.add_argument(
-        "--sections", nargs="+", default=(), choices=names, metavar="NAME", help=f"of: {', '.join(names)}"
-    )
-    suite.add_argument("--minutes", type=float, default=20.0, help="stop starting sections after this (%(default)s)")
+    suite = suites.add_parser("gpu", help="all that a GPU host should run, in two phases")
+    suite.add_argument("phase", choices=PHASES, help="first prepare, then measure")
+    suite.add_argument("--folder", type=Path, help="of both phases (flora-gpu, in the folder of temporary files)")
+    suite.add_argument("--sections", nargs="+", default=(), metavar="NAME", help="only these")
+    minutes = ", ".join(f"{phase.minutes:g} to {name}" for name, phase in PHASES.items())
+    suite.add_argument("--minutes", type=float, help=f"in all ({minutes})")
     suite.add_argument("--rehearse", action="store_true", help="the same sections, tiny and on the CPU")
 
     suites.add_parser("page", help="write docs/benchmarks.md from the JSON of record")

@@ -98,7 +98,9 @@ class _Genai:
         config = self._genai.Config(str(job.directory))
         options = {"intra_op_num_threads": settings.threads, **dict([SPINNING])}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        config.clear_providers()  # whatever device the export was checked on
         if settings.device == "cuda":
+            config.append_provider("cuda")
             config.set_provider_option("cuda", "enable_cuda_graph", "1")
         self._model = self._genai.Model(config)
         length = job.prompt + job.new + 1

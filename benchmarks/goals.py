@@ -1,4 +1,4 @@
-"""What issue 6 asks of the exported decoder, beside what was measured."""
+"""What is asked of the exported decoder, beside what was measured."""
 
 from __future__ import annotations
 

@@ -90,6 +90,7 @@ def measure(
     settings: Settings,
     *,
     runners: Sequence[str] = (*RUNNERS, "onnxruntime"),
+    variants: Sequence[str] = (),
     prompt: int = 128,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -98,6 +99,7 @@ def measure(
     Args:
         settings: model and device.
         runners: keys of `RUNNERS`, or ``onnxruntime``. Those that profile a GPU are left out without one.
+        variants: names of PyTorch's to count; empty for all.
         prompt: length, in tokens.
         progress: called with the counts done and in all.
 
@@ -113,7 +115,7 @@ def measure(
         if settings.device in runner.devices
         for phase in ("prefill", "decode")
         for variant, form in runner.variants.items()
-        if available(form, settings.device)
+        if available(form, settings.device) and (variant in variants or not variants)
     ]
     total = len(todo) + len(DEPTHS) * ("onnxruntime" in runners)
     rows = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,13 @@ from flora_fx.errors import AdapterError
 from .contender import Contender
 from .isolated import Progress, isolated
 from .method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
-from .models import Adapted, ffba_of, make_model, weights_of
+from .models import Adapted, ffba_of, weights_of
+from .references import known
 from .settings import Settings
-from .step import CachedStep, empty_cache
+from .tolerances import verdict
 from .torch_contenders import LIVE, RUNNERS, Form, available, make_contender
 
-__all__ = ["CHECKED", "METRICS", "TOLERANCE", "Job", "measure", "rows", "sample"]
-
-TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 8e-2}
-"""‖logits − float64 logits‖ / ‖float64 logits‖ that a contender may have; an adapter changes logits by about 1."""
+__all__ = ["CHECKED", "METRICS", "Job", "checked_text", "measure", "rows", "sample", "samples"]
 
 CHECKED = 4
 """Tokens after the prompt whose logits are compared."""
@@ -96,7 +94,8 @@ def measure(
         for runner, prompt in itertools.product(runners, prompts):
             tick = progress(f"{runner}, prompt of {prompt}")
             passes = max(1, rounds // processes)
-            job = Job(settings, runner, prompt, new, passes, graphs, tuple(contenders), reference, tuple(peers))
+            named = (tuple(contenders), reference, tuple(peers))
+            job = Job(settings, runner, prompt, new, passes, graphs, *named, kept=Path(place, "references"))
             try:
                 groups = [
                     isolated(sample, job, index, threads=settings.threads, progress=_part(tick, index, processes))
@@ -126,6 +125,8 @@ class Job:
         contenders: which; empty for all.
         reference: the one that ratios are taken to.
         peers: others that they are taken to as well.
+        entries: of the configuration of ONNX Runtime's sessions, beside those that all have.
+        kept: folder of float64 references, see `references.known`.
     """
 
     settings: Settings
@@ -137,6 +138,8 @@ class Job:
     contenders: tuple[str, ...] = ()
     reference: str = "base"
     peers: tuple[str, ...] = ()
+    entries: tuple[tuple[str, str], ...] = ()
+    kept: Path | None = None
 
     @property
     def models(self) -> Mapping[str, Adapted]:
@@ -161,27 +164,32 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
         ratios must not be shown; ``unavailable``: contender -> why it could not be built; ``notes``: contender -> what
         readers should know.
     """
-    drawn = torch.Generator().manual_seed(seed)
-    settings = job.settings
+    return next(samples([job], seed, progress))
 
-    def text() -> tuple[Tensor, tuple[Tensor, ...]]:
-        size = (settings.batch, job.prompt + job.new)
-        tokens = torch.randint(settings.vocabulary, size, generator=drawn).to(settings.device)
-        return tokens[:, : job.prompt].contiguous(), tokens[:, job.prompt :].split(1, dim=1)
 
-    prompt, following = text()
+def samples(jobs: Sequence[Job], seed: int, progress: Progress) -> Iterator[dict[str, Any]]:
+    """`sample` of several jobs by the contenders of the first one: ONNX Runtime's serve prompts of any length."""
     order = random.Random(seed)
-    built = _build(job, prompt, order)
+    built = _build(jobs[0], checked_text(jobs[0], seed)[0], order)
+    for index, job in enumerate(jobs):
+        yield _sample(job, built, seed, order, _part(progress, index, len(jobs)))
+
+
+def _sample(
+    job: Job, built: Mapping[str, Contender | str], seed: int, order: random.Random, progress: Progress
+) -> dict[str, Any]:
+    drawn = torch.Generator().manual_seed(seed)
+    prompt, following = _text(job, drawn)
     contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
     refused = _disagreements(contenders, job, prompt, following[:CHECKED])
     refused |= _not_compiled(contenders, prompt, following[0])
     compiled_before = compilations()
 
-    clock = Clock(settings.device)
+    clock = Clock(job.settings.device)
     samples: dict[str, Samples] = {metric: {name: [] for name in contenders} for metric in METRICS}
     _generate(contenders, prompt, following, clock, order)  # warms up
     for done in range(job.passes):
-        turns = _generate(contenders, *text(), clock, order)
+        turns = _generate(contenders, *_text(job, drawn), clock, order)
         for name in contenders:
             first, *steps = (turn[name] for turn in turns)
             samples["ttft"][name].append([first])
@@ -193,6 +201,19 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     unavailable = {name: why for name, why in built.items() if isinstance(why, str)}
     notes = {name: contender.note for name, contender in contenders.items() if contender.note}
     return {"samples": samples, "refused": refused, "unavailable": unavailable, "notes": notes}
+
+
+def _text(job: Job, drawn: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Random tokens: a prompt [batch, prompt], and those after it, [batch, 1] each."""
+    size = (job.settings.batch, job.prompt + job.new)
+    tokens = torch.randint(job.settings.vocabulary, size, generator=drawn).to(job.settings.device)
+    return tokens[:, : job.prompt].contiguous(), tokens[:, job.prompt :].split(1, dim=1)
+
+
+def checked_text(job: Job, seed: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The prompt and the tokens after it that contenders are checked on."""
+    prompt, following = _text(job, torch.Generator().manual_seed(seed))
+    return prompt, following[:CHECKED]
 
 
 def _generate(
@@ -232,7 +253,7 @@ def _build(job: Job, prompt: Tensor, order: random.Random) -> Mapping[str, Conte
         else:
             from .onnx_contenders import onnx_contenders
 
-            built |= onnx_contenders(job.settings, {name: graphs[name]}, job.new)
+            built |= onnx_contenders(job.settings, {name: graphs[name]}, job.new, job.entries)
     return {name: built[name] for name in names}
 
 
@@ -254,39 +275,22 @@ def _disagreements(
     contenders: Mapping[str, Contender], job: Job, prompt: Tensor, following: Sequence[Tensor]
 ) -> dict[str, str]:
     """Contenders whose logits, of the prompt and of the tokens after it, are not those of their model in float64."""
-    tolerance = TOLERANCE[job.settings.dtype]
-    computed = {name: _unmerged(job.models[name]) for name in contenders}
-    models: list[Adapted] = sorted({"base", "peft", *computed.values()})
-    expected = {model: _reference(job.settings, model, prompt, following) for model in models}
-    for one, other in itertools.combinations(expected, 2):
-        if difference(expected[one][0], expected[other][0]) < 4 * tolerance:
+    models: list[Adapted] = sorted({"base", "peft", *(job.models[name] for name in contenders)})
+    expected = {model: known(job.settings, model, prompt, following, job.kept) for model in models}
+    for one, other in itertools.combinations(sorted(expected.keys() - {"merged"}), 2):
+        least = 4 * max(expected[one].allowed, expected[other].allowed)
+        if difference(expected[one].logits[0], expected[other].logits[0]) < least:
             raise RuntimeError(f"the logits of {one} and {other} differ too little for a check to tell them apart")
     found = {}
     for name, contender in contenders.items():
         steps = [_copied(contender.prefill(prompt)), *(_copied(contender.decode(token)) for token in following)]
-        worst = max(difference(*pair) for pair in zip(steps, expected[computed[name]], strict=True))
-        if not worst <= tolerance:  # NaN too
-            found[name] = f"its logits are off by {worst:.1e} of the float64 reference; {tolerance:.0e} is allowed"
+        if why := verdict(steps, expected[job.models[name]]):
+            found[name] = why
     return found
 
 
 def _copied(logits: Tensor) -> Tensor:
     return logits.to("cpu", copy=True)
-
-
-def _unmerged(adapted: Adapted) -> Adapted:
-    """The model that computes the same without having been rounded in a merge."""
-    return "peft" if adapted == "merged" else adapted
-
-
-def _reference(settings: Settings, adapted: Adapted, prompt: Tensor, following: Sequence[Tensor]) -> list[Tensor]:
-    step = CachedStep(make_model(settings, adapted, dtype=torch.float64)).eval()
-    cache = empty_cache(settings, prompt.shape[1] + len(following), dtype=torch.float64)
-    position = torch.zeros((), dtype=torch.int64, device=settings.device)
-    logits = [step(prompt, position, *cache).cpu()]
-    for index, token in enumerate(following):
-        logits.append(step(token, position.fill_(prompt.shape[1] + index), *cache).cpu())
-    return logits
 
 
 def _not_compiled(contenders: Mapping[str, Contender], prompt: Tensor, token: Tensor) -> dict[str, str]:

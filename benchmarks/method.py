@@ -6,8 +6,9 @@
   after it), since neighbouring rounds are not independent, and over processes where there are several: another process
   means other addresses for all weights, which alone moves a ratio by some percent, so each makes its contenders in an
   order of its own.
-- A ratio is refused, not printed, when a contender's outputs differ from a float64 reference, when it was to be
-  compiled and a profile shows that it was not, or when something was compiled while the clock ran.
+- A ratio is refused, not printed, when a contender's outputs differ from a float64 reference by more than its dtype
+  explains (`tolerances`), when it was to be compiled and a profile shows that it was not, or when something was
+  compiled while the clock ran.
 - On a GPU the time is between two CUDA events, and the L2 cache is overwritten before each call. On a CPU the turns do
   the same for models that exceed the last cache together.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,20 @@ _Cache = dict[tuple[int, str], Any]
 """``onnxruntime.OrtValue`` by layer and by ``key`` or ``value``."""
 
 
-def onnx_contenders(settings: Settings, graphs: Mapping[str, Path | str], room: int) -> dict[str, Contender | str]:
+Entries = Sequence[tuple[str, str]]
+"""Of a session's configuration: keys and values."""
+
+
+def onnx_contenders(
+    settings: Settings, graphs: Mapping[str, Path | str], room: int, entries: Entries = ()
+) -> dict[str, Contender | str]:
     """Load what `write_graphs` wrote.
 
     Args:
         settings: what the graphs were written for.
         graphs: by name, a folder, or why there is none; loaded in this order.
         room: tokens after the prompt; memory is allocated for both.
+        entries: of the configuration of their sessions, beside those that all have.
 
     Returns:
         by the same names: what runs it, or why nothing does (ONNX Runtime cannot load it, or there is no graph).
@@ -54,23 +61,23 @@ def onnx_contenders(settings: Settings, graphs: Mapping[str, Path | str], room: 
     loaded: dict[str, Contender | str] = {}
     for name, graph in graphs.items():
         try:
-            loaded[name] = graph if isinstance(graph, str) else _load(settings, graph, room)
+            loaded[name] = graph if isinstance(graph, str) else _load(settings, graph, room, entries)
         except FloraError as error:
             loaded[name] = str(error)
     return loaded
 
 
-def _load(settings: Settings, directory: Path, room: int) -> Contender:
+def _load(settings: Settings, directory: Path, room: int, entries: Entries = ()) -> Contender:
     if not _shares(directory):
-        return GrowingContender(settings, directory)
+        return GrowingContender(settings, directory, entries)
     if settings.device == "cpu":
-        return SharedContender(settings, directory, room)
+        return SharedContender(settings, directory, room, entries)
     try:
-        captured = SharedContender(settings, directory, room, cuda_graph=True)
+        captured = SharedContender(settings, directory, room, entries, cuda_graph=True)
         captured.prefill(torch.zeros(settings.batch, 2, dtype=torch.int64))
         captured.decode(torch.zeros(settings.batch, 1, dtype=torch.int64))
     except ExportError as error:
-        plain = SharedContender(settings, directory, room)
+        plain = SharedContender(settings, directory, room, entries)
         plain.note = f"runs without a CUDA graph: {error}"
         return plain
     return captured
@@ -82,20 +89,22 @@ def _shares(directory: Path) -> bool:
     return config.exists() and bool(json.loads(config.read_text())["search"]["past_present_share_buffer"])
 
 
-def session_options(settings: Settings) -> Any:
-    """The ``onnxruntime.SessionOptions`` of every contender."""
+def session_options(settings: Settings, entries: Entries = ()) -> Any:
+    """The ``onnxruntime.SessionOptions`` of every contender, with further entries of its configuration."""
     options = require("onnxruntime", "onnx").SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.log_severity_level = 3
     # Threads wait actively within a run, as by default, and not after it: that would slow down who comes next
     # (seen on 2 cores: three sessions and a torch function in turns all took twice as long as alone).
-    options.add_session_config_entry(*SPINNING)
+    for entry in (SPINNING, *entries):
+        options.add_session_config_entry(*entry)
     return options
 
 
-def _session(settings: Settings, path: Path, *, cuda_graph: bool = False) -> Session:
+def _session(settings: Settings, path: Path, entries: Entries, *, cuda_graph: bool = False) -> Session:
     providers = [PROVIDERS[settings.device]]
-    session = Session(path, providers=providers, session_options=session_options(settings), cuda_graph=cuda_graph)
+    options = session_options(settings, entries)
+    session = Session(path, providers=providers, session_options=options, cuda_graph=cuda_graph)
     if session.device != settings.device:
         raise ExportError(f"ONNX Runtime runs {path} on {session.device}, not on {settings.device}")
     return session
@@ -108,6 +117,7 @@ class SharedContender:
         settings: threads, device, shape of the cache.
         directory: a folder of `write_graphs`.
         room: tokens after the prompt.
+        entries: of the session's configuration.
         cuda_graph: capture the decode step as a CUDA graph.
 
     Attributes:
@@ -119,8 +129,10 @@ class SharedContender:
 
     compiled = False
 
-    def __init__(self, settings: Settings, directory: Path, room: int, *, cuda_graph: bool = False) -> None:
-        session = _session(settings, decode_graph(directory), cuda_graph=cuda_graph)
+    def __init__(
+        self, settings: Settings, directory: Path, room: int, entries: Entries = (), *, cuda_graph: bool = False
+    ) -> None:
+        session = _session(settings, decode_graph(directory), entries, cuda_graph=cuda_graph)
         self._cache = Decoder(session, _manifest(settings, directory, session)).new_cache()
         self._room = room
         self.note = ""
@@ -163,6 +175,7 @@ class GrowingContender:
     Args:
         settings: threads, device, shape of the cache.
         directory: a folder of `write_graphs`.
+        entries: of the configuration of its sessions.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph on the device.
@@ -171,10 +184,10 @@ class GrowingContender:
     compiled = False
     note = ""
 
-    def __init__(self, settings: Settings, directory: Path) -> None:
+    def __init__(self, settings: Settings, directory: Path, entries: Entries = ()) -> None:
         prefill = directory / PREFILL
-        self._decode = _Graph(settings, decode_graph(directory))
-        self._prefill = _Graph(settings, prefill) if prefill.exists() else self._decode
+        self._decode = _Graph(settings, decode_graph(directory), entries)
+        self._prefill = _Graph(settings, prefill, entries) if prefill.exists() else self._decode
         self._empty = _empty(settings)
         self._past: _Cache = {}
         self._length = 0
@@ -202,8 +215,8 @@ def _empty(settings: Settings) -> _Cache:
 class _Graph:
     """One session, whoever exported it: inputs are found by their names."""
 
-    def __init__(self, settings: Settings, path: Path) -> None:
-        self._session = _session(settings, path)
+    def __init__(self, settings: Settings, path: Path, entries: Entries) -> None:
+        self._session = _session(settings, path, entries)
         self._past = {name: slot for name in self._session.inputs if (slot := _slot(name))}
         self._present = {name: slot for name in self._session.outputs if (slot := _slot(name))}
 

@@ -29,7 +29,7 @@ from .isolated import Progress, isolated
 from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 
-__all__ = ["GRAPHS", "PREFILL", "PROVIDERS", "count_nodes", "decode_graph", "write_graphs"]
+__all__ = ["GRAPHS", "PREFILL", "PROVIDERS", "count_nodes", "decode_graph", "write_graph", "write_graphs"]
 
 PREFILL = "prefill.onnx"
 """In a folder where decode is a graph of its own, too."""
@@ -71,6 +71,35 @@ def write_graphs(
         tick = partial(_after, progress, len(graphs), len(wanted))
         graphs |= _write_elsewhere(settings, adapted, directory, mine, tick)
     return {name: graphs[name] for name in wanted}
+
+
+def write_graph(settings: Settings, name: str, directory: Path) -> Path:
+    """Export one of `GRAPHS` in this process, and print what its exporter prints.
+
+    Args:
+        settings: of the model; its device is the one that the graph is for.
+        name: of the graph.
+        directory: gets a folder for it, and perhaps one for a graph that its exporter cannot leave out; missing
+            parents are made.
+
+    Returns:
+        the folder.
+
+    Raises:
+        Exception: of all kinds; exporters do.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    directory.mkdir(parents=True, exist_ok=True)
+    adapted = GRAPHS[name]
+    [(names, writer)] = [(names, writer) for names, writer in _WRITERS[adapted].items() if name in names]
+    folders = [_folder(directory, each) for each in names]
+    model = make_model(settings, adapted).cpu()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+    for each, _ in zip(names, writer(settings, model, folders), strict=False):
+        if each == name:
+            break
+    return folders[names.index(name)]
 
 
 def decode_graph(directory: Path) -> Path:
@@ -163,7 +192,9 @@ def _log(directory: Path, adapted: Adapted) -> Path:
 
 
 def _by_flora_fx(settings: Settings, model: Any, folders: list[Path], **options: Any) -> Iterator[None]:
-    export_onnx(model, folders[0], providers=[PROVIDERS[settings.device]], overwrite=True, **options)
+    # Where a GPU's provider is not installed yet, the check is the CPU's; contenders are checked once more.
+    providers = dict.fromkeys((PROVIDERS[settings.device], PROVIDERS["cpu"]))
+    export_onnx(model, folders[0], providers=[*providers], overwrite=True, **options)
     yield
 
 

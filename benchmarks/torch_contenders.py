@@ -22,7 +22,7 @@ from .step import CachedStep, empty_cache
 
 __all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
 
-Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora"]
+Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora", "flora, reduce-overhead"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Form:
 
     Attributes:
         adapted: which model.
-        way: op by op, compiled with defaults, with Inductor's ``freezing``, with CUDA graphs, or by our backend.
+        way: op by op, compiled with defaults, with Inductor's ``freezing``, with CUDA graphs, or by our backend,
+            without CUDA graphs or with them.
         captured: as a graph from `flora_fx.capture`; otherwise the live model.
         fuse: how the captured graph is fused; None leaves it as it is.
     """
@@ -81,7 +82,10 @@ RUNNERS: dict[str, dict[str, Form]] = {
         "PEFT (freezing)": Form("peft", "freezing"),
         "fused (freezing)": Form("peft", "freezing", captured=True, fuse=_INDUCTOR),
     },
-    "reduce-overhead": _forms("reduce-overhead", _LAUNCHES),
+    "reduce-overhead": {
+        **_forms("reduce-overhead", _LAUNCHES),
+        "fused (flora backend)": Form("peft", "flora, reduce-overhead"),
+    },
     "forms-eager": _all_forms("eager"),
     "forms-inductor": _all_forms("inductor"),
 }
@@ -93,7 +97,7 @@ LIVE: dict[str, Form] = {f"{name} (eager)": RUNNERS["eager"][name] for name in (
 
 def available(form: Form, device: str) -> bool:
     """Whether this installation can run a form at all."""
-    return form.way != "reduce-overhead" or device == "cuda"
+    return form.way not in _CUDA_GRAPHS or device == "cuda"
 
 
 class TorchContender:
@@ -151,7 +155,7 @@ def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int
     """
     step = CachedStep(make_model(settings, form.adapted)).eval()
     cache = empty_cache(settings, capacity)
-    if form.way == "reduce-overhead":
+    if form.way in _CUDA_GRAPHS:
         for tensor in cache:  # written in place; a CUDA graph wants them where they were
             torch._dynamo.mark_static_address(tensor)
     token = prompt[:, :1]
@@ -185,7 +189,10 @@ _COMPILE: dict[Way, dict[str, Any]] = {
     "freezing": {"backend": "inductor"},
     "reduce-overhead": {"backend": "inductor", "mode": "reduce-overhead"},
     "flora": {"backend": flora},  # not by its name: that takes an installation
+    "flora, reduce-overhead": {"backend": flora, "mode": "reduce-overhead"},
 }
+
+_CUDA_GRAPHS = ("reduce-overhead", "flora, reduce-overhead")
 
 
 def _compiled(step: Callable[..., Tensor], way: Way) -> Callable[..., Tensor]:

@@ -7,11 +7,12 @@ compared with its adapter's in float64; one that disagrees, or that was to be co
 from __future__ import annotations
 
 import contextlib
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,29 @@ from flora_fx.errors import AdapterError
 
 from . import ffba
 from .isolated import Progress, isolated
+from .kept import once
 from .latency_view import cell
 from .memory import live_bytes, peak_bytes
 from .method import Timing, compare, compilations, difference, was_compiled
 from .models import Adapted, adapters_of, ffba_of, make_model
-from .settings import SHAPES, Settings
+from .settings import Settings
 from .sheet import Sheet
 from .torch_contenders import RUNNERS, Form, available, built
 
-__all__ = ["TOLERANCE", "VARIANTS", "Training", "check", "disagreement", "measure", "reference", "sample", "sheets"]
+__all__ = [
+    "DTYPES",
+    "VARIANTS",
+    "Expected",
+    "Training",
+    "check",
+    "disagreement",
+    "measure",
+    "reference",
+    "references",
+    "sample",
+    "sheets",
+    "text",
+]
 
 VARIANTS: dict[str, Form] = {
     "PEFT": RUNNERS["eager"]["PEFT"],
@@ -43,17 +58,24 @@ VARIANTS: dict[str, Form] = {
 }
 """What takes turns; ratios are to ``PEFT``, a LoRA."""
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.15}
-"""‖gradient − float64 gradient‖ / ‖float64 gradient‖ that each A and B may have. PEFT's own were seen to have 2e-6 and
-0.04; what a scale or a factor of two gets wrong is far outside."""
+DTYPES = ("float32", "bfloat16")
+"""What a LoRA trains in, all of it in one dtype."""
 
-LOSS_TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
-"""|loss − float64 loss| / float64 loss that each of the checked steps may have; a step changes it by some 2e-2."""
+FACTOR = 4.0
+"""A variant may be so many times as far from float64 as the live model in its own dtype is."""
+
+GRADIENT_FLOOR, LOSS_FLOOR = 1e-4, 1e-5
+"""Or so far, whatever the model's own distance; what a scale or a factor of two gets wrong is far outside."""
+
+_TELLING = 0.5  # of a gradient; a check that allows more tells nothing
 
 STEPS = 3
 """How many are checked."""
 
 LEARNING_RATE = 1e-3
+
+
+Gradients = dict[str, Tensor | None]
 
 
 class Loss(nn.Module):
@@ -95,7 +117,7 @@ class Training:
         """The loss, ready for its backward."""
         return self._loss(self._tokens)
 
-    def gradients(self) -> dict[str, Tensor | None]:
+    def gradients(self) -> Gradients:
         """The gradients of all A and B, by name, at the present weights."""
         self.forward().backward()
         found = {
@@ -113,39 +135,73 @@ class Training:
         return loss.detach()
 
 
-Expected = tuple[dict[str, Tensor | None], list[float]]
+class Expected(NamedTuple):
+    """What training must give.
+
+    Attributes:
+        gradients: of all A and B at the first step, by name, in float64.
+        losses: of `STEPS` steps, in float64.
+        allowed: ‖gradient − float64 gradient‖ / ‖float64 gradient‖ that each A and B may have.
+        allowed_loss: |loss − float64 loss| / float64 loss that each step may have.
+    """
+
+    gradients: Gradients
+    losses: list[float]
+    allowed: float = GRADIENT_FLOOR
+    allowed_loss: float = LOSS_FLOOR
 
 
 def reference(settings: Settings, tokens: Tensor, adapted: Adapted = "peft") -> Expected:
-    """The gradients at the first step and the losses of `STEPS` steps, of the live model in float64."""
-    training = Training(Form(adapted, "eager"), settings, tokens, dtype=torch.float64)
-    gradients = training.gradients()
-    losses = [training.step().item() for _ in range(STEPS)]
-    moved = min(abs(a - b) / a for a, b in itertools.pairwise(losses))
-    if moved < 4 * LOSS_TOLERANCE[settings.dtype]:
-        raise RuntimeError("training changes the loss too little for a check to see whether a variant trains")
-    return gradients, losses
+    """What the live model gives in float64, and how near to it the live model in its own dtype is.
+
+    Raises:
+        RuntimeError: rounding hides what is to be seen.
+    """
+    form = Form(adapted, "eager")
+    exact, rounded = (_trained(Training(form, settings, tokens, dtype=dtype)) for dtype in (torch.float64, None))
+    (gradients, losses), (own, own_losses) = exact, rounded
+    allowed = max(GRADIENT_FLOOR, FACTOR * max(_errors(own, gradients).values()))
+    allowed_loss = max(LOSS_FLOOR, FACTOR * max(_loss_error(*pair) for pair in zip(own_losses, losses, strict=True)))
+    moved = _loss_error(losses[-1], losses[0])
+    if not (allowed <= _TELLING and moved >= 2 * allowed_loss):  # NaN too
+        raise RuntimeError(
+            f"{STEPS - 1} steps change the loss by {moved:.1e}, and rounding alone puts it off by up to "
+            f"{allowed_loss / FACTOR:.1e} and a gradient by {allowed / FACTOR:.1e}: a check could not tell whether a "
+            "variant trains"
+        )
+    return Expected(gradients, losses, allowed, allowed_loss)
 
 
-def disagreement(training: Training, expected: Expected, dtype: str) -> str | None:
+def _trained(training: Training) -> tuple[Gradients, list[float]]:
+    return training.gradients(), [training.step().item() for _ in range(STEPS)]
+
+
+def _errors(found: Gradients, expected: Gradients) -> dict[str, float]:
+    return {name: difference(found[name], gradient) for name, gradient in expected.items()}  # type: ignore[arg-type]
+
+
+def _loss_error(found: float, expected: float) -> float:
+    return abs(found - expected) / expected
+
+
+def disagreement(training: Training, expected: Expected) -> str | None:
     """Why a variant does not train as the float64 reference does; None if it does. It takes `STEPS` steps.
 
     Args:
         training: a variant at its first step.
         expected: from `reference`, of the same adapter.
-        dtype: a name of `settings.DTYPES`.
     """
-    gradients, losses = expected
+    gradients = expected.gradients
     found = training.gradients()
     if missing := [name for name in gradients if found[name] is None]:
         return f"{len(missing)} of {len(gradients)} A and B get no gradient, {missing[0]} among them"
-    errors = {name: difference(found[name], gradient) for name, gradient in gradients.items()}  # type: ignore[arg-type]
+    errors = _errors(found, gradients)
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN first
-    if not errors[worst] <= TOLERANCE[dtype]:
-        return f"the gradient of {worst} is off by {errors[worst]:.1e} of float64's; {TOLERANCE[dtype]:.0e} is allowed"
-    for index, loss in enumerate(losses):
+    if not errors[worst] <= expected.allowed:
+        return f"the gradient of {worst} is off by {errors[worst]:.1e} of float64's; {expected.allowed:.0e} is allowed"
+    for index, loss in enumerate(expected.losses):
         own = training.step().item()
-        if not abs(own - loss) <= LOSS_TOLERANCE[dtype] * loss:
+        if not _loss_error(own, loss) <= expected.allowed_loss:
             return f"its loss at step {index + 1} is {own:.6f}; float64's is {loss:.6f}"
     return None
 
@@ -156,10 +212,10 @@ def check(settings: Settings) -> None:
     Raises:
         ValueError: a dtype that a LoRA does not train in.
     """
-    if settings.dtype not in TOLERANCE:
+    if settings.dtype not in DTYPES:
         raise ValueError(
             f"a LoRA does not train in pure {settings.dtype}: Adam's second moments underflow, and nothing here scales "
-            f"gradients; --dtype must be one of {', '.join(TOLERANCE)}"
+            f"gradients; --dtype must be one of {', '.join(DTYPES)}"
         )
 
 
@@ -192,33 +248,61 @@ def measure(
     return {"settings": setup, "sequence": sequence, "rounds": rounds, "rows": rows}
 
 
-def sample(settings: Settings, rounds: int, sequence: int, progress: Progress) -> list[dict[str, Any]]:
-    """What `measure` does, in this process; returns its rows."""
-    drawn = torch.Generator().manual_seed(0)
-    vocabulary = int(str(SHAPES[settings.shape]["vocab_size"]))
-    tokens = torch.randint(vocabulary, (settings.batch, sequence), generator=drawn).to(settings.device)
-    expected = _references(settings, tokens)
+def sample(
+    settings: Settings,
+    rounds: int,
+    sequence: int,
+    progress: Progress,
+    *,
+    variants: Sequence[str] = (),
+    kept: Path | None = None,
+) -> list[dict[str, Any]]:
+    """What `measure` does, in this process; returns its rows.
+
+    Args:
+        settings, rounds, sequence, progress: as for `measure`.
+        variants: of `VARIANTS`, PEFT among them; empty for all.
+        kept: folder of references that were computed before, or None.
+    """
+    tokens = text(settings, sequence)
+    chosen = {name: form for name, form in VARIANTS.items() if name in variants or not variants}
+    expected = references(settings, tokens, chosen, kept)
     rows: dict[str, dict[str, Any]] = {}
     agreed: dict[str, Training] = {}
-    total = len(VARIANTS) + rounds
-    for name, form in VARIANTS.items():
+    total = len(chosen) + rounds
+    for name, form in chosen.items():
         row, training = _build(form, settings, tokens, expected)
         rows[name] = {"variant": name} | row
         if training is not None:
             agreed[name] = training
         progress(len(rows), total)
-    timings = _take_turns(agreed, settings, rounds, lambda done, _: progress(len(VARIANTS) + done, total))
+    timings = _take_turns(agreed, settings, rounds, lambda done, _: progress(len(chosen) + done, total))
     for name, timing in timings.items():
         rows[name] |= {"refused": timing} if isinstance(timing, str) else asdict(timing)
     return list(rows.values())
 
 
-def _references(settings: Settings, tokens: Tensor) -> dict[Adapted, Expected]:
+def text(settings: Settings, sequence: int) -> Tensor:
+    """What is trained on: random tokens, [batch, sequence]."""
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(settings.vocabulary, (settings.batch, sequence), generator=drawn).to(settings.device)
+
+
+def references(
+    settings: Settings, tokens: Tensor, variants: Mapping[str, Form], kept: Path | None = None
+) -> dict[Adapted, Expected]:
+    """The `reference` of each adapter that there is, from the folder where it was kept."""
     found = {}
-    for adapted in dict.fromkeys(form.adapted for form in VARIANTS.values()):
+    model = replace(settings, layers=settings.depth, threads=1)
+    for adapted in dict.fromkeys(form.adapted for form in variants.values()):
+        compute = partial(_reference, settings, tokens, adapted)
         with contextlib.suppress(AdapterError):  # building the variant says so, too
-            found[adapted] = reference(settings, tokens, adapted)
+            found[adapted] = Expected(**once(kept, ("training", model, adapted, tokens.tolist()), compute))
     return found
+
+
+def _reference(settings: Settings, tokens: Tensor, adapted: Adapted) -> dict[str, Any]:
+    return reference(settings, tokens, adapted)._asdict()
 
 
 def _build(
@@ -230,7 +314,7 @@ def _build(
     before = live_bytes(settings.device)
     try:
         training = Training(form, settings, tokens)
-        why = disagreement(training, expected[form.adapted], settings.dtype)
+        why = disagreement(training, expected[form.adapted])
     except (RuntimeError, AdapterError) as error:  # flora_fx, Dynamo and CUDA (out of memory) raise the first
         return {"unavailable": _reason(error)}, None
     if why is None and training.compiled and not was_compiled(training.forward):

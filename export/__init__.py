@@ -1,7 +1,8 @@
 """From a transformers model with adapters to a fused ONNX directory, and back to tokens on ONNX Runtime.
 
     source -> tracing -> flora_fx.fuse -> lowering -> checking -> directory, manifest
-    loading -> manifest, session -> decoder (cache, sampling, swapping) | seq2seq_decoder (token_rules) | encoder
+    loading -> manifest, session -> decoder (cache, swapping) | seq2seq_decoder | encoder
+    options -> rules, sampling, stopping: how the tokens of both are chosen; generation: what the model asks for
 
 A causal LM goes by target "decoder" (decoder_tracing, rotary, parts, decoder_lowering, genai), or by the general one.
 
@@ -10,10 +11,11 @@ Only ``import flora_fx.export`` works with torch alone; each function asks for t
 
 from __future__ import annotations
 
-from .decoder import Decoder, Streamer
+from .decoder import Decoder
 from .encoder import Encoder
 from .exporting import export_onnx
 from .forms import DECODER_FORMS, ONNX_FORMS
+from .generated import Generated, Streamer
 from .loading import load
 from .manifest import Manifest
 from .options import GenerationOptions
@@ -27,6 +29,7 @@ __all__ = [
     "Decoder",
     "Encoder",
     "ExportResult",
+    "Generated",
     "GenerationOptions",
     "Manifest",
     "Sampling",

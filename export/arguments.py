@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = ["integers", "padding_mask", "token_ids", "tokens"]
+
+_SINGLE = ("pad_token_id", "forced_bos_token_id")
+"""The arguments that are one token id."""
 
 
 def integers(name: str, value: Any) -> Tensor:
@@ -45,8 +49,13 @@ def tokens(name: str, value: Any, vocab_size: int) -> Tensor:
     return ids
 
 
-def padding_mask(value: Any, ids: Tensor) -> Tensor:
+def padding_mask(value: Any, ids: Tensor, of: str = "input_ids") -> Tensor:
     """The ``attention_mask`` of ``input_ids`` [batch, prompt] as int64 on the CPU; all ones for None.
+
+    Args:
+        value: what was passed for it.
+        ids: of the shape that it must have.
+        of: what it is the mask of.
 
     Raises:
         TypeError, ValueError: of the wrong type or shape, or other values than 0 and 1.
@@ -55,23 +64,28 @@ def padding_mask(value: Any, ids: Tensor) -> Tensor:
         return torch.ones_like(ids)
     mask = integers("attention_mask", value)
     if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {list(mask.shape)}; it must be that of input_ids, {list(ids.shape)}"
-        )
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}; it must be that of {of}, {list(ids.shape)}")
     if not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError("attention_mask holds other values than 0 and 1")
     return mask
 
 
-def token_ids(name: str, value: Any) -> list[int]:
+def token_ids(name: str, value: Any, vocab_size: int = 0) -> list[int]:
     """One token id or several, as a list.
 
+    Args:
+        name: of the argument.
+        value: what was passed for it.
+        vocab_size: they must be below; 0 where that does not matter.
+
     Raises:
-        TypeError: something else.
+        TypeError, ValueError: something else, or a token outside of the vocabulary.
     """
-    ids = [value] if isinstance(value, int) else list(value)
+    ids = [value] if isinstance(value, int) or not isinstance(value, Iterable) else list(value)
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
-        raise TypeError(
-            f"{name} is {value!r}; it must be a token id" + (" or a list of them" if name[0] == "e" else "")
-        )
+        several = "" if name in _SINGLE else " or a list of them"
+        raise TypeError(f"{name} is {value!r}; it must be a token id{several}")
+    for token in ids:
+        if vocab_size and not 0 <= token < vocab_size:
+            raise ValueError(f"{name} holds {token}; the tokens of this model are 0 to {vocab_size - 1}")
     return ids

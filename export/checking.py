@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,13 @@ __all__ = ["TOLERANCES", "Check", "check"]
 _NEW_TOKENS = 16
 
 
-def check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any] | None) -> Check:
+def check(
+    directory: Path,
+    manifest: Manifest,
+    model: nn.Module,
+    providers: Sequence[Any] | None,
+    example: Mapping[str, Tensor] | None = None,
+) -> Check:
     """Compare a written graph with its model.
 
     Args:
@@ -36,6 +42,7 @@ def check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequ
         manifest: of the graph.
         model: the unfused transformers model in the export's dtype, in eval mode.
         providers: see `usable_providers`.
+        example: inputs to compare an encoder on, see `Traced`.
 
     Raises:
         ExportError: they do not agree.
@@ -46,18 +53,21 @@ def check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequ
         with tempfile.TemporaryDirectory(prefix="flora_fx-check-") as wide:
             for name in manifest.graphs:
                 save_in_float32(directory / name, Path(wide) / name, data=f"{name}.data")
-            found = _check(Path(wide), manifest, model, usable)
+            found = _check(Path(wide), manifest, model, usable, example or {})
         return replace(found, checked_on=f"{found.checked_on}, in float32")
-    return _check(directory, manifest, model, usable)
+    return _check(directory, manifest, model, usable, example or {})
 
 
 @torch.no_grad()
-def _check(directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any]) -> Check:
+def _check(
+    directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any], example: Mapping[str, Tensor]
+) -> Check:
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
-        return check_seq2seq(Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest), model)
+        runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)
+        return check_seq2seq(runner, model, example)
     if manifest.kind == "encoder":
-        return _check_encoder(Encoder(session, manifest), model)
+        return _check_encoder(Encoder(session, manifest), model, example)
     return _check_decoder(Decoder(session, manifest), model)
 
 
@@ -122,22 +132,8 @@ def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, 
 # --- encoders ---------------------------------------------------------------------------------------------
 
 
-def _check_encoder(encoder: Encoder, model: nn.Module) -> Check:
-    random = torch.Generator().manual_seed(0)
+def _check_encoder(encoder: Encoder, model: nn.Module, inputs: Mapping[str, Tensor]) -> Check:
     device = next(model.parameters()).device
-    vocab = encoder.manifest.vocab_size
-    sizes = {"batch": 3, "sequence": 9}
-    inputs = {}
-    for name, (shape, dtype) in encoder.session.inputs.items():
-        wanted = [size if isinstance(size, int) else sizes.get(size, 3) for size in shape]
-        if name == "attention_mask":
-            value = torch.ones(wanted, dtype=dtype)
-            value[1, -4:] = 0
-        elif dtype.is_floating_point:
-            value = torch.randn(wanted, generator=random).to(dtype)
-        else:
-            value = torch.randint(0, vocab if name == "input_ids" else 2, wanted, generator=random).to(dtype)
-        inputs[name] = value
     parameters = inspect.signature(model.forward).parameters
     extra = {"use_cache": False} if "use_cache" in parameters else {}
     weights = next(model.parameters()).dtype

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,21 +20,22 @@ _START = 0  # transformers puts its start token in front of a decoder's prompt t
 
 
 @torch.no_grad()
-def check_seq2seq(runner: Seq2Seq, model: nn.Module) -> Check:
+def check_seq2seq(runner: Seq2Seq, model: nn.Module, example: Mapping[str, Tensor]) -> Check:
     """Compare the logits of a decoder's prompt and of the next token, and greedy tokens.
 
     Args:
         runner: of the export.
         model: the unfused transformers model in the export's dtype, in eval mode.
+        example: what its encoder reads, see `Traced`; empty for tokens, and for features of one length.
 
     Raises:
         ExportError: they do not agree.
     """
     random = torch.Generator().manual_seed(0)
-    inputs = _inputs(runner, random)
+    inputs = dict(example) or _inputs(runner, random)
     device = next(model.parameters()).device
     placed = {name: value.to(device) for name, value in inputs.items()}
-    start = torch.randint(0, runner.manifest.vocab_size, (2, 3), generator=random)
+    start = torch.randint(0, runner.manifest.vocab_size, (len(next(iter(inputs.values()))), 3), generator=random)
     start[:, 0] = _START
     cache = _empty_cache()
 
@@ -80,7 +81,6 @@ def _greedy(
     device = next(model.parameters()).device
     limit = runner.manifest.max_positions
     count = min(_NEW_TOKENS, limit - start.shape[1]) if limit else _NEW_TOKENS
-    rules = runner.manifest.token_rules
     plain = transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=count,
@@ -88,7 +88,6 @@ def _greedy(
         decoder_start_token_id=_START,
         output_logits=True,
         return_dict_in_generate=True,
-        **{name: value for name, value in asdict(rules).items() if value not in (None, ())},
     )
     with own_config(model, plain):
         # Not the model's own `generate`: Whisper's has rules of its own for languages and timestamps.

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Literal, Unpack, overload
 
-import torch
 from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 
 from .arguments import padding_mask, tokens
 from .cache import GrowingCache, SharedCache
+from .generated import Generated, Record, Streamer, gather, record_for
 from .lora_source import read_lora
 from .manifest import Manifest
 from .memory import SharedMemory
 from .options import GenerationOptions, Plan, plan
-from .sampling import seen_tokens
 from .session import Session
 from .swapping import LiveAdapter
 
-__all__ = ["Decoder", "Streamer"]
-
-
-class Streamer(Protocol):
-    """What ``generate(streamer=...)`` calls; transformers' streamers are such."""
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then each token."""
-
-    def end(self) -> None:
-        """There will be no more."""
+__all__ = ["Decoder"]
 
 
 class Decoder:
@@ -110,41 +99,65 @@ class Decoder:
             return SharedCache(self._memory)
         return GrowingCache(self.session, self.manifest)
 
+    @overload
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[False] = False,
         **options: Unpack[GenerationOptions],
-    ) -> Tensor:
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[True],
+        output_scores: bool = False,
+        output_logits: bool = False,
+        output_logprobs: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> Generated: ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        output_logits: bool = False,
+        output_logprobs: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> Tensor | Generated:
         """Continue prompts, as transformers' ``generate`` does.
 
         Args:
             input_ids: [batch, prompt], integers; shorter prompts are padded on the left.
             attention_mask: [batch, prompt]; 0 where padded. None for no padding.
             streamer: gets the prompt, then each token, as it comes.
+            return_dict_in_generate: return a `Generated` instead of the tokens alone.
+            output_scores, output_logits, output_logprobs: what it holds beside them.
             options: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...: see `GenerationOptions`.
 
         Returns:
             [batch, prompt + new], int64.
 
         Raises:
-            TypeError, ValueError: an argument that cannot be; padding on the right.
+            TypeError, ValueError: an argument that cannot be; padding on the right; rules that leave no token.
             ExportError: ONNX Runtime fails.
         """
-        stream = self.stream(input_ids, attention_mask, **options)
-        prompt = input_ids.to("cpu", torch.int64)
-        if streamer is not None:
-            streamer.put(prompt)
-        new = []
-        for token in stream:
-            new.append(token)
-            if streamer is not None:
-                streamer.put(token)
-        if streamer is not None:
-            streamer.end()
-        return torch.cat([prompt, torch.stack(new, 1)], 1)
+        record = record_for(
+            wanted=return_dict_in_generate, scores=output_scores, logits=output_logits, logprobs=output_logprobs
+        )
+        ids, stream = self._begin(input_ids, attention_mask, options, record)
+        return gather(ids, stream, streamer, record)
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationOptions]
@@ -157,6 +170,12 @@ class Decoder:
         Yields:
             [batch], int64.
         """
+        return self._begin(input_ids, attention_mask, options, None)[1]
+
+    def _begin(
+        self, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions, record: Record | None
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """The prompts, checked, and their tokens to come."""
         ids, mask = self._checked(input_ids, attention_mask)
         if not bool(mask[:, -1].all()):
             row = int((mask[:, -1] == 0).nonzero()[0])
@@ -164,25 +183,19 @@ class Decoder:
                 f"row {row} of attention_mask ends with 0: the prompt is padded on the right, and its continuation "
                 "would follow the padding. Pad on the left (tokenizer.padding_side = 'left')"
             )
-        return self._tokens(ids, mask, plan(options, self.manifest))
+        return ids, self._tokens(ids, mask, plan(options, self.manifest, ids, mask, record))
 
     def _tokens(self, ids: Tensor, mask: Tensor, plan: Plan) -> Iterator[Tensor]:
         cache = self.new_cache()
         logits = cache.prefill(ids, mask, plan.count - 1)
-        vocab = logits.tensor.shape[-1]
-        seen = None if plan.choose.repetition_penalty == 1 else seen_tokens(ids, mask, vocab)
         ended = [False] * len(ids)
         for left in reversed(range(plan.count)):
-            token = plan.choose(logits, seen)
-            if any(ended):
-                token = token.masked_fill(torch.tensor(ended), plan.pad)
+            token = plan.choose(logits, ended)
             yield token
             new = token.tolist()
             ended = plan.stopping(new)
             if left == 0 or all(ended):
                 return
-            if seen is not None:
-                seen.scatter_(1, token.clamp(0, vocab - 1)[:, None], True)  # what is clamped pads rows that ended
             logits = cache.decode(new)
 
     def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

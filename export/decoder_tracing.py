@@ -23,7 +23,7 @@ from flora_fx.errors import require
 
 from .rotary import absorb_rotary, count_rotary, reads_positions
 from .source import private_copy
-from .traced import Traced, capture, text_config
+from .traced import NotCaptured, Traced, capture, first_line, text_config
 
 __all__ = ["Unsuited", "trace_decoder"]
 
@@ -108,8 +108,8 @@ def trace_decoder(model: nn.Module, provider: str = "CPUExecutionProvider") -> T
     shapes = ({0: rows, 1: seq}, {0: rows, 1: total}, tuple({0: rows, 2: old} for _ in past))
     try:
         program = capture(wrapper, (ids, mask, past), shapes)
-    except Exception as error:  # torch.export raises errors of many kinds
-        raise Unsuited(f"torch.export cannot capture it so ({str(error).strip().splitlines()[0]})") from error
+    except NotCaptured as refusal:
+        raise Unsuited(f"torch.export cannot capture it so ({refusal})") from refusal
     if not reads_positions(program):
         raise Unsuited("it makes positions of its own")
     absorb_rotary(program)
@@ -157,8 +157,7 @@ class _Decoder(nn.Module):
         except Unsuited:
             raise
         except Exception as error:  # whatever a model does with masks and weights that are not there
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise Unsuited(f"its attention could not be replaced ({first})") from error
+            raise Unsuited(f"its attention could not be replaced ({first_line(error)})") from error
         expected = text_config(self.model).num_hidden_layers
         if len(run.layers) != expected:
             raise Unsuited(f"{len(run.layers)} of its {expected} layers attend through transformers' interface")

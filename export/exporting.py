@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,6 +24,7 @@ from .checking import check
 from .directory import staged
 from .forms import forms_for
 from .genai import write_genai_config
+from .generation import generation_notes, own_options
 from .identity import identify
 from .live import check_swappable, make_live
 from .lowering import lower
@@ -32,7 +34,6 @@ from .result import ExportResult
 from .saving import save_graphs
 from .session import DEFAULT_PROVIDERS, provider_name, usable_providers
 from .source import DTYPES, Kind, kind_of, private_copy, unwrap
-from .token_rules import TokenRules
 from .traced import Target, Traced
 from .tracing import trace
 
@@ -88,6 +89,9 @@ def export_onnx(
         AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
             linear layers.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
+
+    What `generate` is not told it takes from the model's generation config (``Manifest.generation``); what that asks
+    for and exports do not have is in the notes, and in a UserWarning each.
 
     The graph of a causal LM is prefill and decode in one, with onnxruntime-genai's names: ``input_ids`` [batch, seq],
     ``attention_mask`` [batch, total], ``past_key_values.N.key`` and ``.value`` [batch, kv_heads, past, head_dim] in;
@@ -148,13 +152,17 @@ def export_onnx(
         with stage("write"):
             save_graphs(graphs, place)
             manifest = replace(_manifest(core, reference, traced, kind), identity=identify(model, core), live=live)
+            for note in manifest.notes[len(traced.notes) :]:
+                warnings.warn(note, stacklevel=2)
             if traced.target == "decoder":
                 write_genai_config(place, reference, traced, provider)
+            example = traced.example
             # They hold the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, programs, traced
             _write_companions(core, reference, place, tokenizer)
         with stage("check"):
-            checked = check(place, manifest, reference, providers)
+            # Plain greedy tokens are compared, whatever the model asks for.
+            checked = check(place, replace(manifest, generation={}), reference, providers, example)
             manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked))
         with stage("seal"):
             files = write_manifest(place, manifest)
@@ -194,16 +202,17 @@ def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind)
         inputs=list(traced.inputs),
         outputs=list(traced.outputs),
         target=traced.target,
-        notes=list(traced.notes),
+        needs_mask=traced.needs_mask,
+        notes=[*traced.notes, *(generation_notes(core, traced.target) if kind != "encoder" else [])],
         layers=traced.layers,
         kv_heads=traced.kv_heads,
         head_dim=traced.head_dim,
         vocab_size=getattr(text, "vocab_size", None) or 0,
-        max_positions=positions or 0,
+        max_positions=0 if traced.endless else positions or 0,
         eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
         pad_token_id=token("pad_token_id"),
         decoder_start_token_id=start if kind == "seq2seq-lm" else None,
-        token_rules=TokenRules.of(generation) if kind == "seq2seq-lm" else TokenRules(),
+        generation=own_options(generation) if kind != "encoder" else {},
         versions=versions(),
     )
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .generation import own_options
 from .traced import Traced, text_config
 
 __all__ = ["GENAI_CONFIG", "write_genai_config"]
@@ -49,6 +50,7 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
     ends = [end for end in (ends if isinstance(ends, list) else [ends]) if 0 <= end < config.vocab_size]
     first = ends[0] if ends else 0
     context = getattr(config, "max_position_embeddings", None) or 2048
+    search = own_options(generation)
     content = {
         "model": {
             "type": config.model_type if config.model_type in _TYPES else "decoder",
@@ -82,13 +84,14 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
             },
         },
         "search": {
-            "do_sample": bool(number("do_sample", False)),
-            "temperature": float(number("temperature", 1.0)),
-            "top_k": int(number("top_k", 50)),
-            "top_p": float(number("top_p", 1.0)),
-            "repetition_penalty": float(number("repetition_penalty", 1.0)),
-            "max_length": context,
-            "min_length": 0,
+            "do_sample": bool(search.get("do_sample", False)),
+            "temperature": float(search.get("temperature", 1.0)),
+            "top_k": int(search["top_k"]),
+            "top_p": float(search.get("top_p", 1.0)),
+            "repetition_penalty": float(search.get("repetition_penalty", 1.0)),
+            "no_repeat_ngram_size": search.get("no_repeat_ngram_size", 0),
+            "max_length": min(search.get("max_length", context), context),
+            "min_length": search.get("min_length", 0),
             "num_beams": 1,
             "num_return_sequences": 1,
             "past_present_share_buffer": True,

@@ -65,8 +65,8 @@ def read_lora(source: str | Path | nn.Module) -> Lora:
     """The matrices of a LoRA; those of a model are its own memory, those of a directory are read when they are used.
 
     Args:
-        source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id; or a PEFT
-            model, whose active adapter is meant.
+        source: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id, in a layout
+            that `flora_fx.checkpoint.read_adapter` reads; or a PEFT model, whose active adapter is meant.
 
     Raises:
         AdapterError: no LoRA, one that changes more than the outputs of linear layers, or one that is not whole.

@@ -13,10 +13,10 @@ from typing import Any, Literal, get_args
 from flora_fx.checksums import sha256
 from flora_fx.errors import ExportError, require
 
+from .generation import TAKEN
 from .identity import Identity
 from .live import LiveWeight
 from .source import Kind
-from .token_rules import TokenRules
 
 __all__ = ["DATA", "ENCODER", "MANIFEST", "MODEL", "Manifest", "read_manifest", "versions", "write_manifest"]
 
@@ -43,8 +43,10 @@ class Manifest:
         vocab_size, max_positions: 0 where the model has none.
         eos_token_ids, pad_token_id: what `generate` stops at and fills up with.
         decoder_start_token_id: what an encoder-decoder's `generate` starts with.
-        token_rules: what its generation config forces or forbids, see `TokenRules`.
-        notes: what a reader should know, such as why the target is not the one that is usual.
+        generation: what `generate` goes by where a caller says nothing: of the model's generation config, what
+            `GenerationOptions` has. Empty in directories that were exported before this was kept.
+        needs_mask: whether a speech model does not take a missing attention mask for one that is all ones.
+        notes: see `ExportResult`.
         live: the weights of the adapter, where another one may replace it (``hot_swap``).
         identity: base and adapters.
         versions: of the packages that made the directory.
@@ -68,7 +70,8 @@ class Manifest:
     eos_token_ids: list[int] = field(default_factory=list)
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None
-    token_rules: TokenRules = field(default_factory=TokenRules)
+    generation: dict[str, Any] = field(default_factory=dict)
+    needs_mask: bool = False
     notes: list[str] = field(default_factory=list)
     live: tuple[LiveWeight, ...] = ()
     identity: Identity = field(default_factory=Identity)
@@ -161,7 +164,7 @@ def _parse(path: Path, *, verify: bool) -> Manifest:
         if verify and told != _digest(content):
             raise ExportError(f"{path} is not what was exported (its SHA-256 differs); copy it again, or {_AGAIN}")
         known = {f.name for f in fields(Manifest)}
-        content["token_rules"] = TokenRules(**content.get("token_rules", {}))
+        content["generation"] = _generation(content)
         content["identity"] = Identity.from_dict(content.get("identity", {}))
         content["live"] = tuple(map(LiveWeight.from_dict, content.get("live", ())))
         manifest = Manifest(**{key: value for key, value in content.items() if key in known})
@@ -170,6 +173,14 @@ def _parse(path: Path, *, verify: bool) -> Manifest:
     except (ValueError, KeyError, TypeError) as error:  # ValueError: also JSON and UTF-8
         raise ExportError(f"{path} cannot be read ({error}); it is cut off or changed: {_AGAIN}") from error
     return manifest
+
+
+def _generation(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest; those of before had the rules of encoder-decoders alone, each of them, set or not."""
+    told = content.get("generation", content.get("token_rules", {}))
+    if unknown := told.keys() - set(TAKEN):
+        raise ValueError(f"generation has {', '.join(sorted(unknown))}")
+    return {name: value for name, value in told.items() if value is not None}
 
 
 def _check_file(directory: Path, name: str, expected: Any, *, verify: bool) -> None:

@@ -25,7 +25,8 @@ class ExportResult:
             PyTorch's own logits of the two tokens were as close as the tolerance.
         checked_on: the execution provider of the check.
         target: how the graph attends, see `export_onnx`.
-        notes: what a reader should know, such as why the target is not the one that is usual.
+        notes: what a reader should know: why the target is not the one that is usual, and what the model's generation
+            config asks for in vain.
         files: sizes in bytes, by name.
         seconds: time per stage.
     """

@@ -1,6 +1,6 @@
 """Choose the next token from logits, as transformers does.
 
-repetition penalty -> temperature -> top-k -> top-p -> min-p -> draw; without sampling, repetition penalty -> likeliest
+temperature -> top-k -> top-p -> min-p -> draw; without sampling, the likeliest
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .logits import Logits
 
-__all__ = ["Sampling", "seen_tokens"]
+__all__ = ["Sampling"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,6 @@ class Sampling:
         top_k: keep the k likeliest; None or 0 for all.
         top_p: keep the likeliest whose probabilities sum to at least p.
         min_p: keep those that are at least p times as likely as the likeliest; None or 0 for all.
-        repetition_penalty: of tokens that a row holds already, prompt included: positive logits are divided by it,
-            negative ones multiplied. 1 for none; also without ``do_sample``.
         generator: of the random numbers; None for torch's global one.
 
     Raises:
@@ -41,13 +39,12 @@ class Sampling:
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float | None = None
-    repetition_penalty: float = 1.0
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.do_sample, bool):
             raise TypeError(f"do_sample is {self.do_sample!r}; it must be True or False")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        for name in ("temperature", "top_p", "min_p"):
             value = getattr(self, name)
             if (name, value) == ("min_p", None):
                 continue
@@ -63,33 +60,29 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is {self.min_p}; it must be from 0 to 1, or None for all tokens")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0, 1 for none")
 
-    def __call__(self, logits: Tensor | Logits, seen: Tensor | None = None) -> Tensor:
+    @property
+    def draws(self) -> bool:
+        """Whether there is chance in it."""
+        return self.do_sample and self.temperature > 0
+
+    def __call__(self, logits: Tensor | Logits) -> Tensor:
         """The next token of each row.
 
         Args:
             logits: [batch, vocab], on any device.
-            seen: for a repetition penalty, see `seen_tokens`.
 
         Returns:
             [batch], int64, on the CPU.
         """
         logits = logits if isinstance(logits, Logits) else Logits(logits)
-        draws = self.do_sample and self.temperature > 0
-        if not draws and seen is None:
+        if not self.draws:
             return logits.likeliest()
-        scores = logits.tensor.to("cpu", torch.float32)
-        if seen is not None:
-            scores = self.penalize(scores, seen)
-        return _draw(self.warp(scores).softmax(-1), self.generator) if draws else Logits(scores).likeliest()
+        return self.draw(self.warp(logits.tensor.to("cpu", torch.float32)))
 
-    def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits [batch, vocab], less likely where a token was seen."""
-        scores = logits[seen]
-        penalty = self.repetition_penalty
-        return logits.masked_scatter(seen, torch.where(scores < 0, scores * penalty, scores / penalty))
+    def draw(self, scores: Tensor) -> Tensor:
+        """One token per row, [batch], of what `warp` returned."""
+        return _draw(scores.softmax(-1), self.generator)
 
     def warp(self, logits: Tensor) -> Tensor:
         """Logits [batch, vocab] over the temperature, -inf where top-k, top-p or min-p leaves a token out."""
@@ -107,24 +100,6 @@ class Sampling:
             unlikely = probabilities < self.min_p * probabilities.amax(-1, keepdim=True)
             logits = logits.masked_fill(unlikely, -torch.inf)
         return logits
-
-
-def seen_tokens(ids: Tensor, mask: Tensor, vocab: int) -> Tensor:
-    """Which tokens prompts hold, padding in front not counted.
-
-    Args:
-        ids, mask: [batch, prompt], int64.
-        vocab: columns; tokens above are left out.
-
-    Returns:
-        [batch, vocab], bool.
-
-    >>> seen_tokens(torch.tensor([[0, 0, 2, 3]]), torch.tensor([[0, 0, 1, 1]]), 5)
-    tensor([[False, False,  True,  True, False]])
-    """
-    padding = mask.cumsum(1) == 0
-    places = ids.clamp(max=vocab).masked_fill(padding, vocab)
-    return torch.zeros(len(ids), vocab + 1, dtype=torch.bool).scatter_(1, places, True)[:, :vocab]
 
 
 def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:

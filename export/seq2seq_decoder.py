@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from flora_fx.errors import ExportError
 
-from .arguments import padding_mask, token_ids, tokens
-from .decoder import Streamer
+from .arguments import padding_mask, tokens
+from .generated import Generated, Record, Streamer, gather, record_for
+from .logits import Logits
 from .manifest import Manifest
 from .options import GenerationOptions, Plan, plan
-from .sampling import seen_tokens
 from .session import Session, Value
-from .token_rules import TokenRules
 
 __all__ = ["Encoded", "Seq2Seq"]
 
@@ -52,7 +50,8 @@ class Seq2Seq:
         """Logits of every position of the decoder.
 
         Args:
-            input_ids: [batch, seq], integers; of a speech model its features [batch, mels, frames], floats.
+            input_ids: [batch, seq], integers; of a speech model its samples or features, of an image model its
+                pixels: floats, batch first, as its processor gives them.
             attention_mask: [batch, seq]; 0 where a row is padded, on either side. None for no padding.
             decoder_input_ids: [batch, target], integers.
 
@@ -73,9 +72,10 @@ class Seq2Seq:
         Args:
             inputs: of that graph, by name.
         """
-        encoded = self._run(self.encoder, inputs, self.encoder.outputs, inputs[self._reads].shape[1])
+        length = inputs[self._reads].shape[1] if self._reads == "input_ids" else 0
+        encoded = self._run(self.encoder, inputs, self.encoder.outputs, length)
         if "encoder_attention_mask" in self.session.inputs:
-            encoded["encoder_attention_mask"] = inputs["attention_mask"]
+            encoded.setdefault("encoder_attention_mask", inputs.get("attention_mask"))
         return encoded
 
     def step(
@@ -98,55 +98,71 @@ class Seq2Seq:
         outputs = self._run(self.session, inputs, self._present, length + ids.shape[1])
         return outputs["logits"], [outputs[name] for name in self._present]
 
+    @overload
     def generate(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         *,
         decoder_input_ids: Tensor | None = None,
-        forced_bos_token_id: int | None = None,
         streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[False] = False,
         **options: Unpack[GenerationOptions],
-    ) -> Tensor:
-        """Answer prompts, as transformers' ``generate`` does without beams.
+    ) -> Tensor: ...
 
-        Of the model's generation config the start, end and padding tokens hold, and what `TokenRules` has.
+    @overload
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: Literal[True],
+        output_scores: bool = False,
+        output_logits: bool = False,
+        output_logprobs: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> Generated: ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        streamer: Streamer | None = None,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        output_logits: bool = False,
+        output_logprobs: bool = False,
+        **options: Unpack[GenerationOptions],
+    ) -> Tensor | Generated:
+        """Answer prompts, as transformers' ``generate`` does without beams.
 
         Args:
             input_ids: [batch, prompt], integers; shorter prompts are padded on either side. Of a speech model its
                 features [batch, mels, frames], floats.
             attention_mask: [batch, prompt]; 0 where padded. None for no padding.
             decoder_input_ids: [batch, start], what the decoder starts from, without padding; None for the model's own
-                start token.
-            forced_bos_token_id: the first token, such as a language; None for the model's own, if it has one.
+                start token. To the options this is the prompt.
             streamer: gets what the decoder starts from, then each token, as it comes.
+            return_dict_in_generate: return a `Generated` instead of the tokens alone.
+            output_scores, output_logits, output_logprobs: what it holds beside them.
             options: ``max_new_tokens``, ``do_sample``, ``eos_token_id``, ...: see `GenerationOptions`.
 
         Returns:
             [batch, start + new], int64.
 
         Raises:
-            TypeError, ValueError: an argument that cannot be.
+            TypeError, ValueError: an argument that cannot be; rules that leave no token.
             ExportError: ONNX Runtime fails.
         """
-        answer = self.stream(
-            input_ids,
-            attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            forced_bos_token_id=forced_bos_token_id,
-            **options,
+        record = record_for(
+            wanted=return_dict_in_generate, scores=output_scores, logits=output_logits, logprobs=output_logprobs
         )
-        start = self._prompt(decoder_input_ids, len(input_ids))
-        if streamer is not None:
-            streamer.put(start)
-        new = []
-        for token in answer:
-            new.append(token)
-            if streamer is not None:
-                streamer.put(token)
-        if streamer is not None:
-            streamer.end()
-        return torch.cat([start, torch.stack(new, 1)], 1)
+        start, stream = self._begin(input_ids, attention_mask, decoder_input_ids, options, record)
+        return gather(start, stream, streamer, record)
 
     def stream(
         self,
@@ -154,7 +170,6 @@ class Seq2Seq:
         attention_mask: Tensor | None = None,
         *,
         decoder_input_ids: Tensor | None = None,
-        forced_bos_token_id: int | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Iterator[Tensor]:
         """As `generate`, one token of every row at a time. Arguments are checked at once, not at the first token.
@@ -162,30 +177,32 @@ class Seq2Seq:
         Yields:
             [batch], int64.
         """
+        return self._begin(input_ids, attention_mask, decoder_input_ids, options, None)[1]
+
+    def _begin(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        decoder_input_ids: Tensor | None,
+        options: GenerationOptions,
+        record: Record | None,
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """What the decoder starts from, and its tokens to come."""
         inputs = self._checked(input_ids, attention_mask)
         start = self._prompt(decoder_input_ids, len(inputs[self._reads]))
-        rules = self.manifest.token_rules
-        if forced_bos_token_id is not None:
-            (first,) = token_ids("forced_bos_token_id", forced_bos_token_id)
-            rules = replace(rules, forced_bos_token_id=first)
-        return self._tokens(inputs, start, rules, plan(options, self.manifest))
+        return start, self._tokens(inputs, start, plan(options, self.manifest, start, torch.ones_like(start), record))
 
-    def _tokens(self, inputs: dict[str, Tensor], start: Tensor, rules: TokenRules, plan: Plan) -> Iterator[Tensor]:
+    def _tokens(self, inputs: dict[str, Tensor], start: Tensor, plan: Plan) -> Iterator[Tensor]:
         encoded = self.encode(inputs)
         logits, past = self.step(start, encoded)
-        prompt, vocab = start.shape[1], logits.shape[-1]
-        seen = seen_tokens(start, torch.ones_like(start), vocab) if plan.choose.repetition_penalty != 1 else None
-        ended = torch.zeros(len(start), dtype=torch.bool)
+        ended = [False] * len(start)
         for index in range(plan.count):
-            allowed = rules(logits[:, -1], index=index, count=plan.count, prompt=prompt)
-            token = plan.choose(allowed, seen).masked_fill(ended, plan.pad)
+            token = plan.choose(Logits(logits[:, -1]), ended)
             yield token
-            ended = torch.tensor(plan.stopping(token.tolist()))
-            if index + 1 == plan.count or bool(ended.all()):
+            ended = plan.stopping(token.tolist())
+            if index + 1 == plan.count or all(ended):
                 return
-            if seen is not None:
-                seen.scatter_(1, token.clamp(0, vocab - 1)[:, None], True)
-            logits, past = self.step(token[:, None], encoded, past, length=prompt + index)
+            logits, past = self.step(token[:, None], encoded, past, length=start.shape[1] + index)
 
     def _run(self, session: Session, inputs: dict[str, Any], keep: Sequence[str], length: int) -> dict[str, Any]:
         limit = self.manifest.max_positions
@@ -199,14 +216,11 @@ class Seq2Seq:
     def _checked(self, input_ids: Any, attention_mask: Any) -> dict[str, Tensor]:
         """The inputs of the encoder's graph, on the CPU."""
         if self._reads != "input_ids":
-            return {self._reads: self._features(input_ids, attention_mask)}
+            return self._features(input_ids, attention_mask)
         ids = tokens("input_ids", input_ids, self.manifest.vocab_size)
-        mask = padding_mask(attention_mask, ids)
-        if not bool(mask.any(1).all()):
-            raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all 0: there is no prompt")
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids, "attention_mask": _filled(padding_mask(attention_mask, ids), "prompt")}
 
-    def _features(self, value: Any, mask: Any) -> Tensor:
+    def _features(self, value: Any, mask: Any) -> dict[str, Tensor]:
         shape, dtype = self.encoder.inputs[self._reads]
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{self.manifest.architecture} reads {self._reads}; they must be a torch.Tensor of floats")
@@ -215,9 +229,21 @@ class Seq2Seq:
         )
         if not fits or value.numel() == 0:
             raise ValueError(f"{self._reads} has shape {list(value.shape)}; it must be [{', '.join(map(str, shape))}]")
-        if mask is not None:
-            raise TypeError(f"{self.manifest.architecture} takes no attention_mask: its features have one length")
-        return value.detach().to("cpu", dtype)
+        features = {self._reads: value.detach().to("cpu", dtype)}
+        if "attention_mask" in self.encoder.inputs:
+            if mask is None and self.manifest.needs_mask:
+                raise TypeError(
+                    f"{self.manifest.architecture} computes something else without attention_mask; pass one, all ones "
+                    "where nothing is padded"
+                )
+            lengths = [size for name, size in zip(shape, value.shape, strict=True) if isinstance(name, str)]
+            like = torch.ones(lengths, dtype=torch.int64)
+            features["attention_mask"] = _filled(padding_mask(mask, like, "the lengths"), self._reads)
+        elif mask is not None:
+            varies = any(isinstance(size, str) for size in shape[1:])
+            why = "it reads none" if varies else "its features have one length"
+            raise TypeError(f"{self.manifest.architecture} takes no attention_mask: {why}")
+        return features
 
     def _prompt(self, value: Any, batch: int) -> Tensor:
         """What the decoder starts from: [batch, start]."""
@@ -231,3 +257,10 @@ class Seq2Seq:
         if len(ids) != batch:
             raise ValueError(f"decoder_input_ids has {len(ids)} rows and input_ids has {batch}")
         return ids
+
+
+def _filled(mask: Tensor, what: str) -> Tensor:
+    """A mask with something in each row."""
+    if not bool(mask.any(1).all()):
+        raise ValueError(f"row {int((~mask.any(1)).nonzero()[0])} of attention_mask is all 0: there is no {what}")
+    return mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import sys
 from typing import Any, Literal
@@ -21,8 +22,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 _SUPPORTED = (
     "export_onnx takes a transformers causal language model (Llama, Qwen, GPT-2, OPT, ...), an encoder-decoder "
-    "(T5, BART, Marian, Whisper, ...) or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA or FFBA "
-    "adapters"
+    "(T5, BART, Marian, Whisper, TrOCR, ...) or an encoder (BERT, ViT, ...), alone or in a PEFT model with LoRA or "
+    "FFBA adapters"
 )
 
 
@@ -63,6 +64,10 @@ def kind_of(model: nn.Module) -> Kind:
             *names.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
             *names.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.values(),
         }
+        if name in names.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
+            if "input_ids" in inspect.signature(model.forward).parameters:
+                raise ExportError(f"{name} reads text beside its images, which is not exported; {_SUPPORTED}")
+            known.add(name)
         if not generates or name not in known:
             raise ExportError(f"{name} is an encoder-decoder that generates no text; {_SUPPORTED}")
         return "seq2seq-lm"

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from flora_fx.errors import require
 
-__all__ = ["PREFIX", "Target", "Traced", "capture", "text_config"]
+__all__ = ["PREFIX", "NotCaptured", "Target", "Traced", "capture", "first_line", "text_config"]
 
 PREFIX = "model."
 """Where wrappers hold the model that they are around; cut off the names of the weights again."""
 
 
 Target = Literal["general", "decoder"]
+
+
+class NotCaptured(Exception):  # noqa: N818
+    """torch.export refuses a program; in one line, why."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,9 @@ class Traced:
         encoder: of an encoder-decoder, the program that runs once per prompt, in front of this one.
         target: how it attends, see `export_onnx`.
         notes: what a reader of the export should know.
+        example: inputs for the check, of other sizes than those of the capture; none for language models of tokens.
+        needs_mask: see `Manifest`.
+        endless: whether its positions have no end, whatever its config calls their number.
     """
 
     program: ExportedProgram
@@ -48,6 +56,9 @@ class Traced:
     encoder: Traced | None = None
     target: Target = "general"
     notes: tuple[str, ...] = ()
+    example: Mapping[str, Tensor] = field(default_factory=dict)
+    needs_mask: bool = False
+    endless: bool = False
 
 
 def text_config(model: nn.Module) -> Any:
@@ -63,18 +74,54 @@ def capture(wrapper: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedP
         wrapper: holds the model as ``model``, see `PREFIX`.
         args: example inputs.
         shapes: the dynamic dimensions, as ``torch.export`` takes them.
+
+    Raises:
+        NotCaptured: torch.export fails. That the wrapper runs on ``args`` is the caller's to know, see `run_on`.
     """
-    with torch.no_grad(), _exportable(), warnings.catch_warnings():
+    with torch.no_grad(), _exportable(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations between torch and transformers, nothing for users
-        # Deferred: guards such as "length · min(12, 24 · length) is 12 · length" (from strides) are true, but not
-        # provable. A false one would be found by the check of the export, which runs other sizes.
-        return torch.export.export(
-            wrapper,
-            args,
-            strict=False,
-            dynamic_shapes=shapes,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        try:
+            # Deferred: guards such as "length · min(12, 24 · length) is 12 · length" (from strides) are true, but not
+            # provable. A false one would be found by the check of the export, which runs other sizes.
+            return torch.export.export(
+                wrapper,
+                args,
+                strict=False,
+                dynamic_shapes=shapes,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        except Exception as error:  # of many kinds
+            raise NotCaptured(first_line(error)) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the story that follows.
+
+    >>> first_line(RuntimeError("no\\nbecause")), first_line(KeyError())
+    ('no', 'KeyError')
+    """
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Before it raises, torch.export logs what went wrong, and prints the graph that it has so far (torch 2.13).
+
+    A logger that was asked for details (``TORCH_LOGS``) gives them.
+    """
+    named = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
+    levels = {logger: logger.level for logger in named if logger.getEffectiveLevel() >= logging.WARNING}
+    own = vars(require("torch.export._trace", "hf"))
+    own["print"] = lambda *_, **__: None  # of that module alone
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        own.pop("print", None)
 
 
 @contextmanager

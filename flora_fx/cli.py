@@ -11,12 +11,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import torch
 
 from flora_fx import __version__
-from flora_fx.errors import FloraError, MissingExtraError, require
+from flora_fx.checkpoint import Task
+from flora_fx.errors import CaptureError, FloraError, MissingExtraError, require
 
 # No `from __future__ import annotations` here: typer reads the annotations below, and typer itself is
 # imported only when the command line is built.
@@ -75,6 +76,23 @@ def build_app() -> "typer.Typer":
     model_option = typer.Option("--model", help="Directory or Hub id of the base model.")
     adapter_option = typer.Option("--adapter", help="Directory or Hub id of the adapter (LoRA or FFBA).")
     json_option = typer.Option("--json", help="Print JSON alone on stdout.")
+    own = "The model's own, if left out."
+    tasks = ", ".join(get_args(Task))
+
+    def known_task(task: str) -> str:
+        if task not in get_args(Task):
+            raise typer.BadParameter(f"{task!r} is none of {tasks}")
+        return task
+
+    task_option = typer.Option(
+        "--task",
+        callback=known_task,
+        help="What the model is for, which decides its head; auto: what the adapter was trained for, else what "
+        f"config.json names. One of {tasks}.",
+    )
+    inputs_option = typer.Option(
+        "--inputs", help="Safetensors file of example inputs by name, batch first, where none can be made up."
+    )
 
     def show_version(wanted: bool) -> None:
         if wanted:
@@ -93,10 +111,12 @@ def build_app() -> "typer.Typer":
     def _inspect(
         model: Annotated[str, model_option],
         adapter: Annotated[str, adapter_option],
+        task: Annotated[str, task_option] = "auto",
+        inputs: Annotated[Path | None, inputs_option] = None,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with _user_errors():
-            report = inspect(model, adapter)
+            report = inspect(model, adapter, cast(Task, task), inputs)
             typer.echo(report.to_json() if as_json else str(report))
 
     @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.")
@@ -112,6 +132,14 @@ def build_app() -> "typer.Typer":
         hot_swap: Annotated[
             bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
         ] = False,
+        task: Annotated[str, task_option] = "auto",
+        tokenizer: Annotated[
+            str | None,
+            typer.Option(
+                "--tokenizer", help="Directory or Hub id of the tokenizer; else the adapter's or the model's."
+            ),
+        ] = None,
+        inputs: Annotated[Path | None, inputs_option] = None,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with _user_errors():
@@ -121,7 +149,9 @@ def build_app() -> "typer.Typer":
                 "target": None if target is Target.auto else target.value,
                 "hot_swap": hot_swap,
             }
-            result = export(model, adapter, output, options)
+            if inputs is not None:
+                options["example_inputs"] = _read_inputs(inputs, options["dtype"])
+            result = export(model, adapter, output, options, task=cast(Task, task), tokenizer=tokenizer)
             typer.echo(json.dumps(result, indent=2) if as_json else result["summary"])
 
     @app.command("generate", help="Continue a prompt with an exported directory.")
@@ -136,16 +166,17 @@ def build_app() -> "typer.Typer":
         ] = None,
         max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
         temperature: Annotated[
-            float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
-        ] = 0.0,
-        top_k: Annotated[int, typer.Option("--top-k", min=0, help="0 takes all.")] = 0,
-        top_p: Annotated[float, typer.Option("--top-p", min=0.0, max=1.0)] = 1.0,
+            float | None, typer.Option("--temperature", min=0.0, help=f"0 takes the likeliest token. {own}")
+        ] = None,
+        top_k: Annotated[int | None, typer.Option("--top-k", min=0, help=f"0 takes all. {own}")] = None,
+        top_p: Annotated[float | None, typer.Option("--top-p", min=0.0, max=1.0, help=own)] = None,
         min_p: Annotated[
-            float, typer.Option("--min-p", min=0.0, max=1.0, help="Of the likeliest token's probability.")
-        ] = 0.0,
+            float | None,
+            typer.Option("--min-p", min=0.0, max=1.0, help=f"Of the likeliest token's probability. {own}"),
+        ] = None,
         repetition_penalty: Annotated[
-            float, typer.Option("--repetition-penalty", min=0.0, help="Above 1: repeats itself less.")
-        ] = 1.0,
+            float | None, typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}")
+        ] = None,
         stop: Annotated[
             list[str] | None, typer.Option("--stop", help="Text that ends the continuation; may be repeated.")
         ] = None,
@@ -155,17 +186,17 @@ def build_app() -> "typer.Typer":
         with _user_errors():
             if (prompt is None) is (token_ids is None):
                 raise typer.BadParameter("pass either --prompt or --token-ids")
-            options = {
-                "max_new_tokens": max_new_tokens,
-                "do_sample": temperature > 0,
+            told = {
+                "do_sample": None if temperature is None else temperature > 0,
                 "temperature": temperature,
                 "top_k": top_k,
                 "top_p": top_p,
                 "min_p": min_p,
                 "repetition_penalty": repetition_penalty,
                 "stop_strings": stop,
-                "seed": seed,
             }
+            options = {name: value for name, value in told.items() if value is not None}
+            options |= {"max_new_tokens": max_new_tokens, "seed": seed}
             generate(directory, adapter, prompt, token_ids, options, as_json=as_json)
 
     @app.command("demo", help="Train a small model and an adapter, fuse, verify, export and measure them.")
@@ -195,31 +226,49 @@ def build_app() -> "typer.Typer":
 # --- the commands -----------------------------------------------------------------------------------------
 
 
-def inspect(model: str, adapter: str) -> Any:
-    """Capture and fuse a checkpoint on a few example tokens; which ones does not matter to what fuses."""
+def inspect(model: str, adapter: str, task: Task = "auto", inputs: Path | None = None) -> Any:
+    """Capture and fuse a checkpoint on inputs from a file, or made up: which ones does not matter to what fuses."""
     import flora_fx
     from flora_fx.checkpoint import load_model
+    from flora_fx.sample_inputs import sample_inputs
 
     with _working("loading", "capturing and fusing") as begin:
-        loaded: Any = load_model(model, adapter)
-        loaded.config.use_cache = False  # a KV cache would only add outputs to the graph
+        loaded: Any = load_model(model, adapter, task=task)
+        for config in (loaded.config, loaded.config.get_text_config()):
+            config.use_cache = False  # a KV cache would only add outputs to the graph
         begin()
-        tokens = torch.arange(16).reshape(2, 8) % loaded.config.vocab_size
-        with torch.no_grad():
-            graph = flora_fx.capture(loaded, input_ids=tokens, attention_mask=torch.ones_like(tokens))
+        try:
+            named: dict[str, Any] = sample_inputs(loaded) if inputs is None else _read_inputs(inputs, loaded.dtype)
+            with torch.no_grad():
+                graph = flora_fx.capture(loaded, **named)
+        except CaptureError as error:
+            if inputs is not None:
+                raise
+            raise FloraError(
+                f"{str(error).partition('Remedy:')[0].strip().rstrip('.')}. The inputs were made up; pass your own: "
+                "--inputs FILE, written by safetensors.torch.save_file({name: tensor})"
+            ) from error
         return flora_fx.report(flora_fx.fuse(graph))
 
 
-def export(model: str, adapter: str | None, output: Path, options: dict[str, Any]) -> dict[str, Any]:
+def export(
+    model: str,
+    adapter: str | None,
+    output: Path,
+    options: dict[str, Any],
+    *,
+    task: Task = "auto",
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
     """Write the fused ONNX directory and say what its own check found. Options are those of ``export_onnx``."""
-    from flora_fx.checkpoint import load_model, load_tokenizer
+    from flora_fx.checkpoint import load_model
     from flora_fx.export import export_onnx
 
     with _working("loading", "exporting and checking") as begin:
-        loaded = load_model(model, adapter)
-        tokenizer = load_tokenizer(model)
+        loaded = load_model(model, adapter, task=task)
+        chosen = _tokenizer(loaded, model, adapter, tokenizer)
         begin()
-        result = export_onnx(loaded, output, tokenizer=tokenizer, **options)
+        result = export_onnx(loaded, output, tokenizer=chosen, **options)
     return {
         "directory": str(output),
         "max_abs_error": result.max_abs_error,
@@ -251,7 +300,7 @@ def generate(
     tokenizer: Any = load_tokenizer(directory)
     if prompt is not None and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer; pass --token-ids instead of --prompt")
-    if options["stop_strings"] and tokenizer is None:
+    if options.get("stop_strings") and tokenizer is None:
         raise FloraError(f"{directory} has no tokenizer, which --stop needs")
     ids = _parse_ids(token_ids) if token_ids is not None else tokenizer(prompt)["input_ids"]
     try:
@@ -291,6 +340,45 @@ def demo(output: Path, *, fast: bool, as_json: bool) -> None:
         print(json.dumps(result, indent=2))
     else:
         show(result, output, Console())
+
+
+# --- what is loaded beside the model ----------------------------------------------------------------------
+
+
+def _tokenizer(loaded: Any, model: str, adapter: str | None, tokenizer: str | None) -> Any:
+    """The one that is asked for, else the one beside the adapter, else the model's."""
+    from flora_fx.checkpoint import load_tokenizer
+    from flora_fx.checkpoint.vocabulary import token_embedding
+
+    if tokenizer is not None:
+        found: Any = load_tokenizer(tokenizer)
+        if found is None:
+            raise FloraError(f"{tokenizer} has no tokenizer; pass the directory where tokenizer.json is")
+        return found
+    found = load_tokenizer(model, adapter)
+    embedding = token_embedding(loaded) if found is not None and adapter is not None else None
+    rows = None if embedding is None else len(embedding.weight)
+    if rows is not None and len(found) > rows:
+        raise FloraError(
+            f"the tokenizer in {found.name_or_path} has {len(found)} tokens and the model's embedding {rows} rows: "
+            "those of its new tokens are not in the adapter. Save them with it (save_embedding_layers=True), or pass "
+            "the tokenizer that fits: --tokenizer"
+        )
+    return found
+
+
+def _read_inputs(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Tensors by name; floats in the dtype of the model."""
+    safetensors = require("safetensors.torch", "hf")
+    try:
+        found: dict[str, torch.Tensor] = safetensors.load(path.read_bytes())
+    except Exception as error:  # a SafetensorError, or what its parser raises
+        if isinstance(error, OSError):
+            raise
+        raise FloraError(
+            f"{path} is no safetensors file ({error}); write it with safetensors.torch.save_file({{name: tensor}})"
+        ) from error
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in found.items()}
 
 
 # --- text in pieces ---------------------------------------------------------------------------------------
@@ -353,6 +441,7 @@ def _quiet() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="generation")  # what an export's notes say as well
 
 
 if __name__ == "__main__":

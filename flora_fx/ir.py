@@ -13,7 +13,7 @@ from enum import Enum
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["Decline", "Derived", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
+__all__ = ["Decline", "Derived", "Factor", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
 
 
 class Role(Enum):
@@ -32,9 +32,9 @@ class Reason(Enum):
     MEMORY_MANAGED = "the weight's memory is managed elsewhere"
     DTYPE_DIFFERS = "the adapter has another dtype than what it is added to"
     DROPOUT_ACTIVE = "dropout is active"
-    SCALE_NOT_SCALAR = "the scale is not one number per token"
+    SCALE_NOT_SCALAR = "the scale is not known to be one number per token"
     OTHER_READER = "an intermediate value has another reader"
-    READS_ANOTHER_VALUE = "the adapter reads another value than the projection it adapts"
+    READS_ANOTHER_VALUE = "no projection that could share a pack reads what the adapter reads"
     MUTATED = "a value is changed in place, or its memory layout is read"
     OTHER_MODE = "autocast or the recording of gradients is switched in between"
     SHAPE_UNKNOWN = "the shapes are not known to agree"
@@ -120,6 +120,19 @@ class Projection:
         return (self.like or self.weight).tensor.dtype
 
 
+@dataclass(frozen=True)
+class Factor:
+    """What a path is multiplied by and no constant: a tensor with at most one number per token, or a symbolic number.
+
+    Attributes:
+        node: its value.
+        divides: whether the path is divided by it.
+    """
+
+    node: Node
+    divides: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankPath:
     """``write = target + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
@@ -128,7 +141,8 @@ class LowRankPath:
         down, up: the two projections.
         low: the value that the up-projection multiplies, up to flattening of leading dimensions.
         scale: the product of the constant factors on the path.
-        factors: the factors that are tensors, at most one number per token each.
+        numbers: the factors that are symbolic numbers, known before anything is computed (Dynamo's floats and sizes).
+        factors: all other factors: those that are tensors, and numbers that are computed from tensors.
         target: the value added to.
         write: the add.
     """
@@ -137,7 +151,8 @@ class LowRankPath:
     up: Projection
     low: Node
     scale: float
-    factors: tuple[Node, ...]
+    numbers: tuple[Factor, ...]
+    factors: tuple[Factor, ...]
     target: Node
     write: Node
 

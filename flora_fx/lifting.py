@@ -46,6 +46,7 @@ class LiftedView(GraphModuleView):
     """
 
     derives = False  # PEFT's layers with such values come in graphs of a piece each
+    copies = False  # who calls a compiled graph watches where its parameters are, not their versions
 
     def __init__(self, root: fx.GraphModule, *, generates: bool = True) -> None:
         super().__init__(root)

@@ -62,9 +62,6 @@ class FusedGraphModule(fx.GraphModule):
     @classmethod
     def of(cls, source: fx.GraphModule, graph: fx.Graph, fusion: Fusion) -> FusedGraphModule:
         """A fused module over ``graph`` with ``source``'s parameters, submodules, hooks and metadata (shared)."""
-        store = nn.Module()
-        for name in [*(pack.name for pack in fusion.packs), *(derived.name for derived in fusion.derived)]:
-            store.register_buffer(name, torch.empty(0), persistent=False)
         modules = {name: child for name, child in source._modules.items() if name != STORE}
         state = {
             # Containers are copied, what they hold is shared.
@@ -74,7 +71,7 @@ class FusedGraphModule(fx.GraphModule):
         }
         root = nn.Module()
         root.__dict__.update(state)
-        root._modules = {**modules, STORE: store}
+        root._modules = {**modules, STORE: _empty_store(fusion)}
         module = cls(root, graph, class_name="FusedGraphModule")
         for key, value in state.items():
             if isinstance(value, types.MethodType) and value.__self__ is source:
@@ -246,6 +243,7 @@ class FusedGraphModule(fx.GraphModule):
         rebuild, (body, imports) = super().__reduce__()
         body = {key: value for key, value in body.items() if key not in _WATCH}
         body["meta"] = {key: value for key, value in self.meta.items() if key != META}
+        body["_modules"] = {**self._modules, STORE: _empty_store(self.fusion)}  # made anew of the parameters
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
@@ -259,6 +257,13 @@ _NO_GRADIENTS = (
     "torch.no_grad(), call requires_grad_(False) on the model, or fuse the graph again now that they do (of an "
     "ExportedProgram its module())."
 )
+
+
+def _empty_store(fusion: Fusion) -> nn.Module:
+    store = nn.Module()
+    for name in [*(pack.name for pack in fusion.packs), *(derived.name for derived in fusion.derived)]:
+        store.register_buffer(name, torch.empty(0), persistent=False)
+    return store
 
 
 def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> None:
@@ -291,13 +296,20 @@ def _unpickle(
 class FusedExportedProgram(ExportedProgram):
     """A `torch.export.ExportedProgram` whose `module()` is a `FusedGraphModule`.
 
-    The packs are constants of the program, and its `state_dict` is the one of the program it was made from.
+    Its `state_dict` is the one of the program it was made from, and the packs that the parameters are views of: so
+    `torch.export.save` writes each weight once, and `torch.export.load` holds it once.
     """
 
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """As `ExportedProgram.module`, with packs that stay tied to the parameters."""
         plain = super().module(check_guards)
         return _revive(plain, plain.meta[META])
+
+    def run_decompositions(self, *args: Any, **kwargs: Any) -> ExportedProgram:
+        """As `ExportedProgram.run_decompositions`: a program in which the packs are buffers like others."""
+        plain = ExportedProgram.__new__(ExportedProgram)
+        plain.__dict__.update(self.__dict__)
+        return plain.run_decompositions(*args, **kwargs)
 
 
 def fusion_of(program: fx.GraphModule | ExportedProgram) -> Fusion | None:

@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .alone import write_alone
 from .errors import TieError
 from .ir import Derived, Pack, Slice
 from .optimizers import protect_from_fused_optimizers
@@ -115,6 +116,7 @@ def _remember(packed: Tensor, pack: Pack) -> None:
     place = packed.untyped_storage()._cdata
     _alive[place], _makers[place] = packed, pack
     weakref.finalize(packed, _makers.pop, place, None)
+    write_alone(packed, pack)
 
 
 @torch.inference_mode(False)  # a pack outlives the call that makes it

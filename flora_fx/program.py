@@ -45,6 +45,7 @@ class Dialect:
     reshape: Any = torch.reshape
     transpose: Any = torch.t
     mul: Any = operator.mul
+    div: Any = operator.truediv
     add: Any = operator.add
     cat: Any = torch.cat
 
@@ -59,6 +60,8 @@ class Program(ABC):
     """The node that is being rewritten: new nodes take over where it came from."""
     derives: bool = True
     """Whether values that are derived from weights can be stored."""
+    copies: bool = True
+    """Whether copies of weights, scaled or cast, can be stored."""
 
     @abstractmethod
     def weight(self, node: Node) -> Weight | None:
@@ -283,6 +286,7 @@ class ExportedProgramView(Program):
         aten.reshape.default,
         aten.t.default,
         aten.mul.Tensor,
+        aten.div.Tensor,
         aten.add.Tensor,
         aten.cat.default,
     )
@@ -310,13 +314,13 @@ class ExportedProgramView(Program):
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
         self._packs[f"{STORE}.{pack.name}"] = pack
-        return self._stored(pack.name, pack.shape, like)
+        return self._stored(pack.name, pack.shape, like, persistent=True)
 
     def derived_value(self, derived: Derived, like: Tensor) -> Node:
         self._derived[f"{STORE}.{derived.name}"] = derived
-        return self._stored(derived.name, derived.shape, like)
+        return self._stored(derived.name, derived.shape, like, persistent=False)
 
-    def _stored(self, name: str, shape: tuple[int, ...], like: Tensor) -> Node:
+    def _stored(self, name: str, shape: tuple[int, ...], like: Tensor, *, persistent: bool) -> Node:
         # A new lifted buffer: a placeholder and an input spec, both in front of the user's inputs.
         kinds = [spec.kind for spec in self._inputs]
         index = kinds.index(InputKind.USER_INPUT) if InputKind.USER_INPUT in kinds else len(kinds)
@@ -325,7 +329,7 @@ class ExportedProgramView(Program):
         with self.graph.inserting_before(before):
             node = self.graph.placeholder(f"b_{STORE}_{name}")
         node.meta["val"] = self.fake(shape, like)
-        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), f"{STORE}.{name}", persistent=False)
+        spec = InputSpec(InputKind.BUFFER, TensorArgument(name=node.name), f"{STORE}.{name}", persistent=persistent)
         self._inputs.insert(index, spec)
         return node
 
@@ -364,17 +368,19 @@ class ExportedProgramView(Program):
             assert isinstance(found, Tensor)
             return found
 
-        stored = {target: tie(pack, resolve) for target, pack in self._packs.items()}
-        stored |= {target: derive(derived, resolve) for target, derived in self._derived.items()}
+        # Packs stand where the parameters are that are views of them: `torch.export.save` writes each dictionary's
+        # memory once.
+        packs = {target: tie(pack, resolve) for target, pack in self._packs.items()}
+        derived = {target: derive(value, resolve) for target, value in self._derived.items()}
         result = FusedExportedProgram(
             self.root,
             self.graph,
             ExportGraphSignature(self._inputs, outputs),
-            self.program.state_dict,
+            {**self.program.state_dict, **packs},
             self.program.range_constraints,
             [copy.copy(entry) for entry in self.program.module_call_graph],
             self.program.example_inputs,
-            {**self.program.constants, **stored},
+            {**self.program.constants, **derived},
             verifiers=self.program.verifiers,
         )
         result.graph_module.meta[META] = fusion

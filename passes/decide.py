@@ -9,7 +9,7 @@ private     a weight that one projection alone reads: only such a weight may mov
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,13 +18,13 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError
-from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Weight
+from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
 from .paths import ADDS, NO_READERS, live_users
 from .values import CASTS, Values, operation
 
-__all__ = ["Decisions", "decide"]
+__all__ = ["Decisions", "adapted", "decide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +35,13 @@ class Decisions:
         paths: the paths to write.
         downs: the down-projections to pack, those of `paths` among them.
         declines: what is refused.
-        shared: the nodes of projections whose weight or bias something else uses too.
+        shared: the nodes of projections whose weight or bias something else uses too, and how.
     """
 
     paths: tuple[LowRankPath, ...]
     downs: tuple[Projection, ...]
     declines: tuple[Decline, ...]
-    shared: frozenset[Node]
+    shared: Mapping[Node, str]
 
 
 def decide(
@@ -63,7 +63,7 @@ def decide(
     declines: list[Decline] = []
     for path in paths:
         _require_finite(path)
-        base = _adapted(values, by_node, path.target)
+        base = adapted(values, by_node, path.target)
         wanted = values.dtype(path.target) or (base.dtype if base else None)
         computed = {values.dtype(part.node) or part.dtype for part in (path.up, path.down)}
         if path.up.dtype == path.down.dtype and computed == {wanted}:
@@ -72,25 +72,37 @@ def decide(
             continue
         cast = None
         trains = program.trains([path.up.weight, path.down.weight])  # a copy would go stale with the next step
-        may_cast = config.allow_cast and not trains
-        if may_cast and base and base.dtype == wanted and not {base.node, path.down.node} & shared:
+        may_cast = program.copies and not trains and base and base.dtype == wanted
+        if base and may_cast and shared.keys().isdisjoint((base.node, path.down.node)):
             cast = _without_cast(values, path, base)
-        if cast is not None:
+        if cast is not None and config.allow_cast:
             accepted.append(cast)
             downs.setdefault(cast.down.node, cast.down)
             continue
         downs.setdefault(path.down.node, path.down)
-        found = f"{path.up.weight.name} is {_name(path.up.dtype)} and {path.target.name} is {_name(wanted)}"
-        remedy = "convert one of them" if trains else "convert one of them, or pass FuseConfig(allow_cast=True)"
-        declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{found}; {remedy}"))
+        remedy = "convert one of them" if cast is None else "convert one of them, or pass FuseConfig(allow_cast=True)"
+        detail = f"{_difference(values, path, wanted)}; {remedy}"
+        declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, detail))
     return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
+
+
+def _difference(values: Values, path: LowRankPath, wanted: torch.dtype | None) -> str:
+    """Two dtypes of a path that differ."""
+    up, down = path.up, path.down
+    if up.dtype != down.dtype:
+        return f"{up.weight.name} is {_name(up.dtype)} and {down.weight.name} is {_name(down.dtype)}"
+    for part in (up, down):
+        computed = values.dtype(part.node) or part.dtype
+        if up.dtype == wanted != computed:
+            return f"{part.node.name} computes in {_name(computed)} and {path.target.name} is {_name(wanted)}"
+    return f"{up.weight.name} is {_name(up.dtype)} and {path.target.name} is {_name(wanted)}"
 
 
 def _name(dtype: torch.dtype | None) -> str:
     return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def _adapted(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
+def adapted(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
     """The projection that a target is the output of, through reshapes and earlier adapters."""
     node = values.rows(node)
     while node not in by_node and operation(node) in ADDS and isinstance(node.args[0], Node):
@@ -132,7 +144,7 @@ def _require_finite(path: LowRankPath) -> None:
             )
 
 
-def _shared(program: Program, values: Values, projections: Iterable[Projection]) -> frozenset[Node]:
+def _shared(program: Program, values: Values, projections: Iterable[Projection]) -> dict[Node, str]:
     """Projections with a weight or bias that another node reads, or that overlaps another parameter in memory."""
     readers: dict[int, set[Node]] = defaultdict(set)
     tensors: dict[int, Tensor] = {}
@@ -142,10 +154,14 @@ def _shared(program: Program, values: Values, projections: Iterable[Projection])
             tensors[id(tensor)] = tensor
     overlapping = _overlapping(tensors.values())
 
-    def private(weight: Weight) -> bool:
-        return len(readers[id(weight.tensor)]) == 1 and id(weight.tensor) not in overlapping
-
-    return frozenset(p.node for p in projections if not (private(p.weight) and (p.bias is None or private(p.bias))))
+    found: dict[Node, str] = {}
+    for projection in projections:
+        for weight in (projection.bias, projection.weight):
+            if weight is not None and id(weight.tensor) in overlapping:
+                found[projection.node] = f"{weight.name} shares memory with another parameter"
+            if weight is not None and len(readers[id(weight.tensor)]) != 1:
+                found[projection.node] = f"{weight.name} is also used elsewhere"
+    return found
 
 
 def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ Any other path is written where its add stands.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -29,7 +30,7 @@ from flora_fx.config import FuseConfig
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
-from .decide import Decisions
+from .decide import Decisions, adapted
 from .paths import live_users
 from .values import RESHAPES, Values, operation
 
@@ -102,7 +103,7 @@ def group(
     for (reads, *_), members in buckets.items():
         if any(m.node in downs for m in members) or (config.pack_base and len(members) > 1):
             declines.extend(m.obstacle for m in members if m.obstacle is not None)
-            declines.extend(_shared(m) for m in members if m.obstacle is None and m.node in decisions.shared)
+            declines.extend(kept_out for m in members if (kept_out := _shared(m, decisions)) is not None)
         private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
         private.sort(key=lambda m: order[m.node])
         for member in private:
@@ -112,7 +113,11 @@ def group(
     placer = _Placer(program, values, decisions, groups, home, order, regions)
     groups, singles = placer.place(config)
     kept = tuple(g for g in groups if g.widenings or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
-    declines.extend(_strangers(decisions.paths, kept))
+    joined = {down.node for group in kept if group.bases for down in group.downs}
+    others = {p.node: p for p in projections if p.node not in ups and p.node not in downs}
+    for path in _without_company(decisions, joined):
+        own = adapted(values, others, path.target)
+        declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
     return Grouping(kept, tuple(singles), tuple(declines))
 
 
@@ -238,20 +243,35 @@ class _Placer:
         return direct and same(path.up.operand) is same(path.low)
 
 
-def _shared(projection: Projection) -> Decline:
-    detail = f"{projection.weight.name} is also used elsewhere, so it stays out of the pack of {projection.reads.name}"
+def _shared(projection: Projection, decisions: Decisions) -> Decline | None:
+    """Why a projection whose weight is not its own stays out of a pack; None if it need not, or for another reason."""
+    how = decisions.shared.get(projection.node)
+    if how is None or projection.obstacle is not None:
+        return None
+    detail = f"{how}, so the projection stays out of the pack of {projection.reads.name}"
     return Decline(Reason.WEIGHT_SHARED, projection.node.name, detail)
 
 
-def _strangers(paths: tuple[LowRankPath, ...], groups: tuple[Group, ...]) -> list[Decline]:
-    """Down-projections that no base shares its read with: they are GEMMs of their own."""
-    joined = {down.node for group in groups if group.bases for down in group.downs}
-    declines = {}
-    for path in paths:
-        if path.down.node not in joined:
-            detail = (
-                f"no projection shares what {path.down.weight.name} reads ({path.down.reads.name}): it stays a GEMM "
-                "of its own"
-            )
-            declines[path.down.node] = Decline(Reason.READS_ANOTHER_VALUE, path.write.name, detail)
-    return list(declines.values())
+def _without_company(decisions: Decisions, joined: set[Node]) -> Iterable[LowRankPath]:
+    """A path for each down-projection that is in no pack with a base, and not for a reason that is told already."""
+    alone = {path.down.node: path for path in decisions.paths if path.down.node not in joined}
+    return [path for node, path in alone.items() if node not in decisions.shared]
+
+
+def _alone(path: LowRankPath, others: Iterable[Projection], decisions: Decisions, regions: dict[Node, int]) -> Decline:
+    """Why a down-projection stays a GEMM of its own: what became of the projections that read the same."""
+    down = path.down
+    own = f"{down.weight.name} stays a GEMM of its own"
+    for other in others:
+        if other.reads is not down.reads:
+            continue
+        company = f"{other.weight.name} reads what {down.weight.name} reads"
+        if (kept_out := other.obstacle or _shared(other, decisions)) is not None:
+            detail = f"{company}, but stays out of the pack ({other.node.name}): {own}"
+            return Decline(kept_out.reason, path.write.name, detail)
+        if regions[other.node] != regions[down.node]:
+            return Decline(Reason.OTHER_MODE, path.write.name, f"{company}, but in another mode: {own}")
+        if other.dtype != down.dtype:
+            return Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{company}, but in another dtype: {own}")
+    detail = f"no projection shares what {down.weight.name} reads ({down.reads.name}): it stays a GEMM of its own"
+    return Decline(Reason.READS_ANOTHER_VALUE, path.write.name, detail)

@@ -17,19 +17,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
-from flora_fx.ir import LowRankPath, Pack, Projection, Role, Slice
+from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Slice
 
 from .group import Group, Write
 
-__all__ = ["Block", "Columns", "Layout", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
+__all__ = ["Block", "Columns", "Layout", "Scale", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
 
 
 ALIGNED = 16
 """Elements; 64 bytes of float32."""
+
+
+class Scale(NamedTuple):
+    """What a GEMM's result is multiplied by: a constant, and symbolic numbers."""
+
+    constant: float
+    numbers: tuple[Factor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +52,7 @@ class Block:
     """
 
     segment: int
-    scale: float
+    scale: Scale
     columns: tuple[int, int]
     writes: tuple[Write, ...]
 
@@ -62,7 +70,7 @@ class Columns:
     """
 
     low: Node | tuple[int, int]
-    scale: float
+    scale: Scale
     rank: int
     writes: tuple[tuple[Write, int], ...]
 
@@ -109,13 +117,15 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
         segments.setdefault(together or base, []).append(base)
     # Written segments first, so that what is accumulated onto is one range.
     ordered = sorted(segments.values(), key=lambda bases: not by_base[bases[0]])
-    wanted: list[tuple[int, float, list[Write]]] = []
+    wanted: list[tuple[int, Scale, list[Write]]] = []
     for index, bases in enumerate(ordered):
         for scale in dict.fromkeys(_scale(w, config) for w in by_base[bases[0]]):
             same = [w for b in bases for w in by_base[b] if _scale(w, config) == scale]
             wanted.extend((index, scale, cells) for cells in _one_per_cell(same))
     used = (w.path.down for _, _, writes in wanted for w in writes)
-    ahead = sorted(_own(group), key=lambda w: _scale(w, config))  # one range a scale
+    own_writes = _own(group)
+    ranges = list(dict.fromkeys(sorted((_scale(w, config) for w in own_writes), key=lambda scale: scale.constant)))
+    ahead = sorted(own_writes, key=lambda w: ranges.index(_scale(w, config)))  # one range a scale
     own = tuple(_unique(used, (w.path.down for w in ahead)))
     downs = tuple(_unique(own, group.downs))
     apart = {
@@ -235,9 +245,9 @@ def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Sl
     )
 
 
-def _scale(write: Write, config: FuseConfig) -> float:
-    """The scale that a GEMM has to apply: none where it is folded into the weights."""
-    return 1.0 if config.fold_scale else write.path.scale
+def _scale(write: Write, config: FuseConfig) -> Scale:
+    """The scale that is to be applied: no constant where it is folded into the weights."""
+    return Scale(1.0 if config.fold_scale else write.path.scale, write.path.numbers)
 
 
 def _one_per_cell(writes: list[Write]) -> list[list[Write]]:

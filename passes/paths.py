@@ -2,8 +2,9 @@
 
     z = down(x), or activation(down(x)), or v * down(x) with a vector v;  y' = target + scale · up(z)
 
-Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), either order
-of the operands, several adapters summed, minus for plus, and reshapes, no-op casts and eval dropout anywhere.
+Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), be it a constant
+or a symbolic number (Dynamo's, of a float that changes), either order of the operands, several adapters summed, minus
+for plus, and reshapes, no-op casts and eval dropout anywhere.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from flora_fx.ir import Decline, LowRankPath, Projection, Reason
+from flora_fx.ir import Decline, Factor, LowRankPath, Projection, Reason
 from flora_fx.program import Program, same_sizes
 
 from .mutation import (
@@ -50,6 +51,7 @@ ACTIVATIONS = {
     *(torch.sigmoid, F.sigmoid, aten.sigmoid.default, "sigmoid"),
 }
 ACTIVATION_MODULES = {nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid}
+CHANGED = "is changed in place, or may share memory with what is, or its memory layout is read"
 NO_READERS = {aten._assert_tensor_metadata.default}
 
 
@@ -61,7 +63,7 @@ class _Part:
     up: Projection
     low: Node
     scale: float
-    factors: tuple[Node, ...]
+    factors: tuple[Factor, ...]
     chain: tuple[Node, ...]
     dropout: Node | None
 
@@ -103,7 +105,7 @@ def find_paths(
             refused = finder.refuse(node, target, parts, effects)
             if refused is None:
                 absorbed.update(n for part in parts for n in part.chain)
-                paths.extend(LowRankPath(p.down, p.up, p.low, p.scale, p.factors, target, node) for p in parts)
+                paths.extend(finder.path(part, target, node) for part in parts)
                 break
             refusals.append(refused)
         else:
@@ -131,6 +133,13 @@ class _Finder:
                     found.add(self.values.rows(node))
         return found
 
+    def path(self, part: _Part, target: Node, add: Node) -> LowRankPath:
+        """A part as a path; its numbers that are known from the start may be used anywhere."""
+        given = [self.values.is_number(f.node) and self.values.is_given(f.node) for f in part.factors]
+        numbers = tuple(f for f, ahead in zip(part.factors, given, strict=True) if ahead)
+        factors = tuple(f for f, ahead in zip(part.factors, given, strict=True) if not ahead)
+        return LowRankPath(part.down, part.up, part.low, part.scale, numbers, factors, target, add)
+
     def at_add(self, node: Node) -> tuple[list[tuple[Node, list[_Part]]], list[Decline]]:
         """(target, what is added to it) where one operand of an add is a sum of low-rank paths, and what is none.
 
@@ -139,9 +148,9 @@ class _Finder:
         """
         found: list[tuple[Node, list[_Part]]] = []
         declines: list[Decline] = []
-        for target, added, sign in operands(node):
+        for target, added, sign, alpha in self.operands(node):
             try:
-                parts = self.parts(added, sign, (), ())
+                parts = self.parts(added, sign, alpha, ())
             except _Unscalable as refusal:
                 declines.append(refusal.decline)
                 continue
@@ -150,7 +159,19 @@ class _Finder:
         found.sort(key=lambda way: not all(is_low_rank(part.down, part.up) for part in way[1]))
         return found, declines
 
-    def parts(self, node: Node, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> list[_Part] | None:
+    def operands(self, node: Node) -> Iterator[tuple[Node, Node, float, tuple[Factor, ...]]]:
+        """As `operands`, and where what is added is multiplied by a symbolic number."""
+        alpha = node.kwargs.get("alpha")
+        if isinstance(alpha, Node) and operation(node) in ADDS | SUBTRACTS and len(node.args) == 2:
+            target, added = node.args
+            if isinstance(target, Node) and isinstance(added, Node) and self.values.is_number(alpha):
+                yield target, added, -1.0 if operation(node) in SUBTRACTS else 1.0, (Factor(alpha),)
+        for target, added, sign in operands(node):
+            yield target, added, sign, ()
+
+    def parts(
+        self, node: Node, scale: float, factors: tuple[Factor, ...], chain: tuple[Node, ...]
+    ) -> list[_Part] | None:
         """The low-rank paths that a value is the (scaled) sum of; None if it is anything else."""
         chain = (*chain, node)
         if node in self.by_node:
@@ -162,21 +183,22 @@ class _Finder:
         if (product := self.product(node)) is not None:
             inner, number, factor = product
             found = self.parts(inner, scale * number, (*factors, factor) if factor else factors, chain)
-            if found is None or factor is None or self.per_token(factor, inner):
+            if found is None or factor is None or self.per_token(factor.node, inner):
                 return found
             if all(is_low_rank(part.down, part.up) for part in found):
-                raise _Unscalable(node, factor)
+                raise _Unscalable(node, factor.node)
             return None
-        if operation(node) in ADDS | SUBTRACTS and not factors:
-            for first, second, sign in operands(node):
+        if operation(node) in ADDS | SUBTRACTS and all(self.values.is_number(factor.node) for factor in factors):
+            for first, second, sign, alpha in self.operands(node):
                 # A value with many readers is a residual stream, with all layers behind it: look there last.
-                signed = sorted(((first, 1.0), (second, sign)), key=lambda operand: len(operand[0].users))
-                one = self.parts(signed[0][0], scale * signed[0][1], factors, chain)
-                two = None if one is None else self.parts(signed[1][0], scale * signed[1][1], factors, chain)
+                signed = sorted(((first, 1.0, ()), (second, sign, alpha)), key=lambda operand: len(operand[0].users))
+                (a, a_sign, a_alpha), (b, b_sign, b_alpha) = signed
+                one = self.parts(a, scale * a_sign, (*factors, *a_alpha), chain)
+                two = None if one is None else self.parts(b, scale * b_sign, (*factors, *b_alpha), chain)
                 return None if one is None or two is None else one + two
         return None
 
-    def below(self, up: Projection, scale: float, factors: tuple[Node, ...], chain: tuple[Node, ...]) -> _Part | None:
+    def below(self, up: Projection, scale: float, factors: tuple[Factor, ...], chain: tuple[Node, ...]) -> _Part | None:
         """The down-projection that an up-projection reads, through scales, then through one activation."""
         node = up.operand
         while True:
@@ -200,13 +222,13 @@ class _Finder:
                 below = self.by_node.get(self.values.rows(node))
                 if below is not None and not is_low_rank(below, up):
                     below = None
-                if below is not None and below.out_features == up.in_features == self.vector(factor):
+                if below is not None and below.out_features == up.in_features == self.vector(factor.node):
                     return _Part(below, up, source, scale, factors, chain, self.active_dropout(below.reads))
                 if up.bias is not None:
                     return None  # the factor does not reach the bias
-                if not self.per_token(factor, node):
+                if not self.per_token(factor.node, node):
                     if below is not None:
-                        raise _Unscalable(source, factor)
+                        raise _Unscalable(source, factor.node)
                     return None
                 factors = (*factors, factor)
             elif up.bias is not None and number != 1:
@@ -229,29 +251,37 @@ class _Finder:
             return False
         return isinstance(self.program.attribute(str(node.target)), nn.Dropout)
 
-    def product(self, node: Node) -> tuple[Node, float, Node | None] | None:
-        """(value, number, None) or (value, 1, tensor) for a value times a factor."""
+    def product(self, node: Node) -> tuple[Node, float, Factor | None] | None:
+        """(value, constant, None) or (value, 1, factor) for a value times a factor, or divided by a number."""
         kind, args = operation(node), node.args
         if kind in NEGATES:
             return node.all_input_nodes[0], -1.0, None
         if kind in DIVIDES and len(args) == 2 and is_number(args[1]) and args[1] and not node.kwargs:
             return node.all_input_nodes[0], 1 / float(args[1]), None  # type: ignore[arg-type]
-        if kind not in MULTIPLIES or len(args) != 2:
+        if kind not in MULTIPLIES | DIVIDES or len(args) != 2 or node.kwargs:
             return None
         first, second = args
+        if kind in DIVIDES:
+            by_symbol = isinstance(first, Node) and isinstance(second, Node) and self.values.is_number(second)
+            return (first, 1.0, Factor(second, divides=True)) if by_symbol else None  # type: ignore[return-value,arg-type]
         if isinstance(first, Node) and is_number(second):
             return first, float(second), None  # type: ignore[arg-type]
         if isinstance(second, Node) and is_number(first):
             return second, float(first), None  # type: ignore[arg-type]
         if not isinstance(first, Node) or not isinstance(second, Node):
             return None
+        for value, factor in ((first, second), (second, first)):
+            if self.values.is_number(factor):
+                return value, 1.0, Factor(factor)
         leads = [self.values.rows(operand) in self.scaled for operand in (first, second)]
         if leads == [True, False]:
-            return first, 1.0, second
-        return (second, 1.0, first) if leads == [False, True] else None
+            return first, 1.0, Factor(second)
+        return (second, 1.0, Factor(first)) if leads == [False, True] else None
 
     def per_token(self, factor: Node, value: Node) -> bool:
-        """Whether a tensor multiplies all features of a token alike, in the value's dtype and shape."""
+        """Whether a factor multiplies all features of a token alike, in the value's dtype and shape."""
+        if self.values.is_number(factor):
+            return True
         shape, of = self.values.shape(factor), self.values.shape(value)
         dtype, wanted = self.values.dtype(factor), self.values.dtype(value)
         if shape is None or (wanted is None and dtype is None):
@@ -288,7 +318,7 @@ class _Finder:
                     f"{part.down.weight.name} reads {part.dropout.name}, a random mask of its own; fuse in eval mode"
                 )
                 return Decline(Reason.DROPOUT_ACTIVE, add.name, detail)
-            if not all(self.reaches_down(factor, part) for factor in part.factors):
+            if not all(self.reaches_down(factor.node, part) for factor in part.factors):
                 detail = f"a factor has one number per token, in another shape than {part.down.node.name}"
                 return Decline(Reason.SCALE_NOT_SCALAR, add.name, detail)
             for inner in part.chain:
@@ -297,11 +327,15 @@ class _Finder:
                     detail = f"{inner.name} is also read elsewhere (readers: {', '.join(readers)})"
                     return Decline(Reason.OTHER_READER, add.name, detail)
                 if inner in effects.touched:
-                    return Decline(Reason.MUTATED, add.name, f"{inner.name} is changed in place")
-        if {add, target} & effects.touched:
-            return Decline(Reason.MUTATED, add.name, f"{target.name} or {add.name} is changed in place")
+                    return Decline(Reason.MUTATED, add.name, f"{inner.name} {CHANGED}")
+        for touched in (target, add):
+            if touched in effects.touched:
+                return Decline(Reason.MUTATED, add.name, f"{touched.name} {CHANGED}")
         if not self.same_rows(target, parts):
-            detail = f"{target.name} is not known to have the shape of what is added to it"
+            shapes = self.values.shape(target), self.values.shape(parts[0].chain[0])
+            known = None not in shapes and all(isinstance(size, int) for shape in shapes for size in shape or ())
+            has = "has another shape than" if known else "is not known to have the shape of"
+            detail = f"{target.name} {has} what is added to it"
             return Decline(Reason.SHAPE_UNKNOWN, add.name, detail)
         return None
 
@@ -334,7 +368,8 @@ class _Finder:
                 leading = (restored, None)
             elif product is not None:
                 features = known[product[0]][1]
-                if product[2] is None or self.values.shape(product[2]) in ((), (features,)):
+                factor = product[2]
+                if factor is None or self.values.shape(factor.node) in ((), (features,)):
                     leading = known[product[0]]
             elif operation(node) in ADDS and len({operand[0] for operand in operands}) == 1:
                 leading = operands[0]

@@ -107,7 +107,8 @@ class _Finder:
             if node in self.operands or self.is_layer(node):
                 return node
             if operation(node) in MULTIPLIES:
-                computed = [operand for operand in node.all_input_nodes if operand not in self.of_weights]
+                scales = [n for n in node.all_input_nodes if n in self.of_weights or self.values.is_number(n)]
+                computed = [operand for operand in node.all_input_nodes if operand not in scales]
             else:
                 computed = node.all_input_nodes[:1] if operation(node) in ADDS else []
             if len(computed) != 1:
@@ -135,7 +136,7 @@ class _Finder:
             current = pending.pop(0)
             if self.values.rows(current) is reads:
                 from_read = True
-            elif self.program.weight(current) is None:
+            elif self.program.weight(current) is None and not self.values.is_number(current):
                 if current.op in ("placeholder", "get_attr") or len(steps) == FARTHEST:
                     return None
                 steps.append(current)

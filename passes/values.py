@@ -141,6 +141,17 @@ class Values:
         weight = self.program.weight(node)
         return weight.tensor.dtype if weight else None
 
+    def is_number(self, node: Node) -> bool:
+        """Whether a node's value is one number: a size, or a float that Dynamo hands over as a symbol."""
+        value = self.program.value(node)
+        return isinstance(value, torch.SymInt | torch.SymFloat | int | float) and not isinstance(value, bool)
+
+    def is_given(self, node: Node) -> bool:
+        """Whether a number is known before anything is computed: made of the graph's inputs and other numbers alone."""
+        above = dependencies(node)
+        given = all(found.op == "placeholder" or self.is_number(found) for found in above)
+        return given and self.effects.touched.isdisjoint(above)
+
     def same_shape(self, a: Node, b: Node) -> bool:
         """Whether two nodes are known to have one shape."""
         first, second = self.shape(a), self.shape(b)

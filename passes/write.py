@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from flora_fx.choosing import HIGHEST_RANK, unrolls
 from flora_fx.config import FuseConfig
-from flora_fx.ir import LowRankPath, Pack, Projection, Weight
+from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
 from flora_fx.program import Program
 from flora_fx.sketch import Sketch, SketchWrite
@@ -64,7 +64,7 @@ class Writer:
         self.sketches: list[Sketch] = []
         self.unrolled: list[Unrolled] = []
         self._now: dict[Node, Node] = {}
-        self._order = {node: index for index, node in enumerate(self.graph.nodes)}
+        self._order: dict[Node, float] = {node: index for index, node in enumerate(self.graph.nodes)}
 
     def write(self, grouping: Grouping) -> None:
         """Rewrite the graph: groups first, then, in graph order, the paths that stand alone."""
@@ -83,6 +83,7 @@ class Writer:
         bases, downs = layout.bases, layout.downs
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
+        self.fetch((number for write in (*group.writes, *group.widenings) for number in write.path.numbers), first)
         with self.graph.inserting_before(first):
             y, z, lows = self.gemms(self.now(group.reads), layout, trains=trains)
             together = y is not None and z is not None
@@ -182,8 +183,9 @@ class Writer:
             apart = layout.downs[: layout.apart]
             edges = list(running((down.out_features for down in apart), initial=0))
             low = self.cut(ahead, edges[-1], [(edges[columns.low[0]], edges[columns.low[1]])])[0]
-        if columns.scale != 1.0:
-            low = self.program.call(self.program.ops.mul, low, columns.scale)
+        low = self.times(low, columns.scale.numbers)
+        if columns.scale.constant != 1.0:
+            low = self.program.call(self.program.ops.mul, low, columns.scale.constant)
         return self.program.shaped_beside(low, x, columns.rank)
 
     def read(self, pack: Pack, like: Projection, *, trains: bool = False) -> Node:
@@ -204,9 +206,9 @@ class Writer:
             edges = list(running((down.out_features for down in read), initial=0))
             runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
-                scale = 1.0 if self.config.fold_scale else block.scale
-                rank = sum(down.out_features for down in layout.downs[slice(*block.columns)])
-                adapted = self.add(after[block.segment], low, self.block(layout, block), scale, rank)
+                low = self.times(low, block.scale.numbers)
+                rank = sum(down.out_features for down in read[slice(*block.columns)])
+                adapted = self.add(after[block.segment], low, self.block(layout, block), block.scale.constant, rank)
                 sources = [base.weight.name for base in layout.segments[block.segment]]
                 self.labels[adapted] = f"{Names.joined(sources)}_adapted"
                 after[block.segment] = adapted
@@ -271,10 +273,27 @@ class Writer:
         """``y + scale · factors · bias of the up-projection``, where it has one."""
         if path.up.bias is None:
             return y
-        term = self.program.weight_node(path.up.bias)
-        for factor in path.factors:
-            term = self.program.call(self.program.ops.mul, term, self.now(factor))
+        term = self.times(self.program.weight_node(path.up.bias), (*path.numbers, *path.factors))
         return self.program.call(torch.ops.aten.add.Tensor, y, term, alpha=path.scale)
+
+    def times(self, value: Node, factors: Iterable[Factor]) -> Node:
+        """A value times factors; in front of a GEMM they cost as much as its columns are."""
+        for factor in factors:
+            operation = self.program.ops.div if factor.divides else self.program.ops.mul
+            value = self.program.call(operation, value, self.now(factor.node))
+        return value
+
+    def fetch(self, numbers: Iterable[Factor], before: Node) -> None:
+        """Let symbolic numbers, and what they are made of, stand in front of a node."""
+        for number in numbers:
+            self._fetch(number.node, before)
+
+    def _fetch(self, node: Node, before: Node) -> None:
+        if self._order[node] > self._order[before]:
+            for operand in node.all_input_nodes:
+                self._fetch(operand, before)
+            before.prepend(node)
+            self._order[node] = self._order[before] - 0.5
 
     def finish(self, group: Group, writes: list[Write], value: Node) -> None:
         """Put the value of a base with all its paths where the last of its adds stands."""
@@ -303,9 +322,7 @@ class Writer:
         value = self.now(paths[0].target)
         with self.graph.inserting_before(add):
             for path in paths:
-                low = self.now(path.low)
-                for factor in path.factors:
-                    low = self.program.call(self.program.ops.mul, low, self.now(factor))
+                low = self.times(self.now(path.low), (*path.numbers, *path.factors))
                 scale = 1.0 if self.config.fold_scale else path.scale
                 value = self.add(value, low, self.up(path), scale, path.up.in_features)
                 value = self.add_bias(value, path)

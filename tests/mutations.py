@@ -23,7 +23,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("flora_fx", "passes", "export", "tests", "pyproject.toml")
-WATCHED = ("passes/*.py", "flora_fx/pack.py", "flora_fx/module.py", "flora_fx/ops.py", "flora_fx/lifting.py")
+WATCHED = (
+    "passes/*.py",
+    "flora_fx/pack.py",
+    "flora_fx/module.py",
+    "flora_fx/ops.py",
+    "flora_fx/lifting.py",
+    "flora_fx/alone.py",
+)
 """Every one of these has a mutation."""
 
 GRAPHS = "tests/properties/test_random_graphs.py::test_graphs_as_symbolic_trace_makes_them"
@@ -84,8 +91,8 @@ MUTATIONS = [
     *passes(
         "decide",
         ("a wrong dtype is accepted", "if path.up.dtype == path.down.dtype and computed == {wanted}:", "if True:"),
-        ("a shared weight is packed", "len(readers[id(weight.tensor)]) == 1 and ", ""),
-        ("overlapping memory is packed", " and id(weight.tensor) not in overlapping", ""),
+        ("a shared weight is packed", "len(readers[id(weight.tensor)]) != 1:", "False:"),
+        ("overlapping memory is packed", "if weight is not None and id(weight.tensor) in overlapping:", "if False:"),
         ("a low-rank value of another dtype", " or not _is_sole_way(path.down.node, path.up.node)", ""),
         ("NaN is accepted", "if not bool(torch.isfinite(tensor.detach()).all()):", "if False:"),
         first=[GRAPHS, "tests/test_declines.py"],
@@ -225,16 +232,67 @@ MUTATIONS = [
             "return self.program.accumulate(y, z, up, scale)",
             "return self.program.accumulate(y, z, up, 1.0)",
         ),
-        ("forgotten scale of columns", "if columns.scale != 1.0:", "if False:"),
+        ("forgotten scale of columns", "if columns.scale.constant != 1.0:", "if False:"),
         ("an adapter's bias dropped", "if path.up.bias is None:", "if True:"),
         (
             "a factor dropped",
-            "                    low = self.program.call(self.program.ops.mul, low, self.now(factor))\n",
-            "                    pass\n",
+            "low = self.times(self.now(path.low), (*path.numbers, *path.factors))",
+            "low = self.times(self.now(path.low), path.numbers)",
+        ),
+        (
+            "a factor of an adapter's bias dropped",
+            "weight_node(path.up.bias), (*path.numbers, *path.factors))",
+            "weight_node(path.up.bias), ())",
         ),
         ("a transposed member", "rows = [(*piece.rows, piece.transposed)", "rows = [(*piece.rows, False)"),
         ("an old value", "        while node in self._now:\n", "        while False:\n"),
         first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+    ),
+    *passes(
+        "write",
+        ("a symbol dropped", "low = self.times(low, block.scale.numbers)", "pass"),
+        ("a symbol of columns dropped", "low = self.times(low, columns.scale.numbers)", "pass"),
+        (
+            "multiplied for divided",
+            "self.program.ops.div if factor.divides else",
+            "self.program.ops.mul if factor.divides else",
+        ),
+        ("a symbol behind its use", "            before.prepend(node)\n", "            pass\n"),
+        first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *passes(
+        "group",
+        ("a reason is made up", "if other.reads is not down.reads:", "if True:"),
+        (
+            "a bias is called a weight",
+            'detail = f"{how}, so',
+            'detail = f"{projection.weight.name} is also used elsewhere, so',
+        ),
+        first=["tests/test_reasons.py"],
+    ),
+    *passes(
+        "values",
+        ("a symbol of a changed input", "return given and self.effects.touched.isdisjoint(above)", "return given"),
+        (
+            "a tensor's number is there from the start",
+            "        return given and self.effects",
+            "        return self.effects",
+        ),
+        first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *core(
+        "alone",
+        ("a deep copy keeps the storage", "alone = _alone(tensor) if tensor.is_leaf else tensor", "alone = tensor"),
+        ("a shallow copy is no view", "    shallow.setdefault(Tensor, _copy)\n", "    del shallow\n"),
+        ("views of one weight part", "        cells.pieces[first, last] = piece\n", "        pass\n"),
+        ("columns with their neighbours", "or cell.base:", "or True:"),
+        (
+            "another's rows",
+            "rows_fit = self.rows[0] <= row and last_row < self.rows[1]",
+            "rows_fit = last_row < self.rows[1]",
+        ),
+        ("what it knows is lost", "    result.__dict__.update(tensor.__dict__)\n", ""),
+        first=["tests/test_alone.py"],
     ),
     *core(
         "pack",

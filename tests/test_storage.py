@@ -331,7 +331,9 @@ def test_an_exported_program_keeps_its_state_and_survives_saving(tmp_path: Path)
     program = torch.export.export(model, (X,))
     fused = flora_fx.fuse(program)
     assert isinstance(fused, torch.export.ExportedProgram)
-    assert set(fused.state_dict) == set(program.state_dict)
+    packs = {f"_flora.{pack.name}" for pack in flora_fx.report(fused).packs}
+    assert set(fused.state_dict) == set(program.state_dict) | packs
+    assert set(fused.module().state_dict()) == set(program.state_dict)
     torch.export.save(fused, tmp_path / "fused.pt2")
     loaded = torch.export.load(tmp_path / "fused.pt2")
     assert_equal(loaded.module()(X), model(X))

@@ -1,4 +1,4 @@
-"""The command line leaves JSON, tables and pictures; the page is made of them; a GPU host gets through its sections."""
+"""The command line leaves JSON, tables and pictures; the page is made of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from flora_fx import cli
-from flora_fx.benchmarks import goals, gpu, latency
+from flora_fx.benchmarks import goals, latency
 from flora_fx.benchmarks.commands import chapters, main
-from flora_fx.benchmarks.gpu import SECTIONS, Section
 from flora_fx.benchmarks.page import write_page
 from flora_fx.benchmarks.results import RECORD, environment, save
 from flora_fx.benchmarks.settings import Settings
@@ -30,6 +30,7 @@ def test_bench_leaves_json_and_pictures_and_the_page_shows_them(tmp_path: Path) 
     found = json.loads((record / "latency.json").read_text())
     assert found["settings"]["rank"] == 4
     assert found["environment"]["command"].startswith("python -m benchmarks latency --shape tiny")
+    assert str(tmp_path) not in found["environment"]["command"]
     assert {"date", "machine", "python", "torch", "transformers", "peft"} <= set(found["environment"])
     assert "eager, prompt of 5, 2 new tokens" in result.stdout
     assert "arithmetic floor" in result.stdout
@@ -56,6 +57,11 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
                 assert sheet.markdown() in page.read_text(), f"{name}: run `python -m benchmarks page`"
 
 
+def test_no_record_names_a_place_of_who_measured_it() -> None:
+    for file in RECORD.glob("*.json"):
+        assert "--output" not in json.loads(file.read_text())["environment"]["command"], file.name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,7 +78,7 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
         (["latency", "--reference", "base (genai)"], "--reference is base (genai), and eager has none"),
         (["latency", "--runners", "onnxruntime", "--reference", "base (eager)"], "only if --contenders names it"),
         (["generation", "--swaps", "0"], "--swaps is 0; it must be at least 1"),
-        (["gpu", "--sections", "tests", "everything"], "invalid choice: 'everything'"),
+        (["gpu", "everything"], "invalid choice: 'everything'"),
         (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
         (["training", "--dtype", "float16"], "does not train in pure float16"),
         (["nonsense"], "invalid choice: 'nonsense'"),
@@ -85,6 +91,21 @@ def test_arguments_that_make_no_sense(
         main([*arguments, *([] if arguments == ["nonsense"] else ["--output", str(tmp_path)])])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpu_phases_without_a_gpu_or_of_unknown_sections(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, message in (
+        ([], "device is 'cuda', and torch sees no CUDA device here"),
+        (["--rehearse", "--sections", "everything"], "unknown section 'everything'; it must be one of export base"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["gpu", "prepare", "--folder", str(tmp_path / "folder"), *options])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -120,53 +141,3 @@ def test_json_appears_when_it_is_whole(tmp_path: Path) -> None:
     save("latency", {"rows": []}, tmp_path, "command")
     assert json.loads((tmp_path / "latency.json").read_text())["rows"] == []
     assert environment("x")["command"] == "x"
-
-
-def test_gpu_sections_go_on_past_a_failure_and_a_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sections = [
-        Section("fails", "flora_fx.no_such_module", (), 1),
-        Section("hangs", "timeit", ("-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"), 0.02),
-        Section("works", "timeit", ("-n", "1", "-r", "1", "1"), 1),
-    ]
-    assert gpu.run(tmp_path, minutes=1, sections=sections) == 1
-    told = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert [entry["status"] for entry in told] == ["exit status 1", "cut after 1 s", "done"]
-    assert "No module named" in told[0]["output"]
-    assert "No module named" in capsys.readouterr().out
-    assert gpu.run(tmp_path, minutes=0, sections=sections) == 1
-    told = json.loads((tmp_path / "gpu.json").read_text())["sections"]
-    assert {entry["status"] for entry in told} == {"no time left"}
-
-
-def test_gpu_prints_what_was_asked_beside_what_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    timing = {"milliseconds": 1.0, "ratio": 0.7, "low": 0.69, "high": 0.71, "against": {}}
-    row = {"variant": "fused", "prompt": 1024, "tpot": timing, "ttft": timing}
-    settings = {"device": "cuda", "layers": 16}
-    result = {"settings": settings, "reference": "base", "rows": [row]}
-    monkeypatch.setattr(gpu, "_run", lambda command, seconds: {"status": "done", "seconds": 1, "output": "much"})
-    (tmp_path / "gpu-decoder-1b-fp16.json").write_text(json.dumps(result))
-    [section] = [section for section in SECTIONS if section.name == "decoder-1b-fp16"]
-    assert gpu.run(tmp_path, sections=[section]) == 0
-    assert "| fused: TPOT × base | 1.03 | 0.700 (0.690–0.710) | yes |" in capsys.readouterr().out
-
-
-def test_gpu_sections_are_commands_that_parse(tmp_path: Path) -> None:
-    """On the GPU host it is too late to find a misspelt option."""
-    from flora_fx.benchmarks.commands import parser
-
-    for section in SECTIONS[1:]:
-        for rehearse in (False, True):
-            _, dash, module, *arguments = section.command(tmp_path, rehearse=rehearse)
-            assert (dash, module) == ("-m", "benchmarks")
-            options = parser().parse_args(arguments)
-            assert options.name == f"gpu-{section.name}"
-            assert options.device == ("cpu" if rehearse else "cuda")
-
-
-@pytest.mark.slow
-def test_gpu_rehearsal(tmp_path: Path) -> None:
-    assert gpu.run(tmp_path, rehearse=True) == 0
-    names = {f"gpu-{section.name}.json" for section in SECTIONS[1:]}
-    assert names <= {file.name for file in tmp_path.iterdir()}

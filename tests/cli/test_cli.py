@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 import flora_fx
 from flora_fx import cli
+from flora_fx.checkpoint import load_tokenizer
 from flora_fx.demo.train import build_tokenizer
 
 
@@ -65,6 +66,84 @@ def test_inspect_encoder(encoder_dir: Path, tmp_path: Path) -> None:
     assert told["declines"] == []
 
 
+def save_seq2seq(place: Path) -> Path:
+    """A small T5 and its LoRA."""
+    import peft
+    import transformers
+
+    from .test_sample_inputs import t5
+
+    model = transformers.T5ForConditionalGeneration(t5())
+    model.save_pretrained(place / "t5")
+    lora = peft.LoraConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+    peft.get_peft_model(model, lora).save_pretrained(place / "lora")
+    return place
+
+
+def test_inspect_encoder_decoder(tmp_path: Path) -> None:
+    place = save_seq2seq(tmp_path)
+    result = invoke("inspect", "--model", place / "t5", "--adapter", place / "lora", "--json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert len(told["fused"]) == 6  # q and v of three attentions
+    assert told["declines"] == []
+
+
+def test_inspect_with_inputs_from_a_file(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    place = save_seq2seq(tmp_path)
+    options = ("inspect", "--model", place / "t5", "--adapter", place / "lora", "--json", "--inputs")
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    save_file({"input_ids": tokens, "decoder_input_ids": tokens.clone()}, tmp_path / "inputs.safetensors")
+    result = invoke(*options, tmp_path / "inputs.safetensors")
+    assert result.exit_code == 0, result.output
+    save_file({"input_ids": tokens}, tmp_path / "few.safetensors")
+    result = invoke(*options, tmp_path / "few.safetensors")
+    assert result.exit_code == 1
+    assert "could not trace PeftModelForSeq2SeqLM" in result.stderr
+    result = invoke(*options, place / "t5" / "config.json")
+    assert result.exit_code == 1
+    assert "config.json is no safetensors file" in result.stderr
+    assert result.stderr.count("\n") == 1
+    result = invoke(*options, tmp_path / "gone.safetensors")
+    assert result.exit_code == 1
+    assert "gone.safetensors" in result.stderr
+
+
+def test_inspect_of_inputs_that_cannot_be_made_up(
+    model_dir: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "main_input_name", "point_cloud")
+    result = invoke("inspect", "--model", model_dir, "--adapter", adapter_dir)
+    assert result.exit_code == 1
+    assert "reads 'point_cloud', of which its config does not tell the sizes" in result.stderr
+    assert "pass your own: --inputs FILE" in result.stderr
+
+
+def test_inspect_vision_language_model(tmp_path: Path) -> None:
+    from .test_heads import adapted, made, qwen3_vl
+
+    name = "Qwen3VLForConditionalGeneration"
+    made(name, qwen3_vl()).save_pretrained(tmp_path / "base")
+    lora = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    adapted(made(name, qwen3_vl()), **lora).save_pretrained(tmp_path / "lora")
+    result = invoke("inspect", "--model", tmp_path / "base", "--adapter", tmp_path / "lora", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["declines"] == []
+
+
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_task_that_is_none(command: str, tmp_path: Path) -> None:
+    result = invoke(command, "--model", tmp_path, "--adapter", tmp_path, "--output", tmp_path, "--task", "chess")
+    assert result.exit_code == 2
+    if command == "export":
+        assert "'chess' is none of auto, causal-lm" in " ".join(result.stderr.replace("│", " ").split())
+
+
 # --- export and generate ----------------------------------------------------------------------------------
 
 
@@ -81,6 +160,128 @@ def test_export_refuses_to_overwrite(model_dir: Path, exported: Path) -> None:
     result = invoke("export", "--model", model_dir, "--output", exported)
     assert result.exit_code == 1
     assert "--overwrite" in result.stderr or "overwrite" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["QuestionAnswering", "TokenClassification", "MaskedLM"])
+def test_export_of_an_encoder_has_its_head(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from flora_fx.export import load
+
+    from .test_heads import IDS, adapted, bert, made
+
+    base = made(f"BertFor{name}", bert(2))
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base, target_modules=["query", "value"])
+    model.save_pretrained(tmp_path / "lora")
+    options = ("--model", tmp_path / "base", "--adapter", tmp_path / "lora", "--output", tmp_path / "onnx")
+    result = invoke("export", *options)
+    assert result.exit_code == 0, result.output
+    found = load(tmp_path / "onnx")(input_ids=IDS)
+    with torch.no_grad():
+        wanted = model(input_ids=IDS)
+    assert found.keys() == dict(wanted).keys()
+    for key, value in found.items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-4, atol=1e-5)
+
+
+def test_export_of_a_classifier_whose_head_is_the_adapters(tmp_path: Path) -> None:
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    from flora_fx.export import load
+
+    from .test_heads import IDS, adapted, llama, made
+
+    made("LlamaForCausalLM", llama()).save_pretrained(tmp_path / "base")
+    head = LlamaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
+    model = adapted(head, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"])
+    model.save_pretrained(tmp_path / "lora")
+    options = ("--model", tmp_path / "base", "--adapter", tmp_path / "lora", "--output", tmp_path / "onnx")
+    result = invoke("export", *options)
+    assert result.exit_code == 0, result.output
+    found = load(tmp_path / "onnx")(input_ids=IDS)["logits"]
+    assert found.shape == (2, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(input_ids=IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_export_of_ctc_with_inputs_from_a_file(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from flora_fx.export import load
+
+    from .test_heads import SOUND, made, wav2vec2
+
+    model = made("Wav2Vec2ForCTC", wav2vec2())
+    model.save_pretrained(tmp_path / "base")
+    save_file(SOUND, tmp_path / "inputs.safetensors")
+    options = ("--model", tmp_path / "base", "--output", tmp_path / "onnx", "--inputs", tmp_path / "inputs.safetensors")
+    result = invoke("export", *options)
+    assert result.exit_code == 0, result.output
+    with torch.no_grad():
+        wanted = model(**SOUND).logits
+    torch.testing.assert_close(load(tmp_path / "onnx")(**SOUND)["logits"], wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def not_exported(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The tokenizers that an export was asked to write; none is written."""
+    from flora_fx import export
+
+    asked: list[object] = []
+
+    def noted(*_: object, tokenizer: object, **__: object) -> object:
+        asked.append(tokenizer)
+        raise flora_fx.errors.ExportError("not today")
+
+    monkeypatch.setattr(export, "export_onnx", noted)
+    return asked
+
+
+def test_the_adapters_tokenizer_comes_first(tmp_path: Path, not_exported: list[object]) -> None:
+    from .conftest import llama, save_lora
+
+    model_dir, adapter_dir = tmp_path / "model", tmp_path / "adapter"
+    llama(vocab_size=300).save_pretrained(model_dir)
+    save_lora(llama(vocab_size=300), adapter_dir)
+    build_tokenizer(["one two three"], model_dir, vocabulary=300)
+    command = ("export", "--model", model_dir, "--adapter", adapter_dir, "--output", tmp_path / "onnx")
+    invoke(*command)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    other = load_tokenizer(model_dir)
+    assert other is not None
+    other.chat_template = template
+    other.save_pretrained(adapter_dir)
+    invoke(*command)
+    invoke(*command, "--tokenizer", model_dir)
+    assert [getattr(tokenizer, "chat_template", "") for tokenizer in not_exported] == [None, template, None]
+
+
+def test_a_tokenizer_that_is_not_there(model_dir: Path, tmp_path: Path, not_exported: list[object]) -> None:
+    command = ("export", "--model", model_dir, "--output", tmp_path / "onnx", "--tokenizer", model_dir)
+    result = invoke(*command)
+    assert result.exit_code == 1
+    assert "has no tokenizer; pass the directory where tokenizer.json is" in result.stderr
+    assert not_exported == []
+
+
+def test_new_tokens_that_are_not_in_the_adapter(
+    model_dir: Path, adapter_dir: Path, tmp_path: Path, not_exported: list[object]
+) -> None:
+    build_tokenizer(["one two three"], adapter_dir, vocabulary=96)
+    other = load_tokenizer(adapter_dir)
+    assert other is not None
+    other.add_tokens([f"<|{number}|>" for number in range(97)])
+    other.save_pretrained(adapter_dir)
+    result = invoke("export", "--model", model_dir, "--adapter", adapter_dir, "--output", tmp_path / "onnx")
+    assert result.exit_code == 1
+    assert f"has {len(other)} tokens and the model's embedding 96 rows" in result.stderr
+    assert not_exported == []
 
 
 def test_generate_token_ids(exported: Path) -> None:
@@ -141,6 +342,27 @@ def test_generate_passes_every_option_on(exported: Path, monkeypatch: pytest.Mon
         "stop_strings": ["two", "\n\n"],
         "seed": 5,
     }
+
+
+def test_generate_leaves_the_rest_to_the_model(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flora_fx.export import Decoder
+
+    passed: dict[str, object] = {}
+    monkeypatch.setattr(Decoder, "stream", lambda self, ids, **options: passed.update(options) or iter(()))
+    assert invoke("generate", "--directory", exported, "--token-ids", "3,1", "--json").exit_code == 0
+    assert passed == {"max_new_tokens": 64, "seed": 0, "tokenizer": None}
+    result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--temperature", "0", "--json")
+    assert result.exit_code == 0
+    assert (passed["do_sample"], passed["temperature"]) == (False, 0.0)
+
+
+def test_export_says_once_what_it_leaves_out(model_dir: Path, tmp_path: Path) -> None:
+    path = model_dir / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_beams": 4}))
+    result = invoke("export", "--model", model_dir, "--output", tmp_path / "onnx", "--json")
+    assert result.exit_code == 0, result.output
+    assert sum("num_beams=4" in note for note in json.loads(result.stdout)["notes"]) == 1
+    assert "num_beams" not in result.stderr
 
 
 def test_generate_stops_at_a_string(exported: Path) -> None:

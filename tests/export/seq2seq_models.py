@@ -59,7 +59,8 @@ def build_seq2seq(name: str) -> nn.Module:
     auto = transformers.AutoModelForSpeechSeq2Seq if name == "whisper" else transformers.AutoModelForSeq2SeqLM
     core = auto.from_config(configs[name]())
     if name == "bart":
-        core.generation_config.forced_bos_token_id = 0
+        asked = {"forced_bos_token_id": 0, "no_repeat_ngram_size": 2, "min_length": 6, "max_length": 30}
+        core.generation_config.update(**asked)
     model = peft.get_peft_model(
         core,
         peft.LoraConfig(r=5, lora_alpha=7, target_modules="all-linear", init_lora_weights=False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from exported_models import VOCAB, Export, Exported
 from torch import Tensor
 
 from flora_fx.demo.train import build_tokenizer
-from flora_fx.export import Encoder
+from flora_fx.export import Decoder, Encoder, Generated
 from flora_fx.export.stopping import Stopping
 
 PLAIN = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])
@@ -127,6 +128,111 @@ def test_a_repetition_penalty_is_pytorchs(llama: Exported, penalty: float) -> No
     assert torch.equal(llama.decoder.generate(PADDED, MASK, **options), by_pytorch(llama, PADDED, MASK, **options))
 
 
+# What the model's generation config asks for
+
+
+RULES: dict[str, Any] = {
+    **{"repetition_penalty": 1.2, "no_repeat_ngram_size": 2, "bad_words_ids": [[45], [3, 5]], "max_length": 30},
+    **{"min_length": 20, "suppress_tokens": [7, 9], "begin_suppress_tokens": [1, 2, 3], "forced_eos_token_id": 50},
+}
+
+
+def with_own(exported: Exported, **generation: Any) -> Decoder:
+    """As if it had been exported with these."""
+    runner = exported.decoder
+    return Decoder(runner.session, replace(runner.manifest, generation=generation, eos_token_ids=[], pad_token_id=0))
+
+
+def test_what_the_model_asks_for_holds_until_an_argument_overrides_it(llama: Exported) -> None:
+    ends = llama.decoder.generate(PLAIN[:1], max_new_tokens=6, eos_token_id=[])[0, -2:].tolist()
+    own = {**RULES, "eos_token_id": ends}
+    runner = with_own(llama, **RULES)
+    expected = by_pytorch(llama, PADDED, MASK, **own)
+    assert torch.equal(runner.generate(PADDED, MASK, eos_token_id=ends), expected)
+    assert torch.equal(llama.decoder.generate(PADDED, MASK, pad_token_id=0, **own), expected), "passed, the same"
+    assert not torch.equal(expected, by_pytorch(llama, PADDED, MASK, max_new_tokens=26, eos_token_id=ends))
+    for passed in (
+        {"repetition_penalty": 1.0},
+        {"no_repeat_ngram_size": 0, "bad_words_ids": None},
+        {"max_new_tokens": 9, "suppress_tokens": None},
+        {"min_new_tokens": 1, "forced_eos_token_id": 51},
+    ):
+        wanted = by_pytorch(llama, PADDED, MASK, **{**own, **passed})
+        assert torch.equal(runner.generate(PADDED, MASK, eos_token_id=ends, **passed), wanted)
+        assert not torch.equal(wanted, expected), "it matters"
+    off: dict[str, Any] = dict.fromkeys(RULES)
+    plain = by_pytorch(llama, PADDED, MASK, max_new_tokens=20)
+    assert torch.equal(runner.generate(PADDED, MASK, **{**off, "forced_eos_token_id": []}), plain)
+
+
+def test_max_new_tokens_goes_before_max_length(llama: Exported) -> None:
+    with pytest.warns(UserWarning, match="max_new_tokens is 3 .* goes before max_length=20") as caught:
+        tokens = with_own(llama, max_new_tokens=3).generate(PLAIN, max_length=20)
+    assert tokens.shape == (2, 7)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="min_new_tokens is 3 .* goes before min_length=20"):
+        with_own(llama, min_new_tokens=3).stream(PLAIN, min_length=20)
+    assert with_own(llama, max_new_tokens=3).generate(PLAIN, max_new_tokens=None, max_length=6).shape == (2, 6)
+
+
+def test_a_model_that_samples(llama: Exported) -> None:
+    runner = with_own(llama, do_sample=True, temperature=3.0, top_k=40)
+    explicit: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "top_k": 40, "eos_token_id": []}
+    drawn = runner.generate(PLAIN, seed=1)
+    assert torch.equal(drawn, llama.decoder.generate(PLAIN, seed=1, **explicit))
+    assert not torch.equal(drawn, llama.decoder.generate(PLAIN, seed=1, **{**explicit, "temperature": 0.7}))
+    assert torch.equal(runner.generate(PLAIN, do_sample=False), llama.decoder.generate(PLAIN, eos_token_id=[]))
+    torch.manual_seed(5)  # without seed and generator, torch's own
+    first = runner.generate(PLAIN)
+    assert not torch.equal(first, runner.generate(PLAIN))
+    torch.manual_seed(5)
+    assert torch.equal(first, runner.generate(PLAIN))
+
+
+def test_scores_beside_the_tokens(llama: Exported) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 6, "repetition_penalty": 1.2, "return_dict_in_generate": True}
+    core: Any = llama.model.eval().base_model.model  # type: ignore[union-attr]
+    out: Any = core.generate(
+        PADDED,
+        attention_mask=MASK,
+        output_scores=True,
+        output_logits=True,
+        do_sample=False,
+        eos_token_id=None,
+        **options,
+    )
+    found = llama.decoder.generate(
+        PADDED, MASK, output_scores=True, output_logits=True, output_logprobs=True, eos_token_id=[], **options
+    )
+    assert isinstance(found, Generated)
+    assert torch.equal(found.sequences, out.sequences)
+    assert found.scores is not None
+    assert found.logits is not None
+    for mine, theirs in ((found.scores, out.scores), (found.logits, out.logits)):
+        torch.testing.assert_close(torch.stack(mine), torch.stack(theirs), rtol=1e-4, atol=1e-4)
+    expected = core.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    torch.testing.assert_close(found.logprobs, expected, rtol=1e-4, atol=1e-4)
+    fewer = llama.decoder.generate(PADDED, MASK, eos_token_id=[], **options)
+    assert isinstance(fewer, Generated)
+    assert (fewer.scores, fewer.logits, fewer.logprobs) == (None, None, None)
+    for name in ("output_scores", "output_logits", "output_logprobs"):
+        with pytest.raises(ValueError, match=f"{name}=True needs return_dict_in_generate=True"):
+            llama.decoder.generate(PLAIN, **{name: True})  # type: ignore[call-overload]
+
+
+def test_logits_that_are_kept_stay_as_they_were(exported: Export) -> None:
+    """Of target "decoder" every step writes to one memory."""
+    runner = exported("Llama").decoder
+    found = runner.generate(
+        PLAIN, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    assert found.scores is not None
+    assert found.logits is not None
+    for index in range(4):
+        assert torch.equal(found.scores[index].argmax(-1), found.sequences[:, 4 + index])
+        assert torch.equal(found.scores[index], found.logits[index])
+
+
 # Stop strings and text
 
 
@@ -212,11 +318,25 @@ def test_transformers_text_streamer(llama: Exported, tokenizer: Any, capsys: pyt
         ((PLAIN,), {"min_p": 1.5}, ValueError, "min_p is 1.5"),
         ((PLAIN,), {"min_p": "0.1"}, TypeError, "min_p is '0.1'; it must be a number"),
         ((PLAIN,), {"repetition_penalty": 0.0}, ValueError, "repetition_penalty is 0.0; it must be above 0"),
-        ((PLAIN,), {"repetition_penalty": None}, TypeError, "repetition_penalty is None; it must be a number"),
+        ((PLAIN,), {"repetition_penalty": "1"}, TypeError, "repetition_penalty is '1'; it must be a number"),
+        ((PLAIN,), {"no_repeat_ngram_size": -1}, ValueError, "no_repeat_ngram_size is -1; it must be at least 0"),
+        ((PLAIN,), {"min_new_tokens": True}, TypeError, "min_new_tokens is True; it must be a whole number"),
+        ((PLAIN,), {"max_length": 4}, ValueError, "max_length is 4, and the prompt has 4 tokens already"),
+        ((PLAIN,), {"bad_words_ids": [5]}, TypeError, "bad_words_ids is .5.; it must be a list of lists"),
+        ((PLAIN,), {"bad_words_ids": [[]]}, TypeError, "none of them empty"),
+        (
+            (PLAIN,),
+            {"bad_words_ids": [[5, 97]]},
+            ValueError,
+            "bad_words_ids holds 97; the tokens of this model are 0 to",
+        ),
+        ((PLAIN,), {"forced_eos_token_id": 97}, ValueError, "forced_eos_token_id holds 97"),
+        ((PLAIN,), {"forced_bos_token_id": [5, 6]}, TypeError, "forced_bos_token_id is .5, 6.; it must be one token"),
+        ((PLAIN,), {"suppress_tokens": 0.5}, TypeError, "suppress_tokens is 0.5; it must be a token id or a list of"),
         ((PLAIN,), {"stop_strings": "."}, ValueError, "stop_strings needs the model's tokenizer"),
         ((PLAIN,), {"stop_strings": [""]}, ValueError, "stop_strings holds an empty string"),
         ((PLAIN,), {"stop_strings": [7]}, TypeError, "stop_strings holds 7"),
-        ((PLAIN,), {"num_beams": 4}, TypeError, "unknown option num_beams; there are max_new_tokens, do_sample"),
+        ((PLAIN,), {"num_beams": 4}, TypeError, "unknown option num_beams; there are max_new_tokens, max_length"),
         ((PLAIN,), {"eos_token_id": "</s>"}, TypeError, "eos_token_id"),
         ((PLAIN,), {"seed": 1, "generator": torch.Generator()}, ValueError, "either seed or generator"),
     ],

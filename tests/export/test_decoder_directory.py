@@ -50,7 +50,7 @@ def test_the_config_is_the_builders(built: Built, tmp_path: Path) -> None:
     theirs = json.loads((built.graph.parent / "genai_config.json").read_text())
     ours = config_of(built.model, tmp_path)
     assert ours["model"] == theirs["model"]
-    left_out = {"diversity_penalty", "early_stopping", "length_penalty", "no_repeat_ngram_size"}  # of beam search
+    left_out = {"diversity_penalty", "early_stopping", "length_penalty"}  # of beam search
     assert ours["search"] == {key: value for key, value in theirs["search"].items() if key not in left_out}
 
 
@@ -78,6 +78,46 @@ def test_types_and_providers(tmp_path: Path) -> None:
     assert cuda["type"] == "qwen3"
     assert cuda["decoder"]["session_options"]["provider_options"] == [{"cuda": {}}]
     assert config_of(plain("StarCoder2"), tmp_path)["model"]["type"] == "decoder", "not known by name"
+
+
+def test_two_runtimes_go_by_one_generation_config(tmp_path: Path) -> None:
+    model = build("Llama").eval()
+    core: Any = unwrap(model)
+    ids = torch.tensor([[11, 23, 5, 40, 7]])
+    core.generation_config.update(repetition_penalty=1.1, no_repeat_ngram_size=2, max_new_tokens=30)
+    free = core.generate(ids, attention_mask=torch.ones_like(ids))[0]
+    # A token that would end it at once, but for the length that is asked for.
+    core.generation_config.update(eos_token_id=int(free[8]), min_length=15)
+    expected = core.generate(ids, attention_mask=torch.ones_like(ids))
+    assert 15 < expected.shape[1] < 35, "it ends, and late"
+    core.generation_config.update(num_beams=3, typical_p=0.9, early_stopping=True)
+
+    with pytest.warns(UserWarning, match="asks for num_beams=3, typical_p=0.9, which exports do not have") as caught:
+        result = export_onnx(model, tmp_path / "out")
+    assert [note.split(":")[0] for note in result.notes] == [
+        "generation_config asks for num_beams=3, typical_p=0.9, which exports do not have",
+        "generation_config asks for max_new_tokens",
+    ]
+    assert [str(warning.message) for warning in caught if warning.filename == __file__] == list(result.notes)
+    assert result.greedy_tokens_equal, "the check is of plain greedy tokens"
+    runner = load(tmp_path / "out")
+    assert isinstance(runner, Decoder)
+    assert tuple(runner.manifest.notes) == result.notes
+    assert runner.manifest.generation == {
+        **{"max_new_tokens": 30, "min_length": 15, "repetition_penalty": 1.1, "no_repeat_ngram_size": 2, "top_k": 50}
+    }
+    assert torch.equal(runner.generate(ids), expected)
+    search = json.loads((tmp_path / "out" / "genai_config.json").read_text())["search"]
+    assert (search["repetition_penalty"], search["no_repeat_ngram_size"], search["min_length"]) == (1.1, 2, 15)
+    generator = onnxruntime_genai.Generator(genai := onnxruntime_genai.Model(str(tmp_path / "out")), parameters(genai))
+    generator.append_tokens(ids[0].numpy().astype("int32"))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert generator.get_sequence(0).tolist() == expected[0, :-1].tolist(), "genai leaves the end token out"
+
+
+def parameters(genai: onnxruntime_genai.Model) -> onnxruntime_genai.GeneratorParams:
+    return onnxruntime_genai.GeneratorParams(genai)
 
 
 # Base and adapters

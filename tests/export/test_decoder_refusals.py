@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,8 +18,10 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from flora_fx.errors import ExportError
-from flora_fx.export import decoder_tracing, export_onnx, exporting
+from flora_fx.export import decoder_tracing, export_onnx, exporting, tracing
 from flora_fx.export.decoder_tracing import Unsuited, trace_decoder
+from flora_fx.export.example import resized
+from flora_fx.export.running import run_on
 from flora_fx.export.source import unwrap
 from flora_fx.export.tracing import trace
 
@@ -266,6 +270,88 @@ def test_a_model_with_positions_of_its_own_is_right_by_the_general_route(
     assert result.target == "general"
     assert "its own" in result.notes[0]
     assert result.greedy_tokens_equal
+
+
+# Neither route
+
+
+def test_neither_route_is_one_error_with_both_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with pytest.raises(ExportError) as caught:
+            trace(llama_with(branching), "causal-lm")
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+    message = str(caught.value)
+    assert message.startswith(
+        "LlamaForCausalLM cannot be exported: for target 'decoder': torch.export cannot capture it"
+    )
+    assert "; for target 'general': torch.export cannot capture it (" in message
+    assert message.endswith('torch.compile(model, backend="flora") fuses adapters without a capture of the whole model')
+    assert len(message.splitlines()) == 1
+    assert capsys.readouterr() == ("", "")
+    assert not said
+    assert [logger.level for logger in loggers] == levels
+
+
+def test_who_asks_for_details_gets_them() -> None:
+    said: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.raises(ExportError):
+            trace(llama_with(branching), "causal-lm", target="general")
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    assert said
+
+
+@pytest.mark.slow
+def test_what_is_advised_instead_works() -> None:
+    core = llama_with(branching)
+    model: Any = peft.get_peft_model(
+        core, peft.LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    compiled: Any = torch.compile(model, backend="flora")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+# Errors of this package are nobody else's
+
+
+@pytest.mark.parametrize("target", [None, "general"])
+def test_an_error_of_ours_is_not_said_to_be_torch_exports(monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
+    def broken(*_: object) -> None:
+        raise AttributeError("ours")
+
+    monkeypatch.setattr(decoder_tracing, "capture", broken)
+    monkeypatch.setattr(tracing, "capture", broken)
+    with pytest.raises(AttributeError, match=r"^ours$"):
+        trace(llama(), "causal-lm", target=target)
+
+
+def test_what_fails_in_this_package_is_not_said_to_be_the_models() -> None:
+    ids = {"input_ids": torch.ones(2, 7)}
+    with pytest.raises(IndexError, match=r"out of range$"):
+        run_on(llama(), ids, lambda: resized(ids["input_ids"], 5, 3), "nothing helps")
+    with pytest.raises(
+        ExportError, match=r"^LlamaForCausalLM does not run on input_ids \[2, 7\]: KeyError: 'x'; do this$"
+    ):
+        run_on(llama(), ids, lambda: json.loads("{}")["x"], "do this")
 
 
 # Nothing is left behind

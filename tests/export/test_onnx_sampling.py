@@ -8,7 +8,7 @@ import transformers
 
 from flora_fx.export import Sampling
 from flora_fx.export.logits import Logits
-from flora_fx.export.sampling import seen_tokens
+from flora_fx.export.rules import History, RepetitionPenalty
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 2.5])
@@ -29,24 +29,6 @@ def test_warping_is_transformers(temperature: float, top_k: int | None, top_p: f
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3, 25.0])
-def test_repetition_penalty_is_transformers(penalty: float) -> None:
-    logits = torch.randn(3, 31) * 3
-    ids = torch.randint(0, 31, (3, 12))
-    ids[1, -2:] = 40  # no column of the logits
-    mask = torch.ones_like(ids)
-    mask[2, :5] = 0
-    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=torch.tensor([0, 0, 5]))
-    seen = seen_tokens(ids, mask, 31)
-    sampling = Sampling(repetition_penalty=penalty)
-    expected = processor(ids, logits)
-    assert torch.equal(sampling.penalize(logits, seen), expected)
-    assert torch.equal(sampling(logits, seen), expected.argmax(-1)), "also without sampling"
-    # Before the temperature, as in `generate`.
-    drawn = Sampling(do_sample=True, temperature=0.5, top_k=1, repetition_penalty=penalty)
-    assert torch.equal(drawn(logits, seen), expected.argmax(-1))
-
-
 @pytest.mark.parametrize("options", [{"min_p": 0.2}, {"top_k": 4}, {"top_p": 0.6, "temperature": 1.7}, {}])
 @pytest.mark.parametrize("penalty", [1.0, 1.4])
 def test_distributions_are_those_of_transformers_generate(penalty: float, options: dict[str, float]) -> None:
@@ -59,8 +41,9 @@ def test_distributions_are_those_of_transformers_generate(penalty: float, option
         **{"top_k": 0, **options}, output_scores=True, output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     out = model.generate(ids, attention_mask=mask, generation_config=generation)
-    sampling = Sampling(do_sample=True, repetition_penalty=penalty, **options)  # type: ignore[arg-type]
-    found = sampling.warp(sampling.penalize(out.logits[0], seen_tokens(ids, mask, 12)))
+    scores = out.logits[0].clone()
+    RepetitionPenalty(penalty)(scores, History(ids, mask, limit=5))
+    found = Sampling(do_sample=True, **options).warp(scores)  # type: ignore[arg-type]
     torch.testing.assert_close(found, out.scores[0], rtol=0, atol=0)
 
 

@@ -24,7 +24,6 @@ from flora_fx.errors import ExportError
 from flora_fx.export import Seq2Seq, export_onnx, load
 from flora_fx.export.pruning import prune
 from flora_fx.export.source import unwrap
-from flora_fx.export.token_rules import TokenRules
 
 LAYERS = 2  # of the decoder; the encoder has one
 IDS = torch.tensor([[11, 23, 5, 40, 7], [3, 61, 8, 0, 0], [0, 0, 33, 4, 5]])
@@ -119,12 +118,43 @@ def test_what_the_generation_config_forces(seq2seq: Callable[[str], Exported]) -
     assert bart.runner.generate(IDS, MASK, max_new_tokens=9, decoder_input_ids=START).shape[1] <= 12
 
 
-def test_tokens_that_are_suppressed() -> None:
-    rules = TokenRules(suppress_tokens=[1, 500], begin_suppress_tokens=[3], forced_bos_token_id=0)
-    low = [[value == -torch.inf for value in rules(torch.zeros(1, 4), index=i, count=9, prompt=1)[0]] for i in range(3)]
-    assert low == [[False, True, True, True], [False, True, False, True], [False, True, False, False]]
-    prompted = rules(torch.zeros(1, 4), index=0, count=9, prompt=2)
-    assert prompted.tolist() == [[0, -torch.inf, 0, -torch.inf]], "a decoder that has a prompt is not forced"
+def test_what_the_generation_config_asks_for(seq2seq: Callable[[str], Exported], tmp_path: Path) -> None:
+    bart = seq2seq("bart")
+    expected = by_pytorch(bart, IDS, MASK)
+    assert expected.shape[1] == 30, "its max_length"
+    assert torch.equal(bart.runner.generate(IDS, MASK), expected)
+    free = bart.runner.generate(IDS, MASK, no_repeat_ngram_size=0, eos_token_id=[])
+    assert not torch.equal(free, expected)
+    assert torch.equal(free, by_pytorch(bart, IDS, MASK, no_repeat_ngram_size=0, eos_token_id=None))
+    ends = expected[:, 3].unique().tolist()  # before its min_length
+    assert torch.equal(
+        bart.runner.generate(IDS, MASK, eos_token_id=ends), by_pytorch(bart, IDS, MASK, eos_token_id=ends)
+    )
+    bad = [expected[0, 4:6].tolist(), expected[1, 4:5].tolist()]
+    assert torch.equal(
+        bart.runner.generate(IDS, MASK, bad_words_ids=bad), by_pytorch(bart, IDS, MASK, bad_words_ids=bad)
+    )
+    out = bart.runner.generate(IDS, MASK, return_dict_in_generate=True, output_logprobs=True)
+    assert torch.equal(out.sequences, expected)
+    assert out.logprobs is not None
+    assert out.logprobs.shape == (3, 29)
+    assert out.logprobs[:, [0, -1]].tolist() == [[0.0, 0.0]] * 3, "what is forced is certain"
+
+    # Exports of before had the rules of encoder-decoders alone, under another name.
+    shutil.copytree(bart.directory, tmp_path / "old")
+    path = tmp_path / "old" / "flora_fx.json"
+    content = json.loads(path.read_text())
+    del content["generation"]
+    rules = {"forced_bos_token_id": 0, "forced_eos_token_id": None, "suppress_tokens": [7], "begin_suppress_tokens": []}
+    path.write_text(json.dumps(content))
+    edit_manifest(tmp_path / "old", token_rules=rules)
+    old: Any = load(tmp_path / "old")
+    assert old.manifest.generation == {"forced_bos_token_id": 0, "suppress_tokens": [7], "begin_suppress_tokens": []}
+    wanted = by_pytorch(
+        bart, IDS, MASK, max_new_tokens=20, suppress_tokens=[7], no_repeat_ngram_size=0, min_length=0,
+        forced_eos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(old.generate(IDS, MASK, eos_token_id=[]), wanted)
 
 
 def test_streaming_and_sampling(t5: Exported) -> None:
@@ -240,7 +270,10 @@ def test_the_directory_and_its_manifest(seq2seq: Callable[[str], Exported]) -> N
     manifest = json.loads((bart.directory / "flora_fx.json").read_text())
     assert (manifest["kind"], manifest["architecture"]) == ("seq2seq-lm", "BartForConditionalGeneration")
     assert (manifest["layers"], manifest["decoder_start_token_id"]) == (LAYERS, 2)
-    assert (manifest["token_rules"]["forced_bos_token_id"], manifest["token_rules"]["forced_eos_token_id"]) == (0, 2)
+    assert manifest["generation"] == {
+        **{"top_k": 50, "forced_bos_token_id": 0, "forced_eos_token_id": 2},
+        **{"no_repeat_ngram_size": 2, "min_length": 6, "max_length": 30},
+    }
     assert not [path.name for path in bart.directory.parent.iterdir() if path.name.startswith(".")]
     assert isinstance(bart.runner, Seq2Seq)
     assert "BartForConditionalGeneration" in repr(bart.runner)
@@ -255,7 +288,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no encoder": (lambda d: (d / "encoder.onnx").unlink(), r"encoder\.onnx is missing"),
     "another encoder": (lambda d: shutil.copy(d / "model.onnx", d / "encoder.onnx"), r"encoder\.onnx has \d+ bytes"),
     "encoder not listed": (unlist, r"does not list encoder\.onnx"),
-    "rules that there are not": (lambda d: edit_manifest(d, token_rules={"forced": 1}), "cannot be read"),
+    "rules that there are not": (
+        lambda d: edit_manifest(d, generation={"forced": 1}),
+        "cannot be read .generation has forced",
+    ),
 }
 
 
@@ -320,6 +356,8 @@ def test_pruning_keeps_what_changes_a_value_that_is_read() -> None:
 @pytest.mark.slow
 def test_whisper(seq2seq: Callable[[str], Exported]) -> None:
     export = seq2seq("whisper")
+    (note,) = export.result.notes
+    assert "WhisperForConditionalGeneration has a `generate` of its own" in note
     features = torch.randn(3, 6, 24)
     core: Any = export.model.eval().base_model.model  # type: ignore[union-attr]
     assert len(export.result.report.fused) == 6 + LAYERS * 10

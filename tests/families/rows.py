@@ -220,10 +220,7 @@ ENCODERS = [
             Fate(
                 14,
                 (42, 40),
-                (
-                    (Reason.WEIGHT_SHARED, 24, "the same weights stand in two places; each B accumulates there"),
-                    (Reason.READS_ANOTHER_VALUE, 12, ""),
-                ),
+                ((Reason.WEIGHT_SHARED, 24, "the same weights stand in two places; each B accumulates there"),),
                 why="14 places of 8 adapters",
             )
         ]

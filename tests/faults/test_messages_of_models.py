@@ -59,6 +59,35 @@ def sounding() -> Any:
     return model
 
 
+def clap() -> Any:
+    text = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    audio = {"hidden_size": 32, "patch_embeds_hidden_size": 16, "depths": [1, 1], "num_attention_heads": [2, 2]}
+    config = transformers.ClapConfig(text_config={**text, "intermediate_size": 24}, audio_config=audio)
+    return transformers.ClapModel(config).eval()
+
+
+def spectral() -> Any:
+    model = t5()
+    model.main_input_name = "spectrogram"
+    return model
+
+
+def speaking() -> Any:
+    model = t5()
+    model.main_input_name = "input_values"
+    return model
+
+
+def florence() -> Any:
+    model = t5()
+
+    class Florence2ForConditionalGeneration(transformers.T5ForConditionalGeneration):
+        pass
+
+    model.__class__ = Florence2ForConditionalGeneration
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "no causal LM": (
         lambda: kind_of(llama_as(without_cache)),
@@ -70,11 +99,42 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a forward that fails": (
         lambda: trace(llama_as(failing), "causal-lm", target="general"),
-        r"^torch\.export cannot capture Odd: it is Monday\. Does its forward run, and run without",
+        r"^Odd does not run on input_ids \[2, 3\], attention_mask \[2, 3\]: RuntimeError: it is Monday; its forward",
     ),
     "another input": (
         lambda: trace(bert(), "encoder", {"pixels": torch.ones(2, 3)}),
         r"^BertModel has no input pixels \(in example_inputs\)",
+    ),
+    "an example that fails": (
+        lambda: trace(bert(), "encoder", {"input_ids": torch.full((2, 3), 97)}),
+        r"^BertModel does not run on input_ids \[2, 3\]: IndexError: .*; example_inputs must be what the model itself",
+    ),
+    "an example without a batch": (
+        lambda: trace(bert(), "encoder", {"input_ids": torch.tensor(3)}),
+        r"^input_ids in example_inputs has shape \[\]; it must be a tensor with the batch in front",
+    ),
+    "an example that is no tensor": (
+        lambda: trace(bert(), "encoder", {"input_ids": [[3]]}),  # type: ignore[dict-item]
+        "^input_ids in example_inputs is a list; it must be a tensor",
+    ),
+    "an example that was made up wrongly": (
+        lambda: trace(clap(), "encoder"),
+        r"^ClapModel does not run on input_ids \[2, 7\], attention_mask \[2, 7\]: .*; these inputs were made up: "
+        r"pass example_inputs=\{name: .*\}, of its own inputs input_ids, input_features, is_longer, attention_mask",
+    ),
+    "sound of which nothing is known": (
+        lambda: trace(spectral(), "seq2seq-lm"),
+        r"^T5ForConditionalGeneration reads 'spectrogram', of which no example can be made up; "
+        r"pass example_inputs=\{'spectrogram': tensor with the batch in front\}, as its processor gives it",
+    ),
+    "sound that the model does not run on": (
+        lambda: trace(speaking(), "seq2seq-lm"),
+        r"^T5ForConditionalGeneration reads 'input_values', of which no example .* \(it runs on none of "
+        r"input_values \[2, 4000\]; input_values \[2, 16000\]\); pass example_inputs=\{'input_values'",
+    ),
+    "text beside images": (
+        lambda: kind_of(florence()),
+        "^Florence2ForConditionalGeneration reads text beside its images, which is not exported; export_onnx takes",
     ),
     "no example": (
         lambda: trace(sounding(), "encoder"),
@@ -95,7 +155,7 @@ def test_an_encoder_decoder_without_cross_attention(monkeypatch: pytest.MonkeyPa
         def __init__(self, *_: Any) -> None:
             super().__init__()
 
-        def forward(self, *_: Tensor) -> tuple[Tensor, ...]:
+        def named(self, _: Any) -> tuple[Tensor, ...]:
             return ()
 
     monkeypatch.setattr(seq2seq, "_CrossAttention", Nothing)

@@ -27,10 +27,13 @@ __all__ = ["BRANCHING", "CAPTURES", "QUICK", "SHAPELESS"]
 Inputs = tuple[Tensor, Tensor]
 
 
-def written(model: Model, inputs: Inputs) -> fx.GraphModule:
+def written(model: Model, inputs: Inputs, *, symbols: bool = False) -> fx.GraphModule:
+    """``symbols``: the number that most scales are is read from the module, not written into the graph."""
     graph = fx.Graph(tracer_cls=fx.Tracer)
     tracer = GraphAppendingTracer(graph)
     stand_in: Any = _StandIn(model, tracer)
+    if symbols:
+        stand_in.number = tracer.create_proxy("get_attr", "number", (), {})
     x, gate = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", "gate"))
     graph.output(tracer.create_arg(execute(stand_in, model.program, x, gate)))
     return fx.GraphModule(model, graph)
@@ -38,6 +41,8 @@ def written(model: Model, inputs: Inputs) -> fx.GraphModule:
 
 class _StandIn:
     """Answers what a program asks of its model with nodes that read it."""
+
+    number = Model.number
 
     def __init__(self, model: Model, tracer: GraphAppendingTracer) -> None:
         self.program = model.program

@@ -21,7 +21,7 @@ from flora_fx.ir import Role
 from flora_fx.passes.paths import ADDS, SUBTRACTS
 from flora_fx.passes.values import operation
 
-from .captures import CAPTURES, SHAPELESS
+from .captures import CAPTURES, SHAPELESS, written
 from .programs import Change, Down, Map, Model, Program, Up, Use, View, trace_shapes
 
 __all__ = ["AFTERWARDS", "Unrunnable", "check", "check_compiled"]
@@ -83,21 +83,25 @@ def check(program: Program, capture: str, config: FuseConfig, afterwards: str = 
     return met(program, capture, report, gradients)
 
 
-def check_compiled(program: Program, config: FuseConfig, inner: str) -> Counter[str]:
-    """The same for ``backend="flora"``: Dynamo's graph of a program, fused, behind it what ``flora.inner`` names."""
+def check_compiled(program: Program, config: FuseConfig, inner: str, dynamic: bool | None = None) -> Counter[str]:
+    """The same for ``backend="flora"``: Dynamo's graph of a program, fused, behind it what ``flora.inner`` names.
+
+    With ``dynamic``, sizes and the number that most scales are come as symbols.
+    """
     torch.default_generator.manual_seed(0)
     model = Model(program)
     inputs = model.inputs()
     options = {f"flora.{name}": getattr(config, name) for name in ("layout", "up", "accumulate", "write", "pack_base")}
     torch._dynamo.reset()
     try:
-        plain = CAPTURES["written"](model, inputs)
+        plain = written(model, inputs, symbols=bool(dynamic))
         expected, gradients = run(plain, plain, model, inputs)
-        torch.compile(plain, backend=inner, fullgraph=True)(*inputs)
+        torch.compile(plain, backend=inner, fullgraph=True, dynamic=dynamic)(*inputs)
     except Exception as error:
         raise Unrunnable(f"compiled: {type(error).__name__}: {error}") from error
     torch._dynamo.reset()
-    compiled = torch.compile(plain, backend="flora", fullgraph=True, options={"flora.inner": inner, **options})
+    options["flora.inner"] = inner
+    compiled = torch.compile(plain, backend="flora", fullgraph=True, dynamic=dynamic, options=options)
     for _ in range(2):
         found, found_gradients = run(compiled, plain, model, inputs)
         assert_same(found, expected, program)
@@ -106,7 +110,8 @@ def check_compiled(program: Program, config: FuseConfig, inner: str) -> Counter[
             assert_same_gradients(found_gradients, gradients, program)
         change_weights(model)
         expected, gradients = run(plain, plain, model, inputs)
-    return Counter({"capture: compiled": 1, "with gradients": gradients is not None})
+    met = {"capture: compiled": 1, "compiled with symbols": bool(dynamic), "with gradients": gradients is not None}
+    return Counter(met)
 
 
 def as_module(graph: Any) -> fx.GraphModule:

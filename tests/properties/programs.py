@@ -231,12 +231,12 @@ ACTIVATIONS: dict[str, Callable[[Model, Any], Any]] = {
 
 SCALES: dict[str, Callable[[Model, Any, Any, Value], Any]] = {
     "none": lambda m, y, u, s: y + u,
-    "number": lambda m, y, u, s: y + u * NUMBER,
-    "number first": lambda m, y, u, s: NUMBER * u + y,
+    "number": lambda m, y, u, s: y + u * m.number,
+    "number first": lambda m, y, u, s: m.number * u + y,
     "another number": lambda m, y, u, s: y + 1.6 * u,
-    "method": lambda m, y, u, s: y.add(u.mul(NUMBER)),
-    "two numbers": lambda m, y, u, s: y + NUMBER * (u * 3),
-    "alpha": lambda m, y, u, s: torch.add(y, u, alpha=NUMBER),
+    "method": lambda m, y, u, s: y.add(u.mul(m.number)),
+    "two numbers": lambda m, y, u, s: y + m.number * (u * 3),
+    "alpha": lambda m, y, u, s: torch.add(y, u, alpha=m.number),
     "divided": lambda m, y, u, s: y + u / 3,
     "minus": lambda m, y, u, s: y - u / 3,
     "negated": lambda m, y, u, s: y + -u,
@@ -247,16 +247,16 @@ SCALES: dict[str, Callable[[Model, Any, Any, Value], Any]] = {
     "token": lambda m, y, u, s: y + m.gate(s.rows) * u,
     "token of a buffer": lambda m, y, u, s: y + u * m.buffer(tokens(s.rows)),
     "feature": lambda m, y, u, s: y + u * m.buffer(f"feature_{s.width}"),
-    "twice": lambda m, y, u, s: y + NUMBER * (u + u * 2),
-    "in place": lambda m, y, u, s: m.iadd(y, u * NUMBER),
-    "in place, alpha": lambda m, y, u, s: y.add_(u, alpha=NUMBER),
+    "twice": lambda m, y, u, s: y + m.number * (u + u * 2),
+    "in place": lambda m, y, u, s: m.iadd(y, u * m.number),
+    "in place, alpha": lambda m, y, u, s: y.add_(u, alpha=m.number),
     "in place, minus": lambda m, y, u, s: y.sub_(u / 3),
-    "scaled in place": lambda m, y, u, s: y + u.mul_(NUMBER),
+    "scaled in place": lambda m, y, u, s: y + u.mul_(m.number),
     "divided in place": lambda m, y, u, s: u.div_(3) + y,
     "after an activation": lambda m, y, u, s: y + F.silu(u),
 }
 _BETWEEN: dict[str, Callable[[Model, Any, Value], Any]] = {
-    "number between": lambda m, z, s: z * NUMBER,
+    "number between": lambda m, z, s: z * m.number,
     "divided between": lambda m, z, s: z / 4,
     "token between": lambda m, z, s: z * m.gate(s.rows),
     "feature between": lambda m, z, s: z * m.buffer(f"feature_{s.width}"),
@@ -326,6 +326,8 @@ class Columns(nn.Module):
 
 class Model(nn.Module):
     """Runs a program. Its weights and inputs are drawn from torch's generator."""
+
+    number = NUMBER
 
     def __init__(self, program: Program) -> None:
         super().__init__()
@@ -535,7 +537,7 @@ def _join(function: str, one: Any, two: Any) -> Any:
 
 def _branch(m: Model, value: Any, base: int, down: int, up: int) -> Any:
     def adapted(v: Any) -> Any:
-        return F.linear(v, m.weight(base)) + F.linear(F.linear(v, m.weight(down)), m.weight(up)) * NUMBER
+        return F.linear(v, m.weight(base)) + F.linear(F.linear(v, m.weight(down)), m.weight(up)) * m.number
 
     def plain(v: Any) -> Any:
         return torch.tanh(F.linear(v, m.weight(base)))

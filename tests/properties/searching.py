@@ -97,7 +97,7 @@ def search(part: str, count: int, seed: int) -> Counter[str]:
             tally[f"unrunnable: {str(error)[:60]}"] += 1
 
     if part == "compiled":
-        drawn = (programs(), configs(), st.sampled_from(["eager", "aot_eager"]))
+        drawn = (programs(), configs(), st.sampled_from(["eager", "aot_eager"]), st.sampled_from([None, True]))
     else:
         kinds = BRANCHING if part == "exported" else QUICK
         drawn = (programs(branches=part == "exported"), st.sampled_from(kinds), configs(), st.sampled_from(AFTERWARDS))

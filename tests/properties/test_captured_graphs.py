@@ -10,4 +10,4 @@ def test_graphs_that_torch_exports() -> None:
 
 
 def test_graphs_that_dynamo_compiles() -> None:
-    assert_met(search_all("compiled"), "with gradients")
+    assert_met(search_all("compiled"), "with gradients", "compiled with symbols")

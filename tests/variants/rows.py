@@ -368,7 +368,7 @@ VARIANTS = [
         "X-LoRA",
         "XLoraConfig, two LoRAs",
         build.xlora,
-        partly(8, 33, 33, (Reason.WEIGHT_SHARED, 8, "is also used elsewhere"), reads_another(8)),
+        partly(8, 33, 33, (Reason.WEIGHT_SHARED, 8, "is also used elsewhere")),
         *[partly(8, 33, 33, reads_another(8))] * 2,
         slow=LATER,
         tolerance=1e-6,
@@ -438,7 +438,7 @@ OTHERS = [
 
 _QUANTIZED = "Quantized bases"
 KERNEL = "the base keeps its kernel; the A's pack, each B accumulates"
-NOT_DENSE = (Reason.WEIGHT_NOT_DENSE, 2, "it stays where it is")
+NOT_DENSE = (Reason.WEIGHT_NOT_DENSE, 4, " stays ")
 QUANTIZED = [
     Row(
         _QUANTIZED,
@@ -446,7 +446,7 @@ QUANTIZED = [
         "Int8WeightOnlyConfig()",
         build.torchao_int8,
         partly(2, 6, 5, reads_another(2), why=KERNEL),
-        *[partly(2, 6, 5, NOT_DENSE, reads_another(2), why=KERNEL)] * 2,
+        *[partly(2, 6, 5, NOT_DENSE, why=KERNEL)] * 2,
         needs="torchao",
         tolerance=1e-6,
     ),
