@@ -11,11 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["HIGHEST_RANK", "unrolls"]
+__all__ = ["FREE_RANK", "HIGHEST_RANK", "unrolls"]
 
 HIGHEST_RANK = 64
 """Above it nothing is unrolled, and B stands as it was made."""
-_RANK_OF_MANY_ROWS = 32
+FREE_RANK = 32
+"""Up to it an up-projection is unrolled, however many rows there are."""
 _FEW_ROWS = 16
 
 
@@ -30,4 +31,4 @@ def unrolls(rank: int, rows: Sequence[Any] | None) -> bool:
     (True, False, True, False)
     """
     few = rows is not None and all(isinstance(size, int) for size in rows) and math.prod(rows) <= _FEW_ROWS
-    return rank <= (HIGHEST_RANK if few else _RANK_OF_MANY_ROWS)
+    return rank <= (HIGHEST_RANK if few else FREE_RANK)
