@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flora_fx import FuseConfig
 from flora_fx.errors import AdapterError
 
 from . import ffba
 from .isolated import Progress
-from .launches import Count, device_kernels, dispatched, generated, graph_nodes, onnx_nodes
-from .models import ffba_of, make_model
+from .launches import Count, cuda_launches, device_kernels, dispatched, generated, graph_nodes, onnx_nodes
+from .models import ffba_of, make_model, outline
 from .settings import Settings
 from .sheet import Sheet
 from .step import CachedStep, empty_cache
@@ -42,11 +43,13 @@ class Runner:
         count: counts one call, given what is called and its inputs.
         variants: what is run, by the name that is shown.
         devices: where it applies.
+        weights: whether what is counted takes weights, or their shapes alone.
     """
 
     count: Callable[[Callable[..., Tensor], tuple[Tensor, ...]], Count]
     variants: Mapping[str, Form]
     devices: tuple[str, ...] = ("cpu", "cuda")
+    weights: bool = True
 
 
 def _nodes(graph: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Count:
@@ -66,16 +69,21 @@ _BACKEND = ("fused (flora backend)", "FFBA block (flora backend)", "FFBA shared 
 _EAGER = {name: FORMS["eager"][name] for name in _EACH}
 _CAPTURED = {name: replace(form, captured=True) for name, form in _EAGER.items()}
 _COMPILED = {name: FORMS["inductor"][name] for name in (*_EACH, *_BACKEND)}
+_ON_CUDA = {
+    **{name: FORMS["inductor"][name] for name in ("base", "PEFT", "FFBA block", "FFBA shared", *_BACKEND)},
+    "base (packed)": Form("base", "inductor", captured=True, fuse=FuseConfig(pack_base=True)),
+}
 
 RUNNERS: dict[str, Runner] = {
     "graph": Runner(_nodes, _CAPTURED),
     "eager": Runner(_call(dispatched), _EAGER),
     "inductor": Runner(_call(generated), _COMPILED),
     "eager-profiled": Runner(_call(device_kernels), _EAGER, ("cuda",)),
+    "cuda-code": Runner(_call(cuda_launches), _ON_CUDA, weights=False),
     "inductor-profiled": Runner(_call(device_kernels), _COMPILED, ("cuda",)),
 }
 """``graph``: nodes as captured; ``eager``: operators that are dispatched; ``inductor``: calls in the generated code;
-``-profiled``: kernels that the GPU ran."""
+``cuda-code``: calls in the code that would be generated for a GPU; ``-profiled``: kernels that the GPU ran."""
 
 
 def measure(
@@ -129,12 +137,14 @@ def measure(
 def _count(runner: Runner, variant: str, phase: str, settings: Settings, prompt: int) -> Count:
     form = runner.variants[variant]
     length, past = (prompt, 0) if phase == "prefill" else (1, prompt)
+    device = settings.device if runner.weights else "meta"
     inputs = (
-        torch.zeros(settings.batch, length, dtype=torch.int64, device=settings.device),
-        torch.tensor(past, device=settings.device),
-        *empty_cache(settings, prompt + 1),
+        torch.zeros(settings.batch, length, dtype=torch.int64, device=device),
+        torch.tensor(past, device=device),
+        *(tensor.to(device) for tensor in empty_cache(settings, prompt + 1)),
     )
-    step = built(form, CachedStep(make_model(settings, form.adapted)).eval(), *inputs)
+    model = (make_model if runner.weights else outline)(settings, form.adapted)
+    step = built(form, CachedStep(model).eval(), *inputs)
     try:
         return runner.count(step, inputs)
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flora_fx.counting import kind_of
 from flora_fx.program import open_program
 
+from .pretend_cuda import compiled_graphs, cuda_code
 from .trace import trace
 
-__all__ = ["Count", "device_kernels", "dispatched", "generated", "graph_nodes", "onnx_nodes"]
+__all__ = [
+    "Count",
+    "cuda_launches",
+    "device_kernels",
+    "dispatched",
+    "generated",
+    "graph_nodes",
+    "onnx_nodes",
+]
 
 Count = Counter[tuple[str, str]]
 
@@ -110,6 +119,20 @@ def generated(compiled: Callable[[], object]) -> Count:
     with caches[0], caches[1]:
         code = set(get_code(compiled))
     torch._dynamo.reset()
+    return _counted(code)
+
+
+def cuda_launches(compiled: Callable[[], object]) -> Count:
+    """The same of the code that Inductor would write for an H100, on any machine: see `pretend_cuda`.
+
+    Args:
+        compiled: calls something from `torch.compile`, best on the meta device; it runs as it is.
+    """
+    return _counted([cuda_code(*graph) for graph in compiled_graphs(compiled)])
+
+
+def _counted(code: Iterable[str]) -> Count:
+    """Calls of kernels in Inductor's code."""
     found: Count = Counter()
     for extern, operator, cpp, triton in (match.groups() for source in code for match in _CALL.finditer(source)):
         if cpp or triton:

@@ -36,6 +36,9 @@ _DEFAULTS: dict[str, Any] = {"up": "per_projection"}
 """Other than `FuseConfig`'s: B's stay their own parameters, dense and in place, and no zeros are multiplied (prefill
 under Inductor on 2 CPU cores: 1.084 of the base, block-diagonal 1.103)."""
 
+_UNDER_INDUCTOR: dict[str, Any] = {"accumulate": "unrolled"}
+"""Inductor makes an up-projection that is a product and a sum a part of the kernel that reads the result."""
+
 _CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
 
 _last: FusionReport | None = None
@@ -77,16 +80,17 @@ def flora(
     ('b.weight',)
     """
     inner, config, passed = _read(options or {})
-    compile_ = _compiler(inner, mode, passed)
     view = LiftedView(graph, generates=inner == "inductor")
     views = [*bodies(view), view]
     try:
         fusions = [rewrite(part, config) for part in views]
     except AdapterError as error:
         log.warning("compiled without fusing: %s", error)
-        return compile_(graph, example_inputs)
+        return _compiler(inner, mode, passed)(graph, example_inputs)
     report = combined([fusion.report for fusion in fusions])
     _tell(report)
+    generates = inner == "inductor" and not any(pack.trains for pack in report.packs)
+    compile_ = _compiler(inner, mode, (report.inductor_options if generates else {}) | passed)
     if not report.packs and not report.fused:
         return compile_(graph, example_inputs)
     for part, fusion in zip(views, fusions, strict=True):
@@ -129,7 +133,8 @@ def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
         )
     if passed and inner != "inductor":
         raise ValueError(f"options {', '.join(sorted(passed))} are Inductor's, and 'flora.inner' is {inner!r}")
-    return inner, FuseConfig(**{**_DEFAULTS, **own}), passed
+    chosen = _DEFAULTS | (_UNDER_INDUCTOR if inner == "inductor" else {}) | own
+    return inner, FuseConfig(**chosen), passed
 
 
 def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

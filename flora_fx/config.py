@@ -9,7 +9,7 @@ __all__ = ["FuseConfig"]
 
 Layout = Literal["joined", "beside", "ahead"]
 Up = Literal["block_diagonal", "per_projection"]
-Accumulate = Literal["addmm", "add"]
+Accumulate = Literal["addmm", "add", "unrolled"]
 Write = Literal["widened", "accumulated"]
 
 
@@ -30,7 +30,11 @@ class FuseConfig:
             launches, some zero work). ``"per_projection"``: one GEMM each (no zero work); always so where an
             up-projection requires gradients.
         accumulate: ``"addmm"``: ``y + s·B z`` as one accumulating GEMM, nothing elementwise left in the graph.
-            ``"add"``: a GEMM and an add, for runners that fuse the add with what follows (Inductor) or before.
+            ``"add"``: a GEMM and an add, for runners that fuse the add with what follows or before. ``"unrolled"``: a
+            product and a sum over the rank, in float32 where the dtype is smaller: for Inductor, which makes it a part
+            of the kernel that reads the sum, so that it is no launch at all (with ``unroll_reductions_threshold`` above
+            the rank); every other runner stores the product first. Each B is apart, as with ``up="per_projection"``,
+            and stands transposed, [rank, out], unless it requires gradients.
         write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is
             there before that projection runs (FFBA; LoRA with ``layout="ahead"``). ``"widened"``: as further input
             columns, ``[W, B] [u; z]``, one GEMM; not where one of them requires gradients, since columns of a wider

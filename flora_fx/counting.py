@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .ops import accumulate, matrix_vector, packed_projection
+from .ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
 from .program import Program
 
 __all__ = ["count_ops", "kind_of"]
@@ -37,6 +37,7 @@ GEMMS: set[Any] = {
     "mm",
 }
 ELEMENTWISE: set[Any] = {
+    accumulate_unrolled,
     operator.add,
     operator.iadd,
     operator.mul,

@@ -88,6 +88,7 @@ def rewrite(program: Program, config: FuseConfig) -> Fusion:
         ops_after=count_ops(program),
         seconds=outcome.seconds,
         sketches=outcome.sketches,
+        unrolled=outcome.unrolled,
     )
     return Fusion(outcome.packs, outcome.eval_only, result, outcome.derived)
 

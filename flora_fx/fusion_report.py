@@ -27,6 +27,7 @@ class FusionReport:
         ops_before, ops_after: operations in the graph, by kind: ``gemm``, ``elementwise``, ``other``.
         seconds: time per pass.
         sketches: what `draw` draws.
+        unrolled: the highest rank of an up-projection that was written as a product and a sum; 0 for none.
     """
 
     packs: tuple[Pack, ...]
@@ -36,6 +37,7 @@ class FusionReport:
     ops_after: Mapping[str, int]
     seconds: Mapping[str, float]
     sketches: tuple[Sketch, ...]
+    unrolled: int
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -78,6 +80,16 @@ class FusionReport:
             "seconds": dict(self.seconds),
         }
 
+    @property
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor has to be told to make every unrolled sum a part of the kernel that reads it, for inference.
+
+        For ``torch.compile(fused, options=report.inductor_options)``, and for AOTInductor's ``inductor_configs``; the
+        backend gives it by itself. Without it a sum of more than 7 products is a loop inside of a kernel, which keeps
+        the kernel from being joined with a normalization.
+        """
+        return {"unroll_reductions_threshold": self.unrolled + 1} if self.unrolled else {}
+
     def to_json(self) -> str:
         """The report as JSON: fused, packs (with slices), declines, ops_before, ops_after, seconds."""
         return json.dumps(self.to_dict(), indent=2)
@@ -111,6 +123,7 @@ def combined(reports: Sequence[FusionReport]) -> FusionReport:
         ops_after=total(report.ops_after for report in reports),
         seconds=total(report.seconds for report in reports),
         sketches=tuple(sketch for report in reports for sketch in report.sketches),
+        unrolled=max(report.unrolled for report in reports),
     )
 
 

@@ -7,7 +7,7 @@ the part of a pack that one parameter owns. A *decline* is a refusal with its re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -197,6 +197,15 @@ class Pack:
     reads: str
     like: str | int
     trains: bool = False
+
+    def across(self) -> Pack:
+        """The same matrix, stored transposed."""
+        rows, columns = self.shape
+        slices = tuple(
+            replace(piece, rows=piece.columns or (0, columns), columns=piece.rows, transposed=not piece.transposed)
+            for piece in self.slices
+        )
+        return replace(self, shape=(columns, rows), slices=slices)
 
     @property
     def members(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .ir import Derived, Pack, Weight
 from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
-from .ops import accumulate
+from .ops import accumulate, accumulate_unrolled
 from .pack import derive, tie
 
 __all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program", "same_sizes"]
@@ -154,6 +154,21 @@ class Program(ABC):
     def accumulate(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         """``y + scale · z @ upᵀ``, `flora_fx.ops.accumulate`."""
         return self.call(accumulate, y, z, up, scale)
+
+    def unrolled(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+        """The same as a product and a sum, `flora_fx.ops.accumulate_unrolled`."""
+        return self.call(accumulate_unrolled, y, z, up, scale)
+
+    def product_and_sum(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+        """``y + scale · Σ z · up`` over the last dimension of both, in float32 where y's dtype is smaller."""
+        dtype = self.value(y).dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        z, up = (node if self.value(node).dtype == wide else self.cast(node, wide) for node in (z, up))
+        delta = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, z, up), [-1])
+        if scale != 1.0:
+            delta = self.call(aten.mul.Tensor, delta, scale)
+        found = self.call(aten.add.Tensor, y, delta)
+        return found if wide == dtype else self.cast(found, dtype)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Add a node with metadata computed from its arguments'."""
@@ -335,6 +350,10 @@ class ExportedProgramView(Program):
         z2 = self.call(self.ops.reshape, z, [-1, self.value(z).shape[-1]])
         rows = self.call(aten.addmm.default, y2, z2, transposed, alpha=scale)
         return self.call(aten.view.default, rows, self.sizes(y))
+
+    def unrolled(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+        low = self.call(self.ops.reshape, z, [*self.sizes(y)[:-1], 1, self.value(z).shape[-1]])
+        return self.product_and_sum(y, low, up, scale)
 
     def finish(self, fusion: Fusion) -> ExportedProgram:
         returned = self.graph.output_node().args[0]

@@ -1,4 +1,4 @@
-"""The passes, in the order they run. Those that look come first; only the last three touch the graph.
+"""The passes, in the order they run. Those that look come first; only the last four touch the graph.
 
 effects        what must not be touched: values changed in place or read by address
 values         which nodes hold equal values; needs effects, since a changed value equals nothing
@@ -9,6 +9,7 @@ unlike         adapters that are none, for the report
 decide         which paths may be written, which weights may move
 group          what reads one value goes together
 write          packs, accumulations
+rotary         rotations of what was written as a product and a sum
 clean          what nothing reads any more; before strides, which would keep it alive
 strides        readers of slices
 """
@@ -33,6 +34,7 @@ from .modes import find_regions
 from .mutation import find_effects
 from .paths import find_paths
 from .projections import find_projections
+from .rotary import find_rotations, write_rotations
 from .strides import soften
 from .unlike import find_unlike
 from .values import Values
@@ -53,6 +55,7 @@ class Outcome:
         seconds: time per pass.
         sketches: what stood around each read and what stands there now.
         derived: the values that are computed from parameters alone, and stored.
+        unrolled: the highest rank of an up-projection that was written as a product and a sum; 0 for none.
     """
 
     packs: tuple[Pack, ...]
@@ -62,6 +65,7 @@ class Outcome:
     seconds: dict[str, float]
     sketches: tuple[Sketch, ...]
     derived: tuple[Derived, ...]
+    unrolled: int
 
 
 def run(program: Program, config: FuseConfig) -> Outcome:
@@ -102,15 +106,20 @@ def run(program: Program, config: FuseConfig) -> Outcome:
     ups = [path.up.weight for path in decisions.paths]
     if program.trains(ups):
         config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step
-    if any(up.tensor.requires_grad for up in ups):
-        # Columns of a block-diagonal matrix are strided, and torch's fused optimizers write past strided parameters on
-        # a CPU (2.13): whoever trains it, here or later, must find it dense.
+    if config.accumulate == "unrolled" or any(up.tensor.requires_grad for up in ups):
+        # Unrolled, the zeros of a block-diagonal matrix would be loads and products. Its columns are strided, too, and
+        # torch's fused optimizers write past strided parameters on a CPU (2.13): whoever trains it must find it dense.
         config = replace(config, up="per_projection")
     writer = Writer(program, values, config)
     with timed("write"):
         writer.write(grouping)
+    replaced = writer.replaced
+    with timed("rotary"):
+        if not program.trains(ups):
+            rotations = [*find_rotations(program, values, effects, writer.unrolled)]
+            replaced = [*replaced, *write_rotations(program, rotations)]
     with timed("clean"):
-        clean(program.graph, [*writer.replaced, *writer.slices], effects.alone)
+        clean(program.graph, [*replaced, *writer.slices], effects.alone)
     with timed("strides"):
         alive = set(program.graph.nodes)
         soften(program, [node for node in writer.slices if node in alive])
@@ -125,4 +134,5 @@ def run(program: Program, config: FuseConfig) -> Outcome:
         seconds,
         tuple(writer.sketches),
         derived,
+        max((unrolled.rank for unrolled in writer.unrolled), default=0),
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from flora_fx.ops import accumulate, matrix_vector, packed_projection
+from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
 
 from .clean import ASSERTS
 
@@ -42,6 +42,7 @@ IN_PLACE = IN_PLACE_ADDS | IN_PLACE_SUBTRACTS | IN_PLACE_MULTIPLIES | IN_PLACE_D
 # Results that never share memory with an operand. Whatever is not known to be here is taken for a possible view.
 FRESH = {
     accumulate,
+    accumulate_unrolled,
     matrix_vector,
     packed_projection,
     F.cross_entropy,

@@ -23,6 +23,7 @@ from itertools import groupby, pairwise
 import torch
 from torch.fx import Node
 
+from flora_fx.choosing import FREE_RANK, HIGHEST_RANK, unrolls
 from flora_fx.config import FuseConfig
 from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
@@ -32,6 +33,7 @@ from flora_fx.sketch import Sketch, SketchWrite
 from .group import Group, Grouping, Write
 from .layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
 from .names import Names
+from .rotary import Unrolled
 from .values import Values
 
 __all__ = ["Writer"]
@@ -46,6 +48,7 @@ class Writer:
         replaced: old nodes that nothing should read any more.
         labels: names for new nodes, to be given when the old ones are gone.
         sketches: what the report draws.
+        unrolled: the up-projections that were written as a product and a sum.
     """
 
     def __init__(self, program: Program, values: Values, config: FuseConfig) -> None:
@@ -59,6 +62,7 @@ class Writer:
         self.replaced: list[Node] = []
         self.labels: dict[Node, str] = {}
         self.sketches: list[Sketch] = []
+        self.unrolled: list[Unrolled] = []
         self._now: dict[Node, Node] = {}
         self._order: dict[Node, float] = {node: index for index, node in enumerate(self.graph.nodes)}
 
@@ -75,7 +79,7 @@ class Writer:
     def group(self, group: Group) -> bool:
         """Write a group's packs; returns whether its paths were written with them."""
         trains = self.program.trains(self.adapters(group))
-        layout = lay_out(group, self.config, stack=not trains)
+        layout = lay_out(group, self.config, stack=not trains and not self.unrolls(group))
         bases, downs = layout.bases, layout.downs
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
@@ -102,6 +106,11 @@ class Writer:
             for base, value in written.items():
                 self.finish(group, [write for write in group.writes if write.base is base], value)
         return together
+
+    def unrolls(self, group: Group) -> bool:
+        """Whether every up-projection is a product and a sum: joined with its own reader, not with its siblings."""
+        free = all(write.path.up.in_features <= FREE_RANK for write in group.writes)
+        return self.config.accumulate == "unrolled" and free
 
     @staticmethod
     def adapters(group: Group) -> list[Weight]:
@@ -203,7 +212,8 @@ class Writer:
             runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
             for block, low in zip(layout.blocks, self.cut(z, edges[-1], runs) if runs else [], strict=True):
                 low = self.times(low, block.scale.numbers)
-                adapted = self.add(after[block.segment], low, self.block(layout, block), block.scale.constant)
+                rank = sum(down.out_features for down in read[slice(*block.columns)])
+                adapted = self.add(after[block.segment], low, self.block(layout, block), block.scale.constant, rank)
                 sources = [base.weight.name for base in layout.segments[block.segment]]
                 self.labels[adapted] = f"{Names.joined(sources)}_adapted"
                 after[block.segment] = adapted
@@ -218,29 +228,47 @@ class Writer:
         return found
 
     def block(self, layout: Layout, block: Block) -> Node:
-        """The matrix of a block: a parameter as it is where it is the only one, a pack otherwise."""
+        """The matrix of a block, [out, rank]: a parameter as it is where it is the only one, a pack otherwise."""
         alone = len(block.writes) == 1 and len(layout.segments[block.segment]) == 1
         if alone and block.columns[1] - block.columns[0] == 1:
             return self.up(block.writes[0].path)
         ups = [write.path.up for write in block.writes]
-        pack = up_pack(self.names.of(ups, "_up"), layout, block, self.config)
-        return self.read(pack, ups[0])
+        return self.up_read(up_pack(self.names.of(ups, "_up"), layout, block, self.config), ups)
 
     def up(self, path: LowRankPath) -> Node:
         """The up-projection of one path, [out, rank]."""
         piece = up_slice(path, 0, 0, self.config)
-        if piece.view:
+        if piece.view and (path.up.weight.transposed or not self.across([path.up])):
             node = self.program.weight_node(path.up.weight)
             return self.program.call(self.program.ops.transpose, node) if path.up.weight.transposed else node
         like: Weight = path.up.like or path.up.weight
         shape = (path.up.out_features, path.up.in_features)
         pack = Pack(self.names.of([path.up], "_up"), shape, (piece,), path.down.node.name, like.source)
-        return self.read(pack, path.up)
+        return self.up_read(pack, [path.up])
 
-    def add(self, y: Node, z: Node, up: Node, scale: float) -> Node:
+    def up_read(self, pack: Pack, ups: Sequence[Projection]) -> Node:
+        """A node for a pack of up-projections, [out, rank]."""
+        if not self.across(ups):
+            return self.read(pack, ups[0])
+        return self.program.call(self.program.ops.transpose, self.read(pack.across(), ups[0]))
+
+    def across(self, ups: Sequence[Projection]) -> bool:
+        """Whether up-projections stand as [rank, out]: then the loop over the features reads neighbours.
+
+        Not where one requires gradients: an optimizer finds it as it was made.
+        """
+        fits = all(up.in_features <= HIGHEST_RANK and not up.weight.tensor.requires_grad for up in ups)
+        return self.config.accumulate == "unrolled" and fits
+
+    def add(self, y: Node, z: Node, up: Node, scale: float, rank: int) -> Node:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
             return self.program.accumulate(y, z, up, scale)
+        shape = self.values.shape(z)
+        if self.config.accumulate == "unrolled" and unrolls(rank, shape and shape[:-1]):
+            value = self.program.unrolled(y, z, up, scale)
+            self.unrolled.append(Unrolled(value, y, z, up, scale, rank))
+            return value
         delta = self.program.linear(z, up, None)
         if scale != 1.0:
             delta = self.program.call(self.program.ops.mul, delta, scale)
@@ -301,7 +329,8 @@ class Writer:
             for path in paths:
                 low = self.times(self.now(path.low), (*path.numbers, *path.factors))
                 scale = 1.0 if self.config.fold_scale else path.scale
-                value = self.add_bias(self.add(value, low, self.up(path), scale), path)
+                value = self.add(value, low, self.up(path), scale, path.up.in_features)
+                value = self.add_bias(value, path)
             value = self.cast_back(paths[-1], value)
         self.replace(add, value)
 

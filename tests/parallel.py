@@ -24,6 +24,7 @@ CONFIGS = [
     FuseConfig(layout="beside"),
     FuseConfig(fold_scale=True),
     FuseConfig(up="per_projection", accumulate="add"),
+    FuseConfig(accumulate="unrolled"),
     FuseConfig(layout="beside", fold_scale=True, pack_base=True),
     FuseConfig(layout="ahead"),
     FuseConfig(layout="ahead", fold_scale=True, pack_base=True),

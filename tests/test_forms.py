@@ -81,6 +81,7 @@ def test_every_form_is_fused_and_exact(form: str, capture: Callable[..., Any]) -
         # Nothing accumulates: how it would makes no difference.
         *[("ahead", "block_diagonal", "addmm", False), ("ahead", "per_projection", "add", False)],
         ("ahead", "block_diagonal", "addmm", True),
+        *itertools.product(["joined", "beside"], ["per_projection"], ["unrolled"], [False, True]),
     ],
 )
 @pytest.mark.parametrize("scales", [(0.7, 0.7), (0.7, 1.9)])
@@ -104,7 +105,7 @@ def test_every_configuration_is_exact(
     blocks = 1 if up == "block_diagonal" and (scales[0] == scales[1] or fold_scale) else 2
     packs = 2 if layout == "joined" else 4
     # Ahead, every B is columns, and each scale a product with the z's that it is for.
-    accumulations = 0 if layout == "ahead" else blocks + 1
+    accumulations = 0 if layout == "ahead" or accumulate == "unrolled" else blocks + 1
     assert report.ops_after["gemm"] == packs + accumulations
     if layout == "ahead":
         scaled = 0 if fold_scale else len(set(scales)) + 1
