@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from test_forms import assert_exact, exported, run, traced
 from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import FuseConfig, FusionReport
 from flora_fx.ir import Pack, Role
+from tests.test_forms import assert_exact, exported, run, traced
 
 D_IN, D_MID, D_OUT, D_OTHER = 12, 7, 10, 6
 

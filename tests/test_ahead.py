@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, D_OUT, FORMS, RANK, TWO_ADAPTERS, Adapted, Siblings
-from parallel import columns, fuse_and_compare, pack_of, x_like
-from test_forms import assert_exact, captured, decomposed, dynamic, exported, run, traced
 from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import FuseConfig, backend
 from flora_fx.backend import flora, last_report
 from flora_fx.ir import Pack
+from tests.adapters import D_IN, D_OUT, FORMS, RANK, TWO_ADAPTERS, Adapted, Siblings
+from tests.parallel import columns, fuse_and_compare, pack_of, x_like
+from tests.test_forms import assert_exact, captured, decomposed, dynamic, exported, run, traced
 
 AHEAD, FOLDED = FuseConfig(layout="ahead"), FuseConfig(layout="ahead", fold_scale=True)
 D_HIDDEN = 16

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, Siblings
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig
+from tests.adapters import D_IN, Siblings
 
 WIDE = 96
 """Features; the base's bytes are most of a pack's."""

@@ -11,10 +11,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from architectures import base_model, example_inputs, lora_model
-
 import flora_fx
 from flora_fx import FuseConfig
+from tests.architectures import base_model, example_inputs, lora_model
 
 # GEMMs of a fused graph: a pack and an accumulation per read, and what no adapter sits on (the head). q, k and v have
 # two scales (rank_pattern), so two accumulations.

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import base_model, example_inputs, lora_model
 from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import CaptureError
+from tests.architectures import base_model, example_inputs, lora_model
 
 
 class Named(nn.Module):

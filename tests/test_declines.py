@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import D_IN, D_OUT, FORMS, RANK, Adapted
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import AdapterError, FuseConfig, Reason
+from tests.adapters import D_IN, D_OUT, FORMS, RANK, Adapted
 
 Forward = Callable[[Adapted, Tensor], Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, FORMS, TWO_ADAPTERS, Adapted, Siblings, linear
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig, Reason
+from tests.adapters import D_IN, FORMS, TWO_ADAPTERS, Adapted, Siblings, linear
 
 
 def traced(model: nn.Module, x: Tensor) -> Any:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapters import D_IN, D_OUT, FORMS, RANK, Adapted, Siblings, linear
-from parallel import CONFIGS
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FusionReport, backend
 from flora_fx.optimizers import protect_from_fused_optimizers
+from tests.adapters import D_IN, D_OUT, FORMS, RANK, Adapted, Siblings, linear
+from tests.parallel import CONFIGS
 
 
 def fused(model: nn.Module, *shape: int) -> FusionReport:

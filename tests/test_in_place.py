@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import D_IN, Adapted
-from parallel import CONFIGS
 from torch import Tensor, fx
 
 import flora_fx
 from flora_fx import FusionReport, Reason
 from flora_fx.backend import last_report
+from tests.adapters import D_IN, Adapted
+from tests.parallel import CONFIGS
 
 Form = Callable[[Adapted, Tensor], tuple[Tensor, Tensor]]
 

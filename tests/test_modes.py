@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from adapters import D_IN, FORMS, Adapted
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import Reason
 from flora_fx.backend import flora, last_report
 from flora_fx.passes.modes import find_regions
+from tests.adapters import D_IN, FORMS, Adapted
 
 Form = Callable[[Adapted, Tensor], Tensor]
 

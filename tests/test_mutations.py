@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations import MUTATIONS, ROOT, SUITE, stale
+from tests.mutations import MUTATIONS, ROOT, SUITE, stale
 
 
 def test_every_pass_has_mutations_and_each_is_of_text_that_stands_in_its_file_once() -> None:

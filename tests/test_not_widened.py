@@ -6,7 +6,12 @@ import copy
 
 import pytest
 import torch
-from parallel import (
+from torch import Tensor, nn
+
+import flora_fx
+from flora_fx import FuseConfig, Reason
+from flora_fx.backend import flora, last_report
+from tests.parallel import (
     CONFIGS,
     D_OTHER,
     Form,
@@ -20,12 +25,7 @@ from parallel import (
     wide,
     x_like,
 )
-from test_forms import captured, exported, traced
-from torch import Tensor, nn
-
-import flora_fx
-from flora_fx import FuseConfig, Reason
-from flora_fx.backend import flora, last_report
+from tests.test_forms import captured, exported, traced
 
 
 def other_reader(m: Wide, x: Tensor) -> tuple[Tensor, ...]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import coverage
 import pytest
-from raised import executed, raises, unseen
+
+from tests.raised import executed, raises, unseen
 
 SOURCE = """
 def f(x):

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import D_IN, D_OUT, RANK
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig, Reason
 from flora_fx.backend import last_report
+from tests.adapters import D_IN, D_OUT, RANK
 
 X = torch.randn(4, D_IN, dtype=torch.float64)
 

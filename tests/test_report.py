@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import D_IN, Siblings
 from torch import Tensor, fx, nn
 
 import flora_fx
+from tests.adapters import D_IN, Siblings
 
 
 class Stack(nn.Module):

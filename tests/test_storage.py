@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, FORMS, Adapted, Siblings
 from torch import Tensor, fx, nn
 
 import flora_fx
@@ -20,6 +19,7 @@ from flora_fx import FuseConfig, TieError
 from flora_fx.ir import Pack, Role, Slice
 from flora_fx.module import FusedGraphModule
 from flora_fx.pack import tie
+from tests.adapters import D_IN, FORMS, Adapted, Siblings
 
 X = torch.randn(2, 5, D_IN, dtype=torch.float64)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import base_model, example_inputs, lora_model
 
 import flora_fx
+from tests.architectures import base_model, example_inputs, lora_model
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from adapters import D_IN, Siblings
-from architectures import example_inputs, lora_model
 from torch import nn
 
 import flora_fx
+from tests.adapters import D_IN, Siblings
+from tests.architectures import example_inputs, lora_model
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

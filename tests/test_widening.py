@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from parallel import (
+from torch import Tensor, nn
+
+import flora_fx
+from flora_fx import FuseConfig, backend
+from flora_fx.backend import last_report
+from flora_fx.ir import Role
+from flora_fx.passes.layout import ALIGNED
+from tests.parallel import (
     CONFIGS,
     D_IN,
     D_MID,
@@ -27,14 +34,7 @@ from parallel import (
     wide,
     x_like,
 )
-from test_forms import assert_exact, captured, decomposed, exported, traced
-from torch import Tensor, nn
-
-import flora_fx
-from flora_fx import FuseConfig, backend
-from flora_fx.backend import last_report
-from flora_fx.ir import Role
-from flora_fx.passes.layout import ALIGNED
+from tests.test_forms import assert_exact, captured, decomposed, exported, traced
 
 
 def lora_first(m: Wide, x: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 import peft
 import torch
 import transformers as hf
-from architectures import VOCAB
 from torch import Tensor, nn
 
 from flora_fx import Reason
 from flora_fx.backend import last_report
+from tests.architectures import VOCAB
 
 ADAPTERS = 7
 """Of a layer: q, k, v, o, gate, up, down."""

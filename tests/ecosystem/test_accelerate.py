@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from lora_training import ADAPTERS, DEBUG, assert_same, batch, copies, fused_adapters, trainable_llama
+
+from tests.ecosystem.lora_training import ADAPTERS, DEBUG, assert_same, batch, copies, fused_adapters, trainable_llama
 
 
 @pytest.fixture(autouse=True)

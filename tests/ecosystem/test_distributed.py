@@ -12,7 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lora_training import (
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from flora_fx import Reason
+from tests.ecosystem.lora_training import (
     ADAPTERS,
     DEBUG,
     assert_same,
@@ -23,12 +29,6 @@ from lora_training import (
     gradients,
     trainable_llama,
 )
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-
-from flora_fx import Reason
 
 LIMIT_S = 900
 STEPS = 3

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from adapters import D_IN, FORMS, Adapted
-from lora_training import DEBUG, declined, fused_adapters
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from flora_fx import Reason, backend
+from tests.adapters import D_IN, FORMS, Adapted
+from tests.ecosystem.lora_training import DEBUG, declined, fused_adapters
 
 STEPS = 3
 

@@ -12,10 +12,10 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from lora_training import ADAPTERS, DEBUG, assert_same, batch, copies, fused_adapters, trainable_llama
 from safetensors.torch import load_file
 
 from flora_fx import backend
+from tests.ecosystem.lora_training import ADAPTERS, DEBUG, assert_same, batch, copies, fused_adapters, trainable_llama
 
 DATA = [{name: value[0] for name, value in batch(seed, rows=1).items()} for seed in range(6)]
 OPTIONS = {"aot_eager": DEBUG, "Inductor": None}

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
-from exported_models import Export, Exported, build
-from genai_models import Built, build_by_genai
-from longrope_models import build_longrope
-from seq2seq_models import build_seq2seq
-from stand_in import FakeCuda
 
 from flora_fx.export import export_onnx, load
 from flora_fx.export.traced import Target
+from tests.export.exported_models import Export, Exported, build
+from tests.export.genai_models import Built, build_by_genai
+from tests.export.longrope_models import build_longrope
+from tests.export.seq2seq_models import build_seq2seq
+from tests.export.stand_in import FakeCuda
 
 
 @pytest.fixture(scope="session")

@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 import transformers
-from exported_models import Exported
 from torch import Tensor
 
 from flora_fx.export import Encoder, export_onnx, load
 from flora_fx.export.example import linked, other_sizes, padded, resized, tell_apart, varied
 from flora_fx.export.tracing import trace
+from tests.export.exported_models import Exported
 
 TOWER: dict[str, Any] = {
     "hidden_size": 32,

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import Exported
-from genai_models import Built
-from longrope_models import SWITCH, uncached
 from torch import Tensor
 
 from flora_fx.export import Conversation, Decoder
 from flora_fx.export.session import Binding, Session
 from flora_fx.export.text_cache import left_padded
+from tests.export.exported_models import Exported
+from tests.export.genai_models import Built
+from tests.export.longrope_models import SWITCH, uncached
 
 TARGETS: list[Any] = ["decoder", "general"]
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "eos_token_id": []}

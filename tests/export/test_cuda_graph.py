@@ -9,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import Export, Exported
-from faults.exports import by_hand
-from genai_models import VOCAB, Built
-from stand_in import CUDA, FakeCuda, Forbidden
 from torch import Tensor
 
 from flora_fx.errors import ExportError
@@ -21,6 +17,10 @@ from flora_fx.export.decoder import Decoder
 from flora_fx.export.one_thread import OneThread
 from flora_fx.export.session import Session
 from flora_fx.export.source import Kind
+from tests.export.exported_models import Export, Exported
+from tests.export.genai_models import VOCAB, Built
+from tests.export.stand_in import CUDA, FakeCuda, Forbidden
+from tests.faults.exports import by_hand
 
 CPU = "CPUExecutionProvider"
 NOT_ALL = "This session cannot use the graph capture feature: not all nodes have been partitioned to the CUDA provider"

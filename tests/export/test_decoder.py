@@ -10,12 +10,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from exported_models import VOCAB, Export, Exported
 from torch import Tensor
 
 from flora_fx.demo.train import build_tokenizer
 from flora_fx.export import Decoder, Encoder, Generated
 from flora_fx.export.stopping import Stopping
+from tests.export.exported_models import VOCAB, Export, Exported
 
 PLAIN = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])
 PADDED = torch.tensor([[11, 23, 5, 40], [0, 0, 61, 8]])

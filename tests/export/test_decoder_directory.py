@@ -10,8 +10,6 @@ from typing import Any
 import onnxruntime_genai
 import pytest
 import torch
-from exported_models import Export, build, plain
-from genai_models import Built
 
 from flora_fx.demo.train import build_tokenizer
 from flora_fx.errors import ExportError
@@ -19,6 +17,8 @@ from flora_fx.export import Decoder, export_onnx, load
 from flora_fx.export.genai import write_genai_config
 from flora_fx.export.identity import Identity, identify
 from flora_fx.export.source import unwrap
+from tests.export.exported_models import Export, build, plain
+from tests.export.genai_models import Built
 
 GREETING = "for name in dir(object): print(name)"
 

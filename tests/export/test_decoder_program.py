@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import transformers
-from exported_models import build, plain
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -22,6 +21,7 @@ from flora_fx.export.forms import DECODER_FORMS
 from flora_fx.export.parts import join_heads, split_once
 from flora_fx.export.rotary import ATTENTION, COS, INTERLEAVED, KEY, count_rotary
 from flora_fx.export.source import private_copy, unwrap
+from tests.export.exported_models import build, plain
 
 LAYERS, VOCAB = 2, 97
 SCALE, WINDOW, SOFTCAP = 11, 12, 13

@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 import transformers
-from exported_models import VOCAB, Export, build, plain
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
@@ -24,6 +23,7 @@ from flora_fx.export.example import resized
 from flora_fx.export.running import run_on
 from flora_fx.export.source import unwrap
 from flora_fx.export.tracing import trace
+from tests.export.exported_models import VOCAB, Export, build, plain
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -12,8 +12,9 @@ import onnxruntime_genai
 import pytest
 import torch
 import transformers
-from exported_models import FAMILIES, FURTHER, Export, Exported, build
 from torch import Tensor
+
+from tests.export.exported_models import FAMILIES, FURTHER, Export, Exported, build
 
 NEW = 128
 ROWS = [[11, 23, 5, 40, 9, 10, 11], [61, 8, 9], [7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7]]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from exported_models import build, plain
 from torch import Tensor
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -18,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from flora_fx.export import Decoder, export_onnx, load
 from flora_fx.export.source import unwrap
 from flora_fx.export.stateless_rope import forget_lengths
+from tests.export.exported_models import build, plain
 
 MOST = 16
 ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.7}

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from exported_models import Export, Exported
 from torch import Tensor
 
 from flora_fx.errors import ExportError
 from flora_fx.export import Encoder, export_onnx, load
+from tests.export.exported_models import Export, Exported
 
 IDS = torch.tensor([[11, 23, 5, 40, 7], [3, 61, 8, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import Export, Exported
 from torch import Tensor
 from typer.testing import CliRunner
 
 from flora_fx.cli import build_app
 from flora_fx.export.ending import Ending
 from flora_fx.export.stopping import Stopping
+from tests.export.exported_models import Export, Exported
 
 POSITIONS = 256
 SHORTER = 9

@@ -16,11 +16,11 @@ import numpy as np
 import onnxruntime_genai
 import pytest
 import torch
-from exported_models import Export
-from genai_models import Built
 from torch import Tensor
 
 from flora_fx.export.source import unwrap
+from tests.export.exported_models import Export
+from tests.export.genai_models import Built
 
 TURNS = [[11, 23, 5, 40, 7, 61], [33, 4, 8, 19, 52], [9], [77, 12, 3]]
 NEW = 4

@@ -19,7 +19,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from faults.models import base
 from torch import Tensor
 
 from flora_fx.adapters import FloraConfig
@@ -28,6 +27,7 @@ from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError, ExportError
 from flora_fx.export import Decoder, buffer, export_onnx, load, session
 from flora_fx.export.forms import DECODER_FORMS
+from tests.faults.models import base
 
 RANK = 6
 PROMPT = torch.tensor([[11, 23, 5, 40], [3, 61, 8, 9]])

@@ -8,8 +8,9 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import pytest
-from exported_models import Export
 from onnx import TensorProto, defs, helper
+
+from tests.export.exported_models import Export
 
 NORM = "SimplifiedLayerNormalization"
 

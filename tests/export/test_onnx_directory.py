@@ -10,12 +10,12 @@ from pathlib import Path
 
 import onnx
 import pytest
-from exported_models import Exported, edit_manifest
 
 from flora_fx.errors import ExportError
 from flora_fx.export import directory as writing
 from flora_fx.export import load
 from flora_fx.export.directory import staged
+from tests.export.exported_models import Exported, edit_manifest
 
 
 def write(target: Path, content: str, *, overwrite: bool = False) -> None:

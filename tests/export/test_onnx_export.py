@@ -13,12 +13,12 @@ import peft
 import pytest
 import torch
 import transformers
-from exported_models import Exported, build
 from torch import nn
 
 import flora_fx.errors
 from flora_fx.errors import AdapterError, ExportError, MissingExtraError
 from flora_fx.export import Decoder, ExportResult, export_onnx, exporting, load
+from tests.export.exported_models import Exported, build
 
 
 def fails(*args: Any, **kwargs: Any) -> Any:

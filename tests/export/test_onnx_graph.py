@@ -8,13 +8,13 @@ from pathlib import Path
 
 import onnx
 import pytest
-from exported_models import Export, Exported, build
 
 import flora_fx
 from flora_fx.export import export_onnx
 from flora_fx.export.lowering import lower
 from flora_fx.export.source import unwrap
 from flora_fx.export.tracing import trace
+from tests.export.exported_models import Export, Exported, build
 
 LAYERS = 2
 ATTENTION = 2  # q·kᵀ and weights·v

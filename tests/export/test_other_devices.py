@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from exported_models import Export, Exported
-from stand_in import CUDA, FakeCuda, Forbidden, Foreign
 from torch import Tensor
 
 from flora_fx.export import buffer, load
@@ -16,6 +14,8 @@ from flora_fx.export.buffer import Buffer
 from flora_fx.export.checking import check
 from flora_fx.export.manifest import read_manifest
 from flora_fx.export.source import unwrap
+from tests.export.exported_models import Export, Exported
+from tests.export.stand_in import CUDA, FakeCuda, Forbidden, Foreign
 
 IDS = torch.tensor([[0, 0, 61, 8], [11, 23, 5, 40]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])

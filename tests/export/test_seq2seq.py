@@ -12,8 +12,6 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from exported_models import Exported, edit_manifest
-from seq2seq_models import VOCAB, build_seq2seq
 from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
 from typer.testing import CliRunner
@@ -24,6 +22,8 @@ from flora_fx.errors import ExportError
 from flora_fx.export import Seq2Seq, export_onnx, load
 from flora_fx.export.pruning import prune
 from flora_fx.export.source import unwrap
+from tests.export.exported_models import Exported, edit_manifest
+from tests.export.seq2seq_models import VOCAB, build_seq2seq
 
 LAYERS = 2  # of the decoder; the encoder has one
 IDS = torch.tensor([[11, 23, 5, 40, 7], [3, 61, 8, 0, 0], [0, 0, 33, 4, 5]])

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from genai_models import POSITIONS, VOCAB, Built
-from stand_in import CUDA
 from torch import Tensor
 
 from flora_fx.errors import ExportError
@@ -16,6 +14,8 @@ from flora_fx.export.buffer import Buffer
 from flora_fx.export.decoder import Decoder
 from flora_fx.export.memory import SharedMemory
 from flora_fx.export.session import Session
+from tests.export.genai_models import POSITIONS, VOCAB, Built
+from tests.export.stand_in import CUDA
 
 
 @pytest.fixture(params=["CPU", "another device"])

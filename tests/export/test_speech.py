@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from exported_models import Exported
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
@@ -19,6 +18,7 @@ from flora_fx.export import Seq2Seq, export_onnx, load, whole_numbers
 from flora_fx.export.example import resized
 from flora_fx.export.source import kind_of
 from flora_fx.export.tracing import trace
+from tests.export.exported_models import Exported
 
 VOCAB = 97
 _SIZES: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 80}

@@ -14,8 +14,6 @@ import onnxruntime_genai
 import pytest
 import torch
 import transformers
-from exported_models import Export, Exported, edit_manifest
-from longrope_models import POSITIONS, SWITCH, build_longrope, plain_longrope, prompts, uncached
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -28,6 +26,8 @@ from flora_fx.export.differences import Differences
 from flora_fx.export.session import Session
 from flora_fx.export.switches import Changing, find_switches, rows_of
 from flora_fx.export.tracing import trace
+from tests.export.exported_models import Export, Exported, edit_manifest
+from tests.export.longrope_models import POSITIONS, SWITCH, build_longrope, plain_longrope, prompts, uncached
 
 COUNT = 24
 TARGETS = ["decoder", "general"]

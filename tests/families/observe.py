@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from variants.observe import Uncaptured, backend_reports
 
 import flora_fx
 from flora_fx import CaptureError, FusionReport
 from flora_fx.fusion_report import combined
+from tests.variants.observe import Uncaptured, backend_reports
 
 from .adapt import Case, adapters_of
 

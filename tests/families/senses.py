@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from architectures import VOCAB
+
+from tests.architectures import VOCAB
 
 from .adapt import Case, lora, values
 from .text import IDS, LAYERS

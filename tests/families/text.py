@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from architectures import MODELS, VOCAB, example_inputs
+
+from tests.architectures import MODELS, VOCAB, example_inputs
 
 from .adapt import Case, lora
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import peft
 import torch
 import transformers as hf
-from architectures import MODELS, VOCAB
 from torch import Tensor, nn
 
 from flora_fx.adapters import FloraConfig
+from tests.architectures import MODELS, VOCAB
 
 LAYERS = 2
 """Of every model here."""

@@ -9,11 +9,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from architectures import VOCAB
 from torch import Tensor, nn
 
 from flora_fx.adapters import FloraConfig, FloraLayer, parameters_of
 from flora_fx.errors import AdapterError
+from tests.architectures import VOCAB
 
 from .reference import LAYOUTS, PLACES, attach, base_model, output, paths, tokens, weights_of
 

@@ -9,11 +9,11 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from architectures import VOCAB
 from torch import nn
 
 from flora_fx.adapters import FloraConfig, budget, parameters_of, rank_for_budget
 from flora_fx.errors import AdapterError
+from tests.architectures import VOCAB
 
 from .reference import PLACES, attach, base_model
 

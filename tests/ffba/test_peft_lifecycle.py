@@ -13,12 +13,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from architectures import VOCAB
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flora_fx.adapters import FloraConfig, FloraLayer
 from flora_fx.errors import AdapterError
+from tests.architectures import VOCAB
 
 from .reference import PLACES, assert_differ, attach, base_model, output, tokens, weights_of
 

@@ -10,12 +10,12 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from architectures import VOCAB
 from torch import Tensor, nn
 
 from flora_fx.adapters import FloraConfig, FloraLayer
 from flora_fx.backend import last_report
 from flora_fx.errors import AdapterError
+from tests.architectures import VOCAB
 
 from .reference import (
     ACTIVATIONS,

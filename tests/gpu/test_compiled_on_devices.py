@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, Siblings
-from places import DEVICES, on_gpu
 from torch import Tensor, nn
 
 import flora_fx
 from flora_fx.backend import flora, last_report
+from tests.adapters import D_IN, Siblings
+from tests.gpu.places import DEVICES, on_gpu
 
 WAYS = [
     ("cpu", "aot_eager"),

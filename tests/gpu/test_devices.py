@@ -7,13 +7,13 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from places import DEVICES, on_gpu, settings, tokens
 
 import flora_fx
 from flora_fx import FuseConfig
 from flora_fx.benchmarks.latency import Job, sample
 from flora_fx.benchmarks.method import Clock, bandwidth, compare, difference
 from flora_fx.benchmarks.models import make_model
+from tests.gpu.places import DEVICES, on_gpu, settings, tokens
 
 
 def _forms() -> list[FuseConfig]:

@@ -11,13 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
-from places import PROVIDERS, on_gpu, settings
 from torch import Tensor
 
 from flora_fx.benchmarks.models import Adapted, adapters_of, make_model
 from flora_fx.export import Decoder, ExportResult, export_onnx, load
 from flora_fx.export.differences import TOLERANCES, Differences, own_config, same_tokens
 from flora_fx.export.traced import Target
+from tests.gpu.places import PROVIDERS, on_gpu, settings
 
 IDS = torch.tensor([[0, 0, 61, 8, 77], [11, 23, 5, 40, 3]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

@@ -8,10 +8,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from architectures import example_inputs
 from safetensors.torch import load_file
 from torch import nn
-from tuned import (
+
+from tests.architectures import example_inputs
+from tests.training.tuned import (
     assert_equal,
     assert_right,
     assert_stored_once,

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import example_inputs
-from tuned import (
+
+from flora_fx import Reason
+from flora_fx.backend import last_report
+from tests.architectures import example_inputs
+from tests.training.tuned import (
     Net,
     assert_equal,
     assert_right,
@@ -24,9 +27,6 @@ from tuned import (
     net,
     twin,
 )
-
-from flora_fx import Reason
-from flora_fx.backend import last_report
 
 
 def test_active_dropout_is_declined_and_eval_fuses() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import Siblings
-from architectures import example_inputs
 from torch import fx, nn
-from tuned import (
+
+import flora_fx
+from tests.adapters import Siblings
+from tests.architectures import example_inputs
+from tests.training.tuned import (
     assert_same_gradients,
     assert_trains_as,
     backward,
@@ -22,8 +24,6 @@ from tuned import (
     net,
     twin,
 )
-
-import flora_fx
 
 FAMILIES = {"llama": 14, "qwen3": 14, "gpt2": 8, "bert": 13}
 """Their adapters that are run: 7, 4 or 6 a layer, two layers, and BERT's pooler."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tuned import assert_right, assert_trains_as, compiled, fused_report, inputs, net, twin
 
 from flora_fx import backend
+from tests.training.tuned import assert_right, assert_trains_as, compiled, fused_report, inputs, net, twin
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"flora.x": 1}, r"unknown option 'flora\.x'; it must be one of flora\.inner, flora\.accumulate"),

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from tuned import (
+
+import flora_fx
+from flora_fx import FuseConfig, Reason
+from flora_fx.backend import last_report
+from tests.adapters import D_IN
+from tests.training.tuned import (
     assert_equal,
     assert_right,
     backward,
@@ -23,10 +27,6 @@ from tuned import (
     no_compilation,
     twin,
 )
-
-import flora_fx
-from flora_fx import FuseConfig, Reason
-from flora_fx.backend import last_report
 
 Form = Callable[["Two", Tensor, Any, Any], Tensor]
 

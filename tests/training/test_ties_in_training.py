@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import Siblings
 from torch import fx
-from tuned import (
+
+import flora_fx
+from tests.adapters import Siblings
+from tests.training.tuned import (
     Net,
     assert_equal,
     assert_right,
@@ -25,8 +27,6 @@ from tuned import (
     no_compilation,
     twin,
 )
-
-import flora_fx
 
 
 def train(call: Any, model: Any, steps: int = 2) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import peft
 import torch
-from adapters import D_IN
-from architectures import lora_model
 from torch import Tensor, nn
 
 from flora_fx.backend import last_report
 from flora_fx.fusion_report import FusionReport
 from flora_fx.lifting import _calls
 from flora_fx.passes.layout import ALIGNED
+from tests.adapters import D_IN
+from tests.architectures import lora_model
 
 _DROPOUTS = ("p", "dropout", "attention_dropout", "hidden_dropout", "dropout_rate", "dropout_prob")
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import D_IN, D_OUT, Adapted
 from torch import Tensor, nn
+
+from tests.adapters import D_IN, D_OUT, Adapted
 
 pytest.importorskip("peft")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from adapters import D_IN, RANK, Adapted
 from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig, FusionReport, Reason
+from tests.adapters import D_IN, RANK, Adapted
 
 KINDS: dict[str, Callable[..., Any]] = {
     "traced": lambda model, x: fx.symbolic_trace(model),
