@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from flora_fx import FuseConfig
-from flora_fx.errors import AdapterError
+from flora_fx.errors import AdapterError, MissingExtraError
 
 from . import ffba
 from .isolated import Progress
@@ -124,7 +124,7 @@ def measure(
         try:
             counts = [_count(runner, variant, phase, replace(settings, layers=depth), prompt) for depth in DEPTHS]
             row |= ffba_of(settings, runner.variants[variant].adapted) | _row(counts, settings.depth)
-        except AdapterError as error:  # the LoRA's few parameters buy no rank of another adapter
+        except (AdapterError, MissingExtraError) as error:  # a LoRA's few parameters buy no rank of another adapter
             row["unavailable"] = str(error)
         rows.append(row)
         progress(done + 1, total)

@@ -17,6 +17,8 @@ import torch.utils._triton
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flora_fx.errors import require
+
 __all__ = ["CompiledGraph", "compiled_graphs", "cuda_code", "pretend_cuda"]
 
 CompiledGraph = tuple[fx.GraphModule, Sequence[Any], dict[str, Any]]
@@ -122,7 +124,11 @@ def cuda_code(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, A
 
     Returns:
         kernels, and the calls of them.
+
+    Raises:
+        MissingExtraError: triton is not installed.
     """
+    require("triton", "test")
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.graph import GraphLowering
 

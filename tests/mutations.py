@@ -44,7 +44,7 @@ SUITE = [
         "tests/test_modes.py",
     ),
     *("tests/test_guards.py", "tests/test_forms.py", "tests/test_not_widened.py", "tests/test_widening.py"),
-    *("tests/test_ahead.py", "tests/test_clean.py"),
+    *("tests/test_ahead.py", "tests/test_clean.py", "tests/test_rotary.py"),
     "tests/test_report.py",
     *("tests/training/test_backend_numbers.py", "tests/training/test_ties_in_training.py"),
     *("tests/ffba/test_compiled.py", "tests/ffba/test_training.py"),
@@ -75,7 +75,7 @@ MUTATIONS = [
     *passes(
         "__init__",
         ("a B that trains is folded", "if program.trains(ups):", "if False:"),
-        ("a B that trains is block-diagonal", "if any(up.tensor.requires_grad for up in ups):", "if False:"),
+        ("a B that trains is block-diagonal", " or any(up.tensor.requires_grad for up in ups):", ":"),
         first=[GRAPHS, "tests/training/test_backend_numbers.py"],
     ),
     *passes(
@@ -219,6 +219,32 @@ MUTATIONS = [
             "if False:",
         ),
         first=[GRAPHS, "tests/test_declines.py"],
+    ),
+    *passes(
+        "rotary",
+        ("a swap among changed values", "if swap is not None and effects.touched.isdisjoint(swap.nodes):", "if swap:"),
+        ("halves of two values", "if value is not same or (taken, others)", "if (taken, others)"),
+        (
+            "halves as they stand",
+            "(taken, others) != (second, first)",
+            "(taken, others) not in ((second, first), (first, second))",
+        ),
+        (
+            "a swap across heads",
+            "if not _all_int(shape[-2:], last) or shape[-2] * shape[-1] != last - first:",
+            "if not _all_int(shape[-2:], last):",
+        ),
+        ("the part that is rotated begins elsewhere", "place = (offset + swap.start,", "place = (swap.start,"),
+        ("a transposition forgotten", "            moves.append(value)\n", ""),
+        ("signs of the other half", "*((value, negative) if first > 0", "*((value, negative) if first < 0"),
+        ("a negation of all forgotten", "    if first == second == 1:\n", "    if first == second:\n"),
+        ("neighbours for halves", "pairs = (half, 2) if rotation.neighbours else (2, half)", "pairs = (half, 2)"),
+        (
+            "forgotten scale",
+            "program.product_and_sum(y, z, up, unrolled.scale)",
+            "program.product_and_sum(y, z, up, 1.0)",
+        ),
+        first=["tests/test_rotary.py"],
     ),
     *passes(
         "write",
