@@ -20,13 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
 from .ir import Derived, Pack, Weight
 from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
 from .ops import accumulate, accumulate_unrolled

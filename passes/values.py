@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from flora_fx.internals import OpOverload
 from flora_fx.ir import Weight
 from flora_fx.program import Program, same_sizes
 
@@ -266,7 +267,7 @@ class Values:
     def _key(self, node: Node) -> Hashable | None:
         """Equal for nodes that compute the same from the same; None for those that may not be merged."""
         kind = operation(node)
-        if isinstance(kind, torch._ops.OpOverload):
+        if isinstance(kind, OpOverload):
             # Somebody's own operator may draw numbers or keep a state without saying so.
             if kind._schema.is_mutable or kind.namespace not in TORCHS_OWN:
                 return None
