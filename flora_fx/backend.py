@@ -20,7 +20,7 @@ from .config import FuseConfig
 from .errors import AdapterError
 from .fusing import rewrite
 from .fusion_report import FusionReport, combined
-from .internals import compiler, inductor
+from .internals import compiler, guard_requires_grad, inductor
 from .lifting import LiftedView, PackedCall
 
 __all__ = ["INNER", "flora", "last_report"]
@@ -78,6 +78,7 @@ def flora(
     ('b.weight',)
     """
     inner, config, passed = _read(options or {})
+    guard_requires_grad()
     view = LiftedView(graph, generates=inner == "inductor")
     views = [*bodies(view), view]
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
@@ -23,9 +23,11 @@ __all__ = [
     "FakeTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "OpOverloadPacket",
     "TorchDispatchMode",
     "compiler",
     "enable_python_dispatcher",
+    "guard_requires_grad",
     "inductor",
     "pytree",
     "statically_known_true",
@@ -58,3 +60,14 @@ def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """
     found: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, options, None)
     return found
+
+
+def guard_requires_grad() -> None:
+    """Let Dynamo see that a parameter's ``requires_grad`` has changed.
+
+    The guards of torch 2.11 skip the parameters of a module that no parameter was added to or taken from, so that
+    gradients go missing with every backend; torch 2.13's do not. The setting is torch's own, and stays: it is read when
+    the guards are made, after the backend has returned.
+    """
+    if torch.__version__ < (2, 13):
+        torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from flora_fx.internals import OpOverload
+from flora_fx.internals import OpOverload, OpOverloadPacket
 from flora_fx.ir import Weight
 from flora_fx.program import Program, same_sizes
 
@@ -67,6 +67,7 @@ TRANSPOSES = {
     aten.transpose.int,
     aten.permute.default,
     aten.numpy_T.default,
+    aten.mT.default,
     torch.t,
     torch.transpose,
     torch.permute,
@@ -88,6 +89,9 @@ def operation(node: Node) -> Any:
     if node.op == "call_function":
         if node.target is getattr and isinstance(node.args[1], str):
             return node.args[1]
+        if isinstance(node.target, OpOverloadPacket) and "default" in node.target.overloads():
+            # A tensor's attribute in Dynamo's graphs (torch 2.14): x.T is aten.numpy_T(x), its overload unnamed.
+            return node.target.default if len(node.args) == 1 and not node.kwargs else node.target
         return node.target
     return node.target if node.op == "call_method" else None
 
@@ -323,7 +327,7 @@ class Values:
 
     def _swaps_last_two(self, node: Node) -> bool:
         kind, dims = operation(node), node.args[1:]
-        if kind in ("T", "mT", "t", aten.t.default, aten.numpy_T.default, torch.t):
+        if kind in ("T", "mT", "t", aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t):
             return True
         if kind in (aten.permute.default, torch.permute, "permute"):
             order = dims[0] if dims and isinstance(dims[0], tuple | list) else dims
