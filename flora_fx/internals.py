@@ -6,6 +6,7 @@ Where a release moves one of these, this file changes and no other. `docs/compat
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "TorchDispatchMode",
     "compiler",
     "enable_python_dispatcher",
+    "exporter",
     "guard_requires_grad",
     "inductor",
     "pytree",
@@ -60,6 +62,13 @@ def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     """
     found: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, options, None)
     return found
+
+
+def exporter() -> ModuleType:
+    """The module that traces for `torch.export`; where it fails it prints the graph that it has."""
+    from torch.export import _trace
+
+    return _trace
 
 
 def guard_requires_grad() -> None:
