@@ -78,5 +78,5 @@ def guard_requires_grad() -> None:
     gradients go missing with every backend; torch 2.13's do not. The setting is torch's own, and stays: it is read when
     the guards are made, after the backend has returned.
     """
-    if torch.__version__ < (2, 13):
+    if torch.__version__ < "2.13":
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
