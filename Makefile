@@ -1,6 +1,7 @@
 # make demo   the main job on a small model made on the spot      make test      what CI runs
 # make lint   ruff and mypy                                       make test-all  the slow checks too
 # make coverage  lines that the tests run, and errors that none raises      make mutations  bugs, and who notices each
+# make compat  the suite with the oldest and the newest of everything, the wheel installed (gigabytes)
 # make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
-.PHONY: demo test test-all coverage mutations lint bench clean
+.PHONY: demo test test-all coverage mutations compat lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
@@ -27,6 +28,10 @@ coverage: $(STAMP)
 
 mutations: $(STAMP)
 	$(BIN)/python tests/mutations.py
+
+# Python 3.11, 3.12 and 3.13 must be here; then docs/compatibility.md, from the record.
+compat: $(STAMP)
+	$(BIN)/python -m tests.compatibility.run
 
 # mypy needs one tree: passes/, export/ and benchmarks/ are mapped under flora_fx/ (see pyproject.toml).
 lint: $(STAMP)
@@ -51,4 +56,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output
+	rm -rf $(VENV) .compat build dist *.egg-info demo-output

@@ -59,6 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     options = arguments_of.parse_args(arguments)
     command = f"python -m benchmarks {shlex.join(_repeatable(arguments))}"
     if options.suite == "page":
+        if not RECORD.is_dir():  # an installed package has no record, and nothing is to be written into it
+            arguments_of.error("the page is written from a checkout's record: run `python -m benchmarks page` in one")
         print(f"written to {write_page(chapters(RECORD))}")
         return
     if options.suite == "gpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,11 +96,18 @@ def _greedy(
             model,
             **placed,
             decoder_input_ids=start.to(device),
-            past_key_values=_empty_cache(),  # its own has as many layers as the encoder
             generation_config=plain,
+            **empty_cache_argument(),  # its own has as many layers as the encoder
         )
     found = runner.generate(*inputs.values(), decoder_input_ids=start, max_new_tokens=count, eos_token_id=[])
     return same_tokens(found, out.sequences.cpu(), out.logits, start.shape[1], differences)
+
+
+def empty_cache_argument() -> dict[str, Any]:
+    """A cache, by the name that ``generate`` has for it: ``past_key_values``, or ``cache`` since transformers 5.24."""
+    generation = require("transformers", "hf").GenerationMixin
+    taken = inspect.signature(generation.prepare_inputs_for_generation).parameters
+    return {"cache" if "cache" in taken else "past_key_values": _empty_cache()}
 
 
 def _empty_cache() -> Any:

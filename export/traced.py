@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from flora_fx.errors import require
+from flora_fx.internals import exporter
 
 __all__ = ["PREFIX", "NotCaptured", "Target", "Traced", "capture", "first_line", "max_positions", "text_config"]
 
@@ -121,7 +122,7 @@ def _quiet() -> Iterator[None]:
     """
     named = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.partition(".")[0] == "torch"]
     levels = {logger: logger.level for logger in named if logger.getEffectiveLevel() >= logging.WARNING}
-    own = vars(require("torch.export._trace", "hf"))
+    own = vars(exporter())
     own["print"] = lambda *_, **__: None  # of that module alone
     for logger in levels:
         logger.setLevel(logging.CRITICAL)

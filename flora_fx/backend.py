@@ -3,8 +3,7 @@
     model (PEFT) ── Dynamo ── graph ── flora_fx ── fused graph ── AOTAutograd, Inductor
                        └ guards: requires_grad, train/eval, active adapters, merged or not; a change compiles anew
 
-Found by its name through the entry point ``torch_dynamo_backends``; nothing of this package has to be imported. This is
-the one module that touches what torch keeps private about backends (seen in torch 2.11 to 2.13).
+Found by its name through the entry point ``torch_dynamo_backends``; nothing of this package has to be imported.
 """
 
 from __future__ import annotations
@@ -14,15 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import fx
-from torch._dynamo.backends.registry import lookup_backend
 
 from .checkpointed import bodies
 from .config import FuseConfig
 from .errors import AdapterError
 from .fusing import rewrite
 from .fusion_report import FusionReport, combined
+from .internals import compiler, guard_requires_grad, inductor
 from .lifting import LiftedView, PackedCall
 
 __all__ = ["INNER", "flora", "last_report"]
@@ -80,6 +78,7 @@ def flora(
     ('b.weight',)
     """
     inner, config, passed = _read(options or {})
+    guard_requires_grad()
     view = LiftedView(graph, generates=inner == "inductor")
     views = [*bodies(view), view]
     try:
@@ -139,6 +138,5 @@ def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
 
 def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
     if inner != "inductor":
-        compile_: Callable[..., Any] = lookup_backend(inner)
-        return compile_
-    return torch._TorchCompileInductorWrapper(mode, options, None)
+        return compiler(inner)
+    return inductor(mode, options)

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
+from .internals import SET_GRAD_ENABLED, FakeTensor
 from .ir import Pack, Weight
 from .module import Fusion
 from .ops import matrix_vector
@@ -52,7 +52,7 @@ class LiftedView(GraphModuleView):
         super().__init__(root)
         self._generates = generates
         # Dynamo compiles anew where gradients are recorded and were not, unless the graph itself begins to.
-        self._records = torch.is_grad_enabled() or any(n.target is torch._C._set_grad_enabled for n in root.graph.nodes)
+        self._records = torch.is_grad_enabled() or any(n.target is SET_GRAD_ENABLED for n in root.graph.nodes)
         self._lifted: list[Node] = []
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves
 
 from .errors import TieError
 from .fusion_report import FusionReport
+from .internals import pytree
 from .ir import Derived, Pack
 from .pack import TYING, Stamp, derive, guard_backward, stamp, stamp_derived, tie, version
 
@@ -277,7 +277,7 @@ def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> Non
 
 def _after_forward(module: FusedGraphModule, arguments: tuple[Any, ...], outputs: Any) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
         guard_backward(tensors, module._live(module._untrained, arguments))
 
 

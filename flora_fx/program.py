@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
 from .ir import Derived, Pack, Weight
 from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
 from .ops import accumulate, accumulate_unrolled
@@ -193,7 +192,9 @@ class Program(ABC):
         if mode is None or any(example is None for example in examples):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
-        with mode, torch.no_grad():
+        # Without Python's dispatcher a composite operator (linear, reshape) decomposes in C++, which asks a tensor of
+        # symbolic sizes for numbers (torch 2.11); torch.export traces under it, too.
+        with mode, torch.no_grad(), enable_python_dispatcher():
             function: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
             rest = args[1:] if node.op == "call_method" else args
             node.meta[self.values_key] = function(*rest, **kwargs)

@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError
+from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
@@ -135,7 +136,7 @@ def _is_sole_way(down: Node, up: Node) -> bool:
 def _require_finite(path: LowRankPath) -> None:
     for weight in (path.down.weight, path.up.weight):
         tensor = weight.tensor
-        if tensor.device.type == "meta" or isinstance(tensor, torch._subclasses.FakeTensor):
+        if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
             continue
         if not bool(torch.isfinite(tensor.detach()).all()):
             raise AdapterError(

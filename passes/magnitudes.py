@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from flora_fx.internals import OpOverload
 from flora_fx.ir import Derived, Projection, Weight
 from flora_fx.program import Program
 
@@ -238,7 +239,7 @@ def _constants(program: Program, regions: dict[Node, int]) -> set[Node]:
     for node in program.graph.nodes:
         kind = node.target
         pure = (
-            isinstance(kind, torch._ops.OpOverload)
+            isinstance(kind, OpOverload)
             and kind.namespace in TORCHS_OWN
             and not kind._schema.is_mutable
             and torch.Tag.nondeterministic_seeded not in kind.tags

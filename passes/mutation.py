@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
+from flora_fx.internals import OpOverload
 from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
 
 from .clean import ASSERTS
@@ -178,7 +179,7 @@ def _kind(node: Node) -> Any:
 
 def _is_fresh_operator(node: Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
     silent = target.overloadpacket in VIEWS_IN_SILENCE
     return not silent and all(result.alias_info is None for result in target._schema.returns)
@@ -192,7 +193,7 @@ def written(node: Node, root: nn.Module) -> list[Node]:
         module = root.get_submodule(str(node.target))
         return changed + (node.all_input_nodes if getattr(module, "inplace", False) else [])
     kind = _kind(node)
-    if isinstance(kind, torch._ops.OpOverload):
+    if isinstance(kind, OpOverload):
         if kind._schema.is_mutable:
             for position, argument in enumerate(kind._schema.arguments):
                 value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)

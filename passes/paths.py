@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from flora_fx.internals import GELU
 from flora_fx.ir import Decline, Factor, LowRankPath, Projection, Reason
 from flora_fx.program import Program, same_sizes
 
@@ -46,7 +47,7 @@ NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
 ACTIVATIONS = {
     *(torch.relu, F.relu, aten.relu.default, "relu"),
     *(F.silu, aten.silu.default),
-    *(F.gelu, torch._C._nn.gelu, aten.gelu.default),
+    *(F.gelu, GELU, aten.gelu.default),
     *(torch.tanh, F.tanh, aten.tanh.default, "tanh"),
     *(torch.sigmoid, F.sigmoid, aten.sigmoid.default, "sigmoid"),
 }

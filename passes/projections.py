@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, Projection, Reason, Weight
 from flora_fx.program import Program
 
@@ -147,4 +148,4 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _is_fake(tensor: Tensor) -> bool:
-    return isinstance(tensor, torch._subclasses.FakeTensor)
+    return isinstance(tensor, FakeTensor)

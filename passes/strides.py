@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from flora_fx.internals import HigherOrderOperator, OpOverload
 from flora_fx.program import Program
 
 from .mutation import may_alias, written

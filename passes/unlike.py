@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from flora_fx.internals import OpOverload
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
 from flora_fx.program import Program
 
@@ -173,6 +174,6 @@ def _of_weights(program: Program) -> set[Node]:
 
 def _name(node: Node) -> str:
     kind = operation(node)
-    if isinstance(kind, torch._ops.OpOverload):
+    if isinstance(kind, OpOverload):
         return kind._schema.name.split("::")[-1]
     return kind if isinstance(kind, str) else str(getattr(kind, "__name__", node.target))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from flora_fx.internals import OpOverload, OpOverloadPacket
 from flora_fx.ir import Weight
 from flora_fx.program import Program, same_sizes
 
@@ -66,6 +67,7 @@ TRANSPOSES = {
     aten.transpose.int,
     aten.permute.default,
     aten.numpy_T.default,
+    aten.mT.default,
     torch.t,
     torch.transpose,
     torch.permute,
@@ -87,6 +89,9 @@ def operation(node: Node) -> Any:
     if node.op == "call_function":
         if node.target is getattr and isinstance(node.args[1], str):
             return node.args[1]
+        if isinstance(node.target, OpOverloadPacket) and "default" in node.target.overloads():
+            # A tensor's attribute in Dynamo's graphs (torch 2.14): x.T is aten.numpy_T(x), its overload unnamed.
+            return node.target.default if len(node.args) == 1 and not node.kwargs else node.target
         return node.target
     return node.target if node.op == "call_method" else None
 
@@ -266,7 +271,7 @@ class Values:
     def _key(self, node: Node) -> Hashable | None:
         """Equal for nodes that compute the same from the same; None for those that may not be merged."""
         kind = operation(node)
-        if isinstance(kind, torch._ops.OpOverload):
+        if isinstance(kind, OpOverload):
             # Somebody's own operator may draw numbers or keep a state without saying so.
             if kind._schema.is_mutable or kind.namespace not in TORCHS_OWN:
                 return None
@@ -322,7 +327,7 @@ class Values:
 
     def _swaps_last_two(self, node: Node) -> bool:
         kind, dims = operation(node), node.args[1:]
-        if kind in ("T", "mT", "t", aten.t.default, aten.numpy_T.default, torch.t):
+        if kind in ("T", "mT", "t", aten.t.default, aten.numpy_T.default, aten.mT.default, torch.t):
             return True
         if kind in (aten.permute.default, torch.permute, "permute"):
             order = dims[0] if dims and isinstance(dims[0], tuple | list) else dims

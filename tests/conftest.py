@@ -12,6 +12,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
+from compatibility.differences import DIFFERENCES, expect
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    expect(items, DIFFERENCES)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,27 @@ def test_every_form_is_fused_and_exact(form: str, capture: Callable[..., Any]) -
     assert report.ops_after["elementwise"] == (1 if form == "tensor scale" else 0), str(report)
 
 
+@pytest.mark.parametrize(("attribute", "operator"), [("T", torch.ops.aten.numpy_T), ("mT", torch.ops.aten.mT)])
+def test_a_transpose_is_found_as_dynamo_writes_it(attribute: str, operator: Any) -> None:
+    """Until torch 2.13 ``weight.T`` is a `getattr`; since 2.14 it is a call of an operator, overload unnamed."""
+
+    def forward(model: Any, x: Tensor) -> Tensor:
+        a, b = getattr(model.a.weight, attribute), getattr(model.b.weight, attribute)
+        return model.w(x) + (x @ a @ b) * 0.3
+
+    model = Adapted(forward).double().eval().requires_grad_(False)
+    graph = fx.symbolic_trace(model)
+    for node in graph.graph.find_nodes(op="call_function", target=getattr):
+        node.target, node.args = operator, node.args[:1]
+    graph.recompile()
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    assert_exact(graph(x), model(x))
+    fused = flora_fx.fuse(graph)
+    assert_exact(fused(x), model(x))
+    report = flora_fx.report(fused)
+    assert (len(report.fused), report.declines, report.ops_after["gemm"]) == (1, (), 2), str(report)
+
+
 @pytest.mark.parametrize("capture", KINDS)
 @pytest.mark.parametrize(
     ("layout", "up", "accumulate", "fold_scale"),

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from flora_fx import cli
-from flora_fx.benchmarks import goals, latency
+from flora_fx.benchmarks import commands, goals, latency
 from flora_fx.benchmarks.commands import chapters, main
 from flora_fx.benchmarks.page import write_page
 from flora_fx.benchmarks.results import RECORD, environment, save
@@ -60,6 +60,15 @@ def test_the_page_in_the_repository_is_that_of_the_record() -> None:
 def test_no_record_names_a_place_of_who_measured_it() -> None:
     for file in RECORD.glob("*.json"):
         assert "--output" not in json.loads(file.read_text())["environment"]["command"], file.name
+
+
+def test_an_installed_package_has_no_record_to_write_a_page_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "RECORD", tmp_path / "results")
+    with pytest.raises(SystemExit, match="2"):
+        main(["page"])
+    assert "run `python -m benchmarks page` in one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

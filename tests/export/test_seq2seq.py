@@ -13,13 +13,14 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin
+from transformers import GenerationMixin
 from typer.testing import CliRunner
 
 from flora_fx.checkpoint import load_model
 from flora_fx.cli import build_app
 from flora_fx.errors import ExportError
 from flora_fx.export import Seq2Seq, export_onnx, load
+from flora_fx.export.checking_seq2seq import empty_cache_argument
 from flora_fx.export.pruning import prune
 from flora_fx.export.source import unwrap
 from tests.export.exported_models import Exported, edit_manifest
@@ -39,8 +40,8 @@ def t5(seq2seq: Callable[[str], Exported]) -> Exported:
 def by_pytorch(exported: Exported, ids: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
     core: Any = exported.model.eval().base_model.model  # type: ignore[union-attr]
     mask = torch.ones_like(ids) if mask is None else mask
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own would have the encoder's number of layers
-    tokens: Tensor = core.generate(ids, attention_mask=mask, do_sample=False, past_key_values=cache, **options)
+    cache = empty_cache_argument()  # its own would have the encoder's number of layers
+    tokens: Tensor = core.generate(ids, attention_mask=mask, do_sample=False, **cache, **options)
     return tokens
 
 
