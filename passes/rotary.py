@@ -122,12 +122,13 @@ def _swap(node: Node, program: Program) -> _Swap | None:
         return None
     pieces, dim = joined.args[0], joined.kwargs.get("dim", joined.args[1] if len(joined.args) > 1 else 0)
     rank = _rank(program, joined)
-    if not isinstance(pieces, tuple | list) or len(pieces) != 2 or rank is None or dim not in (-1, rank - 1):
+    if not isinstance(pieces, tuple | list) or rank is None or dim not in (-1, rank - 1):
         return None
-    negative = [operation(piece) in NEGATIONS for piece in pieces]
-    parts = [piece.all_input_nodes[0] if minus else piece for piece, minus in zip(pieces, negative, strict=True)]
-    cuts = [_cut(program, part) for part in parts]
-    if cuts[0] is None or cuts[1] is None:
+    joins = [piece for piece in pieces if isinstance(piece, Node)]
+    negative = [operation(piece) in NEGATIONS for piece in joins]
+    parts = [piece.all_input_nodes[0] if minus else piece for piece, minus in zip(joins, negative, strict=True)]
+    cuts = [cut for part in parts if (cut := _cut(program, part)) is not None]
+    if len(pieces) != 2 or len(cuts) != 2:
         return None
     (value, taken), (same, others) = cuts
     start, end = min(taken[0], others[0]), max(taken[-1], others[-1]) + 1
@@ -139,7 +140,7 @@ def _swap(node: Node, program: Program) -> _Swap | None:
     if neighbours and program.value(node).shape[-1] != end - start:
         return None
     signs = (-1 if negative[0] else 1, -1 if negative[1] else 1)
-    return _Swap((node, joined, *pieces, *parts), value, start, half, signs, neighbours)
+    return _Swap((node, joined, *joins, *parts), value, start, half, signs, neighbours)
 
 
 def _rotation(
@@ -266,22 +267,23 @@ def _cut(program: Program, node: Node) -> tuple[Node, range] | None:
     whole = program.value(operand)
     if not isinstance(whole, Tensor) or whole.dim() != rank or not isinstance(whole.shape[-1], int):
         return None
+    edges: list[Any]
     if kind is aten.slice.Tensor:
-        _, dim, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-        if dim not in (-1, rank - 1) or node.kwargs:
+        given = [*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :]]
+        if given[0] not in (-1, rank - 1) or node.kwargs:
             return None
-        taken = slice(start, stop, step)
+        edges = given[1:]
     elif kind is operator.getitem and isinstance(node.args[1], tuple) and len(node.args[1]) > 1:
-        *others, taken = node.args[1]
-        if not (others == [Ellipsis] or (len(others) == rank - 1 and all(one == slice(None) for one in others))):
+        *others, last = node.args[1]
+        before = others == [Ellipsis] or (len(others) == rank - 1 and all(one == slice(None) for one in others))
+        if not before or not isinstance(last, slice):
             return None
+        edges = [last.start, last.stop, last.step]
     else:
         return None
-    if not isinstance(taken, slice):
+    if not _all_int(edge for edge in edges if edge is not None):
         return None
-    if not _all_int(edge for edge in (taken.start, taken.stop, taken.step) if edge is not None):
-        return None
-    features = range(*taken.indices(whole.shape[-1]))
+    features = range(*slice(*edges).indices(whole.shape[-1]))
     return (operand, features) if features else None
 
 
@@ -305,8 +307,8 @@ def _keeps_last(program: Program, move: Node) -> bool:
     """Whether a transposition leaves the last dimension where it is."""
     rank = _rank(program, move)
     assert rank is not None
-    dims = move.args[1] if len(move.args) == 2 and isinstance(move.args[1], tuple | list) else move.args[1:]
-    if move.kwargs or not all(isinstance(dim, int) for dim in dims):
+    given = move.args[1] if len(move.args) == 2 and isinstance(move.args[1], tuple | list) else move.args[1:]
+    places = [dim % rank for dim in given if isinstance(dim, int)]
+    if move.kwargs or len(places) != len(given):
         return False
-    places = [dim % rank for dim in dims]  # type: ignore[operator]
     return places[-1] == rank - 1 if len(places) == rank > 2 else rank - 1 not in places

@@ -12,7 +12,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
-from compatibility.differences import DIFFERENCES, expect
+
+from tests.compatibility.differences import DIFFERENCES, expect
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
