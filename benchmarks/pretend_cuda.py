@@ -1,8 +1,8 @@
 """Inductor's CUDA code without a CUDA device: what a GPU would launch, on any machine.
 
 Device properties are an H100's; Triton compiles nothing, and nothing runs. It needs ``triton`` beside a CPU build of
-torch, or a CUDA build (seen: torch 2.13 for CPUs and triton 3.9). What a call to a library launches is not in the code:
-``addmm`` copies what it adds to, a split-K GEMM reduces.
+torch, or a CUDA build (seen: torch 2.13 for CPUs with triton 3.9, CUDA builds of torch 2.11 and 2.14). What a call to a
+library launches is not in the code: ``addmm`` copies what it adds to, a split-K GEMM reduces.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ _ANSWERS: dict[str, Any] = {
     f"{_INTERFACE}.current_device": 0,
     f"{_INTERFACE}.raise_if_triton_unavailable": None,
     f"{_INTERFACE}.is_triton_capable": True,
+    "torch._subclasses.fake_tensor.init_gpu_context": None,
     "torch.utils._triton.triton_hash_with_backend": "none",
     "torch.utils._triton.triton_backend": None,
 }

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import builtins
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 
-from flora_fx.benchmarks import kernels
+from flora_fx.benchmarks import kernels, pretend_cuda
 from flora_fx.benchmarks.launches import Count, cuda_launches
 from flora_fx.benchmarks.settings import Settings
+from flora_fx.errors import require
 
 SETTINGS = Settings("tiny", rank=16, dtype="bfloat16")
 BACKEND = "fused (flora backend)"
@@ -61,15 +60,8 @@ def test_a_compiled_function_is_counted_and_runs_as_it_is() -> None:
 def test_without_triton_a_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = kernels.RUNNERS["cuda-code"]
     monkeypatch.setitem(kernels.RUNNERS, "cuda-code", replace(runner, variants={"base": runner.variants["base"]}))
-    real = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "triton":
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr("importlib.import_module", lambda name, *args: missing(name))
+    monkeypatch.setattr(pretend_cuda, "require", lambda module, extra: require("no_such_module", extra))
     rows = kernels.measure(replace(SETTINGS, layers=2), runners=("cuda-code",), prompt=8)["rows"]
     assert [row["unavailable"] for row in rows] == [
-        "'triton' is needed here and is not installed; install it with: pip install 'flora-fx[test]'"
+        "'no_such_module' is needed here and is not installed; install it with: pip install 'flora-fx[test]'"
     ] * 2
