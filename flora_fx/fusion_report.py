@@ -78,6 +78,7 @@ class FusionReport:
             "ops_before": dict(self.ops_before),
             "ops_after": dict(self.ops_after),
             "seconds": dict(self.seconds),
+            "unrolled": self.unrolled,
         }
 
     @property
@@ -91,7 +92,7 @@ class FusionReport:
         return {"unroll_reductions_threshold": self.unrolled + 1} if self.unrolled else {}
 
     def to_json(self) -> str:
-        """The report as JSON: fused, packs (with slices), declines, ops_before, ops_after, seconds."""
+        """The report as JSON: fused, packs (with slices), declines, ops_before, ops_after, seconds, unrolled."""
         return json.dumps(self.to_dict(), indent=2)
 
     def draw(self, path: str | Path) -> Path:

@@ -52,8 +52,17 @@ def test_the_json_holds_everything(report: flora_fx.FusionReport) -> None:
     pack = next(pack for pack in data["packs"] if pack["name"] == "layers_0_qvk")
     assert [piece["role"] for piece in pack["slices"]] == ["base", "base", "base", "down", "down"]
     assert [piece["rows"] for piece in pack["slices"]] == [[0, 10], [10, 18], [18, 24], [24, 27], [27, 32]]
-    passes = "effects values projections magnitudes paths unlike decide group write clean strides"
+    passes = "effects values projections magnitudes paths unlike decide group write rotary clean strides"
     assert set(data["seconds"]) == set(passes.split())
+    assert data["unrolled"] == 0
+
+
+def test_the_highest_rank_that_is_unrolled_is_what_inductor_is_told() -> None:
+    graph = fx.symbolic_trace(Siblings().double().eval().requires_grad_(False))
+    report = flora_fx.report(flora_fx.fuse(graph, config=flora_fx.FuseConfig(accumulate="unrolled")))
+    assert report.unrolled == 5
+    assert report.inductor_options == {"unroll_reductions_threshold": 6}
+    assert flora_fx.report(flora_fx.fuse(graph)).inductor_options == {}
 
 
 def test_the_picture_is_svg_and_draws_like_layers_once(report: flora_fx.FusionReport, tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ def test_an_up_projection_becomes_columns(form: str) -> None:
         if config.fold_scale:
             assert report.ops_after["elementwise"] == 1  # h + k
         if config.layout != "beside":
-            assert report.ops_after["gemm"] == gemms
+            unrolled = config.accumulate == "unrolled" and "LoRA" in form  # its up-projection is no GEMM then
+            assert report.ops_after["gemm"] == gemms - unrolled
     report = fuse_and_compare(given["module"], x, FuseConfig(write="accumulated"))
     assert columns(report) == []
     assert set(weights(wanted)) <= set(report.fused)
