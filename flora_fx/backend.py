@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from .checkpointed import bodies
 from .config import FuseConfig
@@ -34,8 +34,8 @@ _DEFAULTS: dict[str, Any] = {"up": "per_projection"}
 """Other than `FuseConfig`'s: B's stay their own parameters, dense and in place, and no zeros are multiplied (prefill
 under Inductor on 2 CPU cores: 1.084 of the base, block-diagonal 1.103)."""
 
-_UNDER_INDUCTOR: dict[str, Any] = {"accumulate": "unrolled"}
-"""Inductor makes an up-projection that is a product and a sum a part of the kernel that reads the result."""
+_LAUNCHED: dict[str, Any] = {"accumulate": "unrolled"}
+"""Where Inductor writes kernels that are launched: a product and a sum is a part of the kernel that reads it."""
 
 _CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
 
@@ -77,7 +77,7 @@ def flora(
     >>> last_report().fused
     ('b.weight',)
     """
-    inner, config, passed = _read(options or {})
+    inner, config, passed = _read(options or {}, example_inputs)
     guard_requires_grad()
     view = LiftedView(graph, generates=inner == "inductor")
     views = [*bodies(view), view]
@@ -113,7 +113,7 @@ def _tell(report: FusionReport) -> None:
     log.info("%s", report)
 
 
-def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
+def _read(options: Mapping[str, Any], example_inputs: Sequence[Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
     """(what compiles behind, how to fuse, the options of what compiles behind)."""
     own = {name.removeprefix("flora."): value for name, value in options.items() if name.startswith("flora.")}
     passed = {name: value for name, value in options.items() if not name.startswith("flora.")}
@@ -132,7 +132,8 @@ def _read(options: Mapping[str, Any]) -> tuple[str, FuseConfig, dict[str, Any]]:
         )
     if passed and inner != "inductor":
         raise ValueError(f"options {', '.join(sorted(passed))} are Inductor's, and 'flora.inner' is {inner!r}")
-    chosen = _DEFAULTS | (_UNDER_INDUCTOR if inner == "inductor" else {}) | own
+    launched = any(isinstance(value, Tensor) and value.device.type != "cpu" for value in example_inputs)
+    chosen = _DEFAULTS | (_LAUNCHED if launched and inner == "inductor" else {}) | own
     return inner, FuseConfig(**chosen), passed
 
 

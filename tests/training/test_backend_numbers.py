@@ -89,11 +89,13 @@ def test_inductor_trains_a_transformer() -> None:
     fused_report(14)
 
 
-@pytest.mark.parametrize("up", ["block_diagonal", "per_projection"])
+@pytest.mark.parametrize(
+    ("up", "accumulate"), [("block_diagonal", "addmm"), ("per_projection", "addmm"), ("per_projection", "unrolled")]
+)
 @pytest.mark.parametrize("layout", ["joined", "beside", "ahead"])
-def test_every_form_trains_as_the_unfused_one(layout: str, up: str) -> None:
+def test_every_form_trains_as_the_unfused_one(layout: str, up: str, accumulate: str) -> None:
     model = net()
-    options = {"flora.layout": layout, "flora.up": up, "flora.accumulate": "addmm"}
+    options = {"flora.layout": layout, "flora.up": up, "flora.accumulate": accumulate}
     assert_trains_as(compiled(model, **options), model, twin(model), inputs())
     fused_report(3)
 
