@@ -154,7 +154,7 @@ class _Drawing:
     # Steps, a few at a time.
 
     def macro(self) -> None:
-        kinds = [*MACROS, *(["change", "change"] if self.in_place else []), *(["branch"] if self.branches else [])]
+        kinds = [*MACROS, *(["change", "change"] if self.in_place else []), *(["branch"] * 4 if self.branches else [])]
         getattr(self, self.pick(kinds))()
 
     def base(self, read: int) -> int:
