@@ -79,7 +79,7 @@ class _Drawing:
         self.trains = self.pick(TRAINS)
         self.scale = self.pick(PLAIN) if self.odds(2, 3) else ""  # of most adapters, as in a model
         self.training = self.odds(1, 8)
-        self.branches = branches and self.odds(1, 2)
+        self.branches = branches
         self.matrices: list[Matrix] = []
         self.steps: list[Step] = []
         start = Program(self.rows, self.sizes[self.number(0, 2)], (), (), ())
