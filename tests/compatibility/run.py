@@ -236,6 +236,7 @@ def tested(
     variables = {**os.environ, "PYTHONSAFEPATH": "1", "FLORA_FX_SOURCE": str(source.folder), "OMP_NUM_THREADS": "1"}
     variables.pop("PYTHONPATH", None)
     command = [str(python), "-m", "pytest", "-q", "-n", str(processes), "--dist", "loadfile"]
+    command += ["--import-mode=append"]  # the source's flora_fx comes after the installed one
     command += ["-m", "not slow and not gpu", f"--junitxml={report}", "--pyargs", *tests]
     code = subprocess.run(command, cwd=source.folder, env=variables, check=False).returncode
     if code not in (0, 1) or not report.exists():

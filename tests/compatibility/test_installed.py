@@ -23,7 +23,7 @@ SITE = Path(flora_fx.__file__).parent
 def test_what_is_imported_is_what_was_installed() -> None:
     assert SITE.is_relative_to(sys.prefix)
     assert not SITE.is_relative_to(str(SOURCE))
-    for module in ("passes", "adapters"):
+    for module in ("passes", "ops"):
         assert Path(str(importlib.import_module(f"flora_fx.{module}").__file__)).is_relative_to(SITE)
 
 
