@@ -80,7 +80,7 @@ def _again(measured: list[tuple[Environment, Mapping[str, Any]]]) -> list[str]:
             number = len(run["tests"])
             tests = f"{number:,} tests that failed were" if number > 1 else "1 test that failed was"
             became = [f"{run[key]:,} {word}" for key, word in _BECAME.items() if run[key]]
-            tree = "the same tree" if run["tree"] == found["tree"] else "a later tree, after they were mended"
+            tree = "the same tree" if run["tree"] == found["tree"] else "a later tree, after mends"
             lines.append(f"- **{one.name}**: {tests} run again, alone, on {tree} ({run['date']}): {', '.join(became)}.")
     if lines:
         lines = ["The numbers are of one run and, in their place, of what was run again:", "", *lines, ""]
