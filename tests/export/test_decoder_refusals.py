@@ -158,9 +158,22 @@ def gptj() -> Any:
     return transformers.GPTJForCausalLM(config)
 
 
+def gpt_neo() -> Any:
+    config = transformers.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=2,
+        attention_types=[[["global"], 1]],
+        max_position_embeddings=64,
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
 UNSUITED: dict[str, tuple[Callable[[], Any], str]] = {
     "BLOOM": (bloom, "its forward takes no position_ids"),
     "GPT-J": (gptj, "its attention is not behind transformers' AttentionInterface"),
+    "GPT-Neo": (gpt_neo, "its attention is not behind transformers' AttentionInterface"),
     "stubborn": (not_replaceable, r"its attention could not be replaced \(it is mine\)"),
     "failing": (lambda: llama_with(failing), r"its attention could not be replaced \(no mask\)"),
     "dynamic": (dynamic, "its rotary positions are dynamic: they depend on the length of the sequence"),
