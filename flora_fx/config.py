@@ -34,7 +34,8 @@ class FuseConfig:
             product and a sum over the rank, in float32 where the dtype is smaller: for Inductor, which makes it a part
             of the kernel that reads the sum, so that it is no launch at all (with ``unroll_reductions_threshold`` above
             the rank); every other runner stores the product first. Each B is apart, as with ``up="per_projection"``,
-            and stands transposed, [rank, out], unless it requires gradients.
+            and stands transposed, [rank, out], unless it requires gradients. Ranks above 32, with up to 16 rows above
+            64, take ``"add"``.
         write: how an up-projection joins a projection that computes what it is added to, where its low-rank value is
             there before that projection runs (FFBA; LoRA with ``layout="ahead"``). ``"widened"``: as further input
             columns, ``[W, B] [u; z]``, one GEMM; not where one of them requires gradients, since columns of a wider

@@ -23,7 +23,7 @@ from itertools import groupby, pairwise
 import torch
 from torch.fx import Node
 
-from flora_fx.choosing import FREE_RANK, HIGHEST_RANK, unrolls
+from flora_fx.choosing import HIGHEST_RANK, unrolls
 from flora_fx.config import FuseConfig
 from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
@@ -79,7 +79,7 @@ class Writer:
     def group(self, group: Group) -> bool:
         """Write a group's packs; returns whether its paths were written with them."""
         trains = self.program.trains(self.adapters(group))
-        layout = lay_out(group, self.config, stack=not trains and not self.unrolls(group))
+        layout = lay_out(group, self.config, stack=not trains and not self.unrolls_all(group))
         bases, downs = layout.bases, layout.downs
         first = min((*bases, *downs), key=lambda member: self._order[member.node]).node
         self.program.origin = first
@@ -107,10 +107,10 @@ class Writer:
                 self.finish(group, [write for write in group.writes if write.base is base], value)
         return together
 
-    def unrolls(self, group: Group) -> bool:
+    def unrolls_all(self, group: Group) -> bool:
         """Whether every up-projection is a product and a sum: joined with its own reader, not with its siblings."""
-        free = all(write.path.up.in_features <= FREE_RANK for write in group.writes)
-        return self.config.accumulate == "unrolled" and free
+        pays = all(unrolls(write.path.up.in_features, None) for write in group.writes)
+        return self.config.accumulate == "unrolled" and pays
 
     @staticmethod
     def adapters(group: Group) -> list[Weight]:
