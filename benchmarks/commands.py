@@ -14,31 +14,25 @@ from typing import Any
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
-from . import (
-    accuracy,
-    accuracy_data,
-    accuracy_view,
-    capacity,
-    fusing,
-    generation,
-    goals,
-    kernels,
-    large,
-    latency,
-    latency_view,
-    scaling,
-    training,
-)
-from .accuracy_methods import FULL, METHODS
-from .accuracy_model import Pretraining
-from .accuracy_run import Recipe
+from .accuracy import accuracy
+from .accuracy import data as accuracy_data
+from .accuracy import view as accuracy_view
+from .accuracy.methods import FULL, METHODS
+from .accuracy.model import Pretraining
+from .accuracy.run import Recipe
+from .contenders.onnx_exports import GRAPHS
+from .contenders.settings import DTYPES, PROJECTIONS, SHAPES, Settings
+from .contenders.torch_contenders import LIVE, RUNNERS
+from .generation import capacity, generation
 from .gpu import PHASES
-from .onnx_exports import GRAPHS
-from .page import Chapter, setup, write_page
-from .results import RECORD, save
-from .settings import DTYPES, PROJECTIONS, SHAPES, Settings
-from .sheet import Sheet
-from .torch_contenders import LIVE, RUNNERS
+from .kernels import kernels
+from .latency import goals, latency
+from .latency import view as latency_view
+from .scaling import fusing, large, scaling
+from .show.page import Chapter, setup, write_page
+from .show.results import RECORD, save
+from .show.sheet import Sheet
+from .training import training
 
 __all__ = ["chapters", "main", "parser"]
 

@@ -33,8 +33,8 @@ def _seed() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path | str]:
     """Exported graphs that several benchmarks' tests measure, written once: one of each kind that is written fast."""
-    from flora_fx.benchmarks.onnx_exports import write_graphs
-    from flora_fx.benchmarks.settings import Settings
+    from flora_fx.benchmarks.contenders.onnx_exports import write_graphs
+    from flora_fx.benchmarks.contenders.settings import Settings
 
     settings = Settings(shape="tiny", layers=1, rank=6, threads=1)
     steps: list[tuple[int, int]] = []

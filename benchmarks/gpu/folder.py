@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..results import save
+from ..show.results import save
 from .plan import Plan
 from .section import Section
 

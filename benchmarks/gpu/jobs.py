@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import goals
-from ..latency import Job
+from ..latency import goals
+from ..latency.latency import Job
 from .folder import Folder
 from .plan import Plan
 

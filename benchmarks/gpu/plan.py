@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..settings import Settings
+from ..contenders.settings import Settings
 
 __all__ = ["Plan", "plan"]
 

@@ -12,15 +12,17 @@ from xml.etree import ElementTree
 
 from flora_fx.export.manifest import MANIFEST, read_manifest
 
-from .. import kernels, latency, training
-from ..generation_loops import Job
-from ..generation_swaps import references
-from ..models import Adapted
-from ..onnx_exports import count_nodes, write_graph
-from ..references import known
-from ..results import RECORD, save
-from ..torch_contenders import RUNNERS, make_contender
-from ..training import Training
+from ..contenders.models import Adapted
+from ..contenders.onnx_exports import count_nodes, write_graph
+from ..contenders.references import known
+from ..contenders.torch_contenders import RUNNERS, make_contender
+from ..generation.loops import Job
+from ..generation.swaps import references
+from ..kernels import kernels
+from ..latency import latency
+from ..show.results import RECORD, save
+from ..training import training
+from ..training.training import Training
 from .folder import Folder
 from .jobs import decoder_jobs, torch_job
 from .phase import Phase

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flora_fx.benchmarks.bars import draw_bars
-from flora_fx.benchmarks.method import pinned
-from flora_fx.benchmarks.results import environment
+from flora_fx.benchmarks.measure.method import pinned
+from flora_fx.benchmarks.show.bars import draw_bars
+from flora_fx.benchmarks.show.results import environment
 from flora_fx.checkpoint import load_model
 from flora_fx.demo.contenders import onnx_latency, torch_latency
 from flora_fx.demo.job import capture_and_fuse, export_all, write_texts

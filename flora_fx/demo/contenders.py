@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_fx.benchmarks.method import Timing, compare
+from flora_fx.benchmarks.measure.method import Timing, compare
 from flora_fx.demo.step import CachedStep
 
 __all__ = ["onnx_latency", "torch_latency"]

@@ -12,11 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from flora_fx import cli
-from flora_fx.benchmarks import commands, goals, latency
+from flora_fx.benchmarks import commands
 from flora_fx.benchmarks.commands import chapters, main
-from flora_fx.benchmarks.page import write_page
-from flora_fx.benchmarks.results import RECORD, environment, save
-from flora_fx.benchmarks.settings import Settings
+from flora_fx.benchmarks.contenders.settings import Settings
+from flora_fx.benchmarks.latency import goals, latency
+from flora_fx.benchmarks.show.page import write_page
+from flora_fx.benchmarks.show.results import RECORD, environment, save
 
 TINY = ["--shape", "tiny", "--rank", "4", "--threads", "1"]
 QUICK = ["--runners", "eager", "--prompts", "5", "--new", "2", "--rounds", "2", "--processes", "1"]

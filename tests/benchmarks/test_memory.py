@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flora_fx.benchmarks import fusing
-from flora_fx.benchmarks.memory import live_bytes, peak_bytes, tracked
-from flora_fx.benchmarks.settings import Settings
+from flora_fx.benchmarks.contenders.settings import Settings
+from flora_fx.benchmarks.measure.memory import live_bytes, peak_bytes, tracked
+from flora_fx.benchmarks.scaling import fusing
 
 KIB = 1024
 

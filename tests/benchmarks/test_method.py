@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_fx.benchmarks.bars import draw_bars
-from flora_fx.benchmarks.isolated import isolated
-from flora_fx.benchmarks.method import Timing, compare, difference, paired, was_compiled
-from flora_fx.benchmarks.settings import Settings
+from flora_fx.benchmarks.contenders.settings import Settings
+from flora_fx.benchmarks.measure.isolated import isolated
+from flora_fx.benchmarks.measure.method import Timing, compare, difference, paired, was_compiled
+from flora_fx.benchmarks.show.bars import draw_bars
 
 
 def test_compare_pairs_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

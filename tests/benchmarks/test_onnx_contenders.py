@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks import goals, latency, latency_view, onnx_contenders, onnx_exports
-from flora_fx.benchmarks.method import difference
-from flora_fx.benchmarks.models import make_model
-from flora_fx.benchmarks.onnx_contenders import GrowingContender, SharedContender
-from flora_fx.benchmarks.onnx_exports import GRAPHS, count_nodes, write_graphs
-from flora_fx.benchmarks.settings import Settings
+from flora_fx.benchmarks.contenders import onnx_contenders, onnx_exports
+from flora_fx.benchmarks.contenders.models import make_model
+from flora_fx.benchmarks.contenders.onnx_contenders import GrowingContender, SharedContender
+from flora_fx.benchmarks.contenders.onnx_exports import GRAPHS, count_nodes, write_graphs
+from flora_fx.benchmarks.contenders.settings import Settings
+from flora_fx.benchmarks.latency import goals, latency
+from flora_fx.benchmarks.latency import view as latency_view
+from flora_fx.benchmarks.measure.method import difference
 from flora_fx.errors import ExportError
 
 SETTINGS = Settings(shape="tiny", layers=1, rank=6, threads=1)

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks import latency, references
-from flora_fx.benchmarks.contender import Contender
-from flora_fx.benchmarks.kept import once
-from flora_fx.benchmarks.models import Adapted, make_model
-from flora_fx.benchmarks.settings import Settings
-from flora_fx.benchmarks.step import CachedStep, empty_cache
-from flora_fx.benchmarks.tolerances import Reference, verdict
-from flora_fx.benchmarks.torch_contenders import TorchContender
+from flora_fx.benchmarks.contenders import references
+from flora_fx.benchmarks.contenders.contender import Contender
+from flora_fx.benchmarks.contenders.models import Adapted, make_model
+from flora_fx.benchmarks.contenders.settings import Settings
+from flora_fx.benchmarks.contenders.step import CachedStep, empty_cache
+from flora_fx.benchmarks.contenders.torch_contenders import TorchContender
+from flora_fx.benchmarks.latency import latency
+from flora_fx.benchmarks.measure.kept import once
+from flora_fx.benchmarks.measure.tolerances import Reference, verdict
 
 LAST = ".layers.1."
 

@@ -10,9 +10,9 @@ import torch
 
 import flora_fx
 from flora_fx import FuseConfig
-from flora_fx.benchmarks.latency import Job, sample
-from flora_fx.benchmarks.method import Clock, bandwidth, compare, difference
-from flora_fx.benchmarks.models import make_model
+from flora_fx.benchmarks.contenders.models import make_model
+from flora_fx.benchmarks.latency.latency import Job, sample
+from flora_fx.benchmarks.measure.method import Clock, bandwidth, compare, difference
 from tests.gpu.places import DEVICES, on_gpu, settings, tokens
 
 

@@ -1,0 +1,95 @@
+"""Fine-tunings side by side: a pool of processes with one thread each, and a journal of what they finish."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flora_fx.checkpoint import load_model
+
+from ..measure.isolated import Progress
+from .data import Splits
+from .journal import Journal
+from .run import Outcome, Recipe, Run, fine_tune
+
+__all__ = ["Pool", "load_base"]
+
+
+def load_base(model: str | Path) -> nn.Module:
+    """A causal language model in float32, without a word on how far it is."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return load_model(model, dtype=torch.float32, task="causal-lm")
+
+
+class Pool:
+    """Processes that fine-tune one base; a context, which ends them.
+
+    Args:
+        workers: how many.
+        model: directory or Hub id of the base.
+        tasks: their examples.
+        recipe: what all runs share.
+    """
+
+    def __init__(self, workers: int, model: str | Path, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+        self._processes = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_begin,
+            initargs=(model, tasks, recipe),
+        )
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._processes.shutdown(cancel_futures=True)
+
+    def finish(self, runs: Iterable[Run], journal: Journal, progress: Progress) -> None:
+        """Do the runs that the journal lacks.
+
+        Args:
+            runs: some may be the same.
+            journal: gets each as it finishes.
+            progress: called with the runs done, those of the journal among them, and in all.
+        """
+        wanted = list(dict.fromkeys(runs))
+        running = {self._processes.submit(_work, run): run for run in wanted if run not in journal}
+        found = len(wanted) - len(running)
+        progress(found, len(wanted))
+        for done, future in enumerate(as_completed(running), start=1):
+            journal.add(running[future], future.result())
+            progress(found + done, len(wanted))
+
+
+_here: dict[str, Any] = {}
+"""What a worker holds between its runs."""
+
+
+def _begin(model: str | Path, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # deprecations inside transformers; ours are errors in the tests
+    _here.update(base=load_base(model), tasks=tasks, recipe=recipe)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed tells its workers nothing: they would wait for work for ever."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+    os._exit(1)
+
+
+def _work(run: Run) -> Outcome:
+    return fine_tune(_here["base"], _here["tasks"][run.task], run, _here["recipe"])

@@ -1,0 +1,179 @@
+"""From single runs to what is published: the chosen learning rates, means, paired differences and their intervals.
+
+All intervals are 95% bootstrap intervals over seeds: for a mean over tasks, seeds are drawn anew within each task, and
+tasks stay as they are. So they say how far another draw of seeds would move a figure, not another choice of tasks or of
+test examples. Five seeds are few: such intervals are somewhat too narrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ..measure.method import interval
+from .methods import FULL, LORA, Contestant
+
+__all__ = ["TARGET", "Interval", "Tried", "bootstrap", "chosen", "summary"]
+
+TARGET = 2.1
+"""Points above LoRA that FFBA's best variant is to reach, as a mean over tasks."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What tuning found.
+
+    Attributes:
+        validation: exact match on the validation split, by rate and seed.
+        chosen: the index of the best rate.
+    """
+
+    validation: Sequence[Sequence[float]]
+    chosen: int
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the best rate is the first or the last: a wider grid may have a better one."""
+        return self.chosen in (0, len(self.validation) - 1)
+
+    @property
+    def best(self) -> float:
+        """Its validation accuracy, a mean over seeds."""
+        return _mean(self.validation[self.chosen])
+
+
+Pair = tuple[Contestant, str]
+
+
+def chosen(validation: Sequence[Sequence[float]]) -> int:
+    """The index of the rate with the best mean; of equals the first, which is the smallest.
+
+    >>> chosen([[10, 20], [40, 40], [50, 30]])
+    1
+    """
+    means = [_mean(values) for values in validation]
+    return means.index(max(means))
+
+
+def bootstrap(values: Sequence[Sequence[float]], *, draws: int = 10_000) -> Interval:
+    """The mean over tasks of means over seeds; seeds are drawn anew within each task.
+
+    Args:
+        values: by task and seed; for a paired difference, of the pairs.
+        draws: that the interval comes from.
+
+    >>> bootstrap([[1.0, 1.0], [3.0, 3.0]])
+    Interval(mean=2.0, low=2.0, high=2.0)
+    """
+    table = torch.tensor(values, dtype=torch.float64)
+    tasks, seeds = table.shape
+    drawn = torch.randint(seeds, (draws, tasks, seeds), generator=torch.Generator().manual_seed(0))
+    means = table.expand(draws, -1, -1).gather(2, drawn).mean((1, 2))
+    return Interval(table.mean().item(), *interval(means))
+
+
+def summary(
+    contestants: Sequence[Contestant],
+    tasks: Sequence[str],
+    rates: Sequence[float],
+    tried: Mapping[Pair, Tried],
+    tests: Mapping[Pair, Sequence[float]],
+) -> dict[str, Any]:
+    """Everything that is published of the runs.
+
+    Args:
+        contestants: methods at budgets, also those that could not take part.
+        tasks: their names.
+        rates: learning rates.
+        tried: what tuning found, by contestant and task.
+        tests: exact match on the test split at the chosen rate, by seed.
+
+    Returns:
+        ``contestants``: method, budget, rank, parameters, or why not; ``cells``, one per contestant and task: the
+        chosen ``rate``, whether it is ``at_end`` of the grid, ``validation`` by rate and seed, ``test`` by seed, its
+        ``mean`` and ``spread`` (standard deviation over seeds) and the paired ``difference`` to LoRA at the same
+        budget; ``means``, one per contestant: ``test`` and ``difference``, over tasks; ``grid``, one per contestant and
+        rate: ``validation`` with that rate for all tasks, and its ``difference`` to LoRA's with the same rate;
+        ``verdicts``, one per budget: FFBA's ``best`` variant by validation, its ``difference`` on the test split, and
+        whether it is the target.
+    """
+    competing = [contestant for contestant in contestants if not contestant.unavailable]
+    rival = {contestant.budget: contestant for contestant in competing if contestant.method == LORA}
+    cells, means, grid = [], [], []
+    for one in competing:
+        lora = rival.get(one.budget, one)
+        compared = lora is not one
+        named = {"budget": one.budget, "method": one.method}
+        differences = [_minus(tests[one, task], tests[lora, task]) for task in tasks]
+        for task, difference in zip(tasks, differences, strict=True):
+            found = tried[one, task]
+            cell = named | {"task": task, "rate": rates[found.chosen], "at_end": found.at_end}
+            cell |= {"validation": found.validation, "test": tests[one, task]}
+            cell |= {"mean": _mean(tests[one, task]), "spread": _spread(tests[one, task])}
+            cells.append(cell | _compared(compared, [difference]))
+        mean = named | {"test": asdict(bootstrap([tests[one, task] for task in tasks]))}
+        means.append(mean | _compared(compared, differences))
+        for index, rate in enumerate(rates):
+            own, other = ([tried[method, task].validation[index] for task in tasks] for method in (one, lora))
+            pairs = [_minus(*pair) for pair in zip(own, other, strict=True)]
+            entry = named | {"rate": rate, "validation": _mean([_mean(values) for values in own])}
+            grid.append(entry | _compared(compared, pairs))
+    verdicts = [_verdict(budget, competing, tasks, tried, means) for budget in rival]
+    return {
+        "contestants": [asdict(contestant) for contestant in contestants],
+        "cells": cells,
+        "means": means,
+        "grid": grid,
+        "verdicts": [verdict for verdict in verdicts if verdict],
+    }
+
+
+def _verdict(
+    budget: int,
+    competing: Sequence[Contestant],
+    tasks: Sequence[str],
+    tried: Mapping[Pair, Tried],
+    means: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """FFBA's best variant at a budget, chosen as learning rates are: by validation, so that the test stays a test."""
+    variants = [one for one in competing if one.budget == budget and one.method not in (LORA, FULL)]
+    if not variants:
+        return {}
+    best = max(variants, key=lambda one: _mean([tried[one, task].best for task in tasks]))
+    [mean] = [mean for mean in means if (mean["budget"], mean["method"]) == (budget, best.method)]
+    difference = mean["difference"]
+    return {
+        "budget": budget,
+        "best": best.method,
+        "difference": difference,
+        "target": TARGET,
+        "reached": difference["mean"] >= TARGET,
+    }
+
+
+def _compared(compared: bool, differences: Sequence[Sequence[float]]) -> dict[str, Any]:
+    return {"difference": asdict(bootstrap(differences))} if compared else {}
+
+
+def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [mine - theirs for mine, theirs in zip(one, other, strict=True)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _spread(values: Sequence[float]) -> float:
+    return torch.tensor(values, dtype=torch.float64).std(correction=min(1, len(values) - 1)).item()

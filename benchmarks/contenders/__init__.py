@@ -1,0 +1,1 @@
+"""Who is compared: one model in all its forms, for whichever suite asks."""

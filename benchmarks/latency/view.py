@@ -1,0 +1,147 @@
+"""The latency suite's result for readers: a sheet per runner and prompt, and bars."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..contenders import ffba
+from ..measure.method import Timing
+from ..show.bars import draw_bars
+from ..show.sheet import Sheet
+
+__all__ = ["COLOURS", "cell", "draw", "sheets"]
+
+Row = Mapping[str, Any]
+
+METRICS = {"ttft": "TTFT", "tpot": "TPOT", "total": "total"}
+
+COLOURS = {
+    "base": "#e3d8bd",
+    "PEFT (eager)": "#dfe2e6",
+    "PEFT": "#c9cdd3",
+    "PEFT (freezing)": "#aeb4bc",
+    "PEFT (transformers)": "#c9cdd3",
+    "PEFT (transformers, ort_fusions)": "#aeb4bc",
+    "PEFT (genai)": "#8f97a1",
+    "fused": "#2f7d5b",
+    "fused (hot swap)": "#8cc4a8",
+    "fused (freezing)": "#5aa583",
+    "fused (flora backend)": "#1b5a40",
+    "FFBA block (fused)": "#3c6fb0",
+    "FFBA block (flora backend)": "#274a78",
+    "FFBA shared (fused)": "#7fa6d6",
+    "FFBA shared (flora backend)": "#5b82b5",
+    "merged": "#cfe0c4",
+}
+
+
+def sheets(result: Mapping[str, Any]) -> list[Sheet]:
+    """One sheet per runner and prompt length."""
+    return [_sheet(runner, prompt, rows, result) for (runner, prompt), rows in _groups(result["rows"])]
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, int], list[Row]]]:
+    for key, group in itertools.groupby(rows, key=lambda row: (row["runner"], row["prompt"])):
+        yield key, list(group)
+
+
+def _sheet(runner: str, prompt: int, rows: list[Row], result: Mapping[str, Any]) -> Sheet:
+    header = [""]
+    for metric in METRICS.values():
+        header += [f"{metric}, ms", f"× {_reference(result)}", "× own base", "left"]
+    header.append("of stream")
+    body = [_cells(row) for row in rows]
+    floors: Row = next((row for row in rows if row.get("ttft", {}).get("floor")), {})
+    if floors:
+        body.append(["arithmetic floor", *itertools.chain(*(_floor(floors[metric]) for metric in METRICS)), ""])
+    if any("nodes" in row for row in rows):
+        header.append("nodes")
+        for row, cells in zip(rows, body, strict=False):
+            cells += [""] * (len(header) - 1 - len(cells)) + [str(row.get("nodes", ""))]
+    notes = [f"{row['variant']} refused: {_last_line(row['refused'])}." for row in rows if "refused" in row]
+    notes += [f"{row['variant']} {row['note']}." for row in rows if "note" in row]
+    notes += ffba.note(rows)
+    title = f"{runner}, prompt of {prompt}, {result['new']} new tokens"
+    return Sheet(title, header, body, notes)
+
+
+def _reference(result: Mapping[str, Any]) -> str:
+    """What ratios are taken to."""
+    return str(result.get("reference", "base"))
+
+
+def _cells(row: Row) -> list[str]:
+    if "refused" in row:
+        return [row["variant"], "refused"]
+    cells = [row["variant"]]
+    for metric in METRICS:
+        timing = row[metric]
+        left = timing.get("left")
+        own = f"{timing['own']:.3f}" if "own" in timing else ""
+        cells += [f"{timing['milliseconds']:.2f}", cell(timing), own, "" if left is None else f"{left:.2f}"]
+    return [*cells, f"{row['tpot']['of_streaming_limit']:.0%}"]
+
+
+def cell(timing: Mapping[str, float]) -> str:
+    """A ratio with its interval.
+
+    >>> cell({"ratio": 1.0443, "low": 1.0412, "high": 1.0501})
+    '1.044 (1.041–1.050)'
+    """
+    low, high = timing["low"], timing["high"]
+    return f"{timing['ratio']:.3f}" + ("" if low == high == 1 else f" ({low:.3f}–{high:.3f})")
+
+
+def _floor(timing: Mapping[str, float]) -> list[str]:
+    return ["", f"{timing['floor']:.3f}", "", ""]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().splitlines()[-1].rstrip(".")
+
+
+def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
+    """Bars of what each form adds to the base: a picture per prompt length, a panel per runner.
+
+    Args:
+        result: of `benchmarks.latency.measure`.
+        path: without a suffix; the prompt length is added to it.
+
+    Returns:
+        an SVG and a PNG file per prompt length.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    setup = result["settings"]
+    files = []
+    for prompt in dict.fromkeys(row["prompt"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["prompt"] == prompt]
+        panels = _panels(rows)
+        note = (
+            f"{setup['shape']} shape, {setup['layers']} layers, {setup['dtype']}, rank {setup['rank']} on "
+            f"{len(setup['targets'])} projections, batch {setup['batch']}, {setup['device']}, prompt of {prompt}; "
+            f"medians of {result['rounds']} paired generations, 95% intervals"
+        )
+        also = ", and an FFBA adapter of no more parameters" if ffba.note(rows) else ""
+        reference = _reference(result)
+        whom = "the base under the same runner" if reference == "base" else reference
+        title = f"What a LoRA costs{also}, beside {whom}"
+        colours = {name: colour for name, colour in COLOURS.items() if name != reference}
+        if panels:
+            place = path.with_name(f"{path.name}-{prompt}")
+            files += draw_bars(panels, colours, place, title=title, note=note, base=reference)
+    return files
+
+
+def _panels(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Timing]]]:
+    panels: dict[str, dict[str, dict[str, Timing]]] = {}
+    for row in rows:
+        for metric in ("ttft", "tpot"):
+            if "refused" not in row:
+                timing = {key: row[metric][key] for key in ("milliseconds", "ratio", "low", "high")}
+                panels.setdefault(row["runner"], {}).setdefault(METRICS[metric], {})[row["variant"]] = Timing(**timing)
+    return panels

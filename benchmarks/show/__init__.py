@@ -1,0 +1,1 @@
+"""How results are kept and shown: JSON of record, tables, pictures, docs/benchmarks.md."""
