@@ -1,11 +1,15 @@
 """From a transformers model with adapters to a fused ONNX directory, and back to tokens on ONNX Runtime.
 
-    source -> tracing -> flora_fx.fuse -> lowering -> checking -> directory, manifest
-    loading -> manifest, cuda_graph -> decoder (text_cache, cache, memory, swapping), conversation -> session, buffer
-            -> seq2seq_decoder | encoder -> session
-    options -> rules, sampling, stopping, ending: how the tokens of both are chosen; generation: what the model asks for
+    trace/       from a model to a traced program
+    rewrite/     programs, looked at and rewritten: before they are fused, and after
+    translate/   from a fused program to an ONNX graph
+    directory/   what lies on disk, and that it is whole
+    check/       whether an export computes what its model computes
+    run/         what runs it: sessions, their memory, decoders and encoders
+    tokens/      how tokens are chosen, until a text ends
+    lora/        LoRAs as PEFT saves them, and the weights that another LoRA may replace
 
-A causal LM goes by target "decoder" (decoder_tracing, rotary, parts, decoder_lowering, genai), or by the general one.
+`exporting` is the way of a model through them.
 
 Tensors of torch are on the CPU, whatever the session's device: what callers pass is put there first, and what runs
 return comes there, but for what the next run needs. That stays where it is: `Logits`, values of ONNX Runtime (keys and
@@ -16,19 +20,19 @@ Only ``import flora_fx.export`` works with torch alone; each function asks for t
 
 from __future__ import annotations
 
-from .conversation import Conversation
-from .decoder import Decoder
-from .encoder import Encoder
+from .directory.manifest import Manifest
 from .exporting import export_onnx
 from .forms import DECODER_FORMS, ONNX_FORMS
-from .generated import Generated, Streamer
-from .loading import load
-from .manifest import Manifest
-from .options import GenerationOptions
 from .result import ExportResult
-from .sampling import Sampling
-from .seq2seq_decoder import Seq2Seq
-from .stream import TokenStream
+from .run.conversation import Conversation
+from .run.decoder import Decoder
+from .run.encoder import Encoder
+from .run.loading import load
+from .run.seq2seq import Seq2Seq
+from .tokens.generated import Generated, Streamer
+from .tokens.options import GenerationOptions
+from .tokens.sampling import Sampling
+from .tokens.stream import TokenStream
 
 __all__ = [
     "DECODER_FORMS",

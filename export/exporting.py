@@ -20,22 +20,22 @@ from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse, report
 from flora_fx.fusion_report import combined
 
-from .checking import check
-from .directory import staged
+from .check.checking import check
+from .directory.genai_config import write_genai_config
+from .directory.generation_config import generation_notes, own_options
+from .directory.identity import identify
+from .directory.manifest import ENCODER, MANIFEST, MODEL, Manifest, versions, write_manifest
+from .directory.saving import save_graphs
+from .directory.staging import staged
 from .forms import forms_for
-from .genai import write_genai_config
-from .generation import generation_notes, own_options
-from .identity import identify
-from .live import check_swappable, make_live
-from .lowering import lower
-from .manifest import ENCODER, MANIFEST, MODEL, Manifest, versions, write_manifest
-from .parts import join_heads, split_once
+from .lora.swappable import check_swappable, make_live
 from .result import ExportResult
-from .saving import save_graphs
-from .session import DEFAULT_PROVIDERS, provider_name, usable_providers
-from .source import DTYPES, Kind, kind_of, private_copy, unwrap
-from .traced import Target, Traced, max_positions
-from .tracing import trace
+from .rewrite.splits import join_heads, split_once
+from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
+from .trace.capture import Target, Traced, max_positions
+from .trace.model import DTYPES, Kind, kind_of, private_copy, unwrap
+from .trace.tracing import trace
+from .translate.lowering import lower
 
 __all__ = ["export_onnx"]
 

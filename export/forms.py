@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from flora_fx.config import FuseConfig
 
-from .traced import Target
+from .trace.capture import Target
 
 __all__ = ["DECODER_FORMS", "ONNX_FORMS", "forms_for"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from flora_fx.errors import ExportError, FloraError, require
 from flora_fx.export import Decoder, Manifest
-from flora_fx.export.genai import GENAI_CONFIG
-from flora_fx.export.manifest import MANIFEST, read_manifest
-from flora_fx.export.session import Session
+from flora_fx.export.directory.genai_config import GENAI_CONFIG
+from flora_fx.export.directory.manifest import MANIFEST, read_manifest
+from flora_fx.export.run.session import Session
 
 from .contender import Contender
 from .onnx_exports import PREFILL, PROVIDERS, decode_graph

@@ -23,7 +23,7 @@ import torch
 
 from flora_fx.errors import ExportError, FloraError, require
 from flora_fx.export import export_onnx
-from flora_fx.export.source import unwrap
+from flora_fx.export.trace.model import unwrap
 
 from ..measure.isolated import Progress, isolated
 from .models import PLACEMENTS, Adapted, make_model

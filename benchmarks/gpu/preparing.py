@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from flora_fx.export.manifest import MANIFEST, read_manifest
+from flora_fx.export.directory.manifest import MANIFEST, read_manifest
 
 from ..contenders.models import Adapted
 from ..contenders.onnx_exports import count_nodes, write_graph

@@ -70,7 +70,7 @@ def test_fusing_after_the_trace_is_what_the_option_does(tmp_path: Path, adapted:
     """`ort_fusions` of ``OnnxConfig`` and the rewrite that is called here give the same nodes."""
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
-    from flora_fx.export.source import unwrap
+    from flora_fx.export.trace.model import unwrap
 
     names = {"base": "base (transformers, ort_fusions)", "peft": "PEFT (transformers, ort_fusions)"}
     written = write_graphs(SETTINGS, tmp_path, names=[names[adapted]])[names[adapted]]

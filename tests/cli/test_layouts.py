@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flora_fx.checkpoint import load_model, read_adapter
 from flora_fx.errors import AdapterError
-from flora_fx.export.lora_source import read_lora
+from flora_fx.export.lora.reading import read_lora
 
 from .conftest import llama
 

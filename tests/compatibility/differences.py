@@ -78,7 +78,7 @@ DIFFERENCES = (
         for test in ("test_inspect_encoder_decoder", "test_inspect_with_inputs_from_a_file")
     ),
     Difference(
-        "tests/export/test_decoder_refusals.py::test_what_group_query_attention_cannot_do[[]GPT-J]",
+        "tests/export/trace/test_decoder_refusals.py::test_what_group_query_attention_cannot_do[[]GPT-J]",
         ("transformers>=5.24",),
         "GPT-J's attention is behind transformers' AttentionInterface from 5.24 on, so it is not refused",
     ),

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from flora_fx.export import export_onnx, load
-from flora_fx.export.traced import Target
+from flora_fx.export.trace.capture import Target
 from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
 from tests.export.longrope_models import build_longrope

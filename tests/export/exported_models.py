@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 
 from flora_fx.export import Decoder, Encoder, ExportResult
-from flora_fx.export.manifest import _digest
-from flora_fx.export.traced import Target
+from flora_fx.export.directory.manifest import _digest
+from flora_fx.export.trace.capture import Target
 
 VOCAB = 97
 _LLAMA = {

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from flora_fx.export import Manifest
-from flora_fx.export.decoder import Decoder
-from flora_fx.export.session import Session
+from flora_fx.export.run.decoder import Decoder
+from flora_fx.export.run.session import Session
 
 VOCAB, POSITIONS = 97, 600
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flora_fx.export import buffer, session
+from flora_fx.export.run import buffer, session
 
 __all__ = ["CUDA", "FakeCuda", "Forbidden", "Foreign"]
 

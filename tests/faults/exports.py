@@ -10,8 +10,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from flora_fx.export.manifest import Manifest, _digest, write_manifest
-from flora_fx.export.source import Kind
+from flora_fx.export.directory.manifest import Manifest, _digest, write_manifest
+from flora_fx.export.trace.model import Kind
 
 __all__ = ["by_hand", "external", "reseal"]
 

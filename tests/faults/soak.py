@@ -26,7 +26,7 @@ import onnxruntime
 import torch
 
 from flora_fx.export import Decoder, export_onnx, load
-from flora_fx.export.manifest import versions
+from flora_fx.export.directory.manifest import versions
 
 from .models import ADAPTERS, VOCAB, adapted, expected_tokens
 

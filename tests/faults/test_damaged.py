@@ -19,8 +19,8 @@ from flora_fx.checkpoint import CheckpointNotFoundError, load_model, read_adapte
 from flora_fx.checksums import SUMS
 from flora_fx.errors import AdapterError, ExportError, FloraError
 from flora_fx.export import load
-from flora_fx.export.lora_source import read_lora
-from flora_fx.export.source import Kind
+from flora_fx.export.lora.reading import read_lora
+from flora_fx.export.trace.model import Kind
 
 from .exports import by_hand
 from .models import ADAPTERS, adapted, base

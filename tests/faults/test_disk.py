@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from flora_fx.errors import ExportError
-from flora_fx.export import directory, export_onnx
-from flora_fx.export.directory import staged
+from flora_fx.export import export_onnx
+from flora_fx.export.directory import staging as directory
+from flora_fx.export.directory.staging import staged
 
 from .models import adapted
 from .processes import Forked

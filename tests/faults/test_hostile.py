@@ -14,7 +14,8 @@ import torch
 from onnx import helper
 
 from flora_fx.errors import ExportError
-from flora_fx.export import Encoder, load, loading
+from flora_fx.export import Encoder, load
+from flora_fx.export.run import loading
 
 from .exports import WEIGHT, by_hand, external, reseal
 

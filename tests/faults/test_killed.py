@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_fx.export import Decoder, directory, export_onnx, load
-from flora_fx.export.directory import staged
+from flora_fx.export import Decoder, export_onnx, load
+from flora_fx.export.directory import staging as directory
+from flora_fx.export.directory.staging import staged
 
 from .models import adapted
 from .processes import Forked, die_before_line

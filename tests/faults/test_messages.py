@@ -15,14 +15,15 @@ import flora_fx
 from flora_fx.adapters.link import Link
 from flora_fx.cli import generate
 from flora_fx.errors import ExportError, FloraError, TieError
-from flora_fx.export import Decoder, load, lowering
-from flora_fx.export.differences import Differences
+from flora_fx.export import Decoder, load
+from flora_fx.export.check.differences import Differences
+from flora_fx.export.directory.manifest import read_manifest
 from flora_fx.export.exporting import _manifest
-from flora_fx.export.live import LiveWeight, _live_weights, make_live
-from flora_fx.export.lowering import lower
-from flora_fx.export.manifest import read_manifest
-from flora_fx.export.session import Session
-from flora_fx.export.swapping import LiveAdapter
+from flora_fx.export.lora.swappable import LiveWeight, _live_weights, make_live
+from flora_fx.export.run.session import Session
+from flora_fx.export.run.swapping import LiveAdapter
+from flora_fx.export.translate import lowering
+from flora_fx.export.translate.lowering import lower
 from flora_fx.ir import Pack, Role, Slice
 
 from .exports import by_hand, reseal

@@ -11,11 +11,12 @@ import transformers
 from torch import Tensor
 
 from flora_fx.errors import ExportError
-from flora_fx.export import Sampling, Seq2Seq, seq2seq
-from flora_fx.export.differences import Differences, same_tokens
-from flora_fx.export.manifest import Manifest
-from flora_fx.export.source import kind_of
-from flora_fx.export.tracing import trace
+from flora_fx.export import Sampling, Seq2Seq
+from flora_fx.export.check.differences import Differences, same_tokens
+from flora_fx.export.directory.manifest import Manifest
+from flora_fx.export.trace import seq2seq
+from flora_fx.export.trace.model import kind_of
+from flora_fx.export.trace.tracing import trace
 
 from .models import base
 from .test_messages import odd

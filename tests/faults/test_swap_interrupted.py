@@ -10,11 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from flora_fx.export import swapping
-from flora_fx.export.live import LivePart, LiveWeight
-from flora_fx.export.lora_source import Lora, LoraLayer
-from flora_fx.export.session import Session
-from flora_fx.export.swapping import LiveAdapter
+from flora_fx.export.lora.reading import Lora, LoraLayer
+from flora_fx.export.lora.swappable import LivePart, LiveWeight
+from flora_fx.export.run import swapping
+from flora_fx.export.run.session import Session
+from flora_fx.export.run.swapping import LiveAdapter
 
 from .test_out_of_memory import ERRORS, Failing, interrupted
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flora_fx.benchmarks.contenders.models import Adapted, adapters_of, make_model
 from flora_fx.export import Decoder, ExportResult, export_onnx, load
-from flora_fx.export.differences import TOLERANCES, Differences, own_config, same_tokens
-from flora_fx.export.traced import Target
+from flora_fx.export.check.differences import TOLERANCES, Differences, own_config, same_tokens
+from flora_fx.export.trace.capture import Target
 from tests.gpu.places import PROVIDERS, on_gpu, settings
 
 IDS = torch.tensor([[0, 0, 61, 8, 77], [11, 23, 5, 40, 3]])

@@ -1,0 +1,1 @@
+"""LoRAs as PEFT saves them, and the weights of an export that another LoRA may replace."""

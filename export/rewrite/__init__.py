@@ -1,0 +1,1 @@
+"""Captured programs, looked at and rewritten: before they are fused, and after."""

@@ -1,0 +1,1 @@
+"""What runs an export: sessions, their memory, decoders and encoders."""

@@ -1,0 +1,82 @@
+"""`load`: an exported directory, ready to run."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flora_fx.errors import ExportError
+
+from ..directory.manifest import ENCODER, MODEL, read_manifest
+from .cuda_graph import open_decoder
+from .decoder import Decoder
+from .encoder import Encoder
+from .seq2seq import Seq2Seq
+from .session import Session, usable_providers
+
+__all__ = ["load"]
+
+
+def load(
+    directory: str | Path,
+    *,
+    providers: Sequence[Any] | None = None,
+    session_options: Any = None,
+    verify: bool = True,
+    cuda_graph: bool | None = None,
+) -> Decoder | Seq2Seq | Encoder:
+    """Open what `export_onnx` wrote.
+
+    Args:
+        directory: the exported one.
+        providers: ONNX Runtime execution providers, as for ``onnxruntime.InferenceSession``; None for CUDA where it
+            can be used, and the CPU.
+        session_options: ``onnxruntime.SessionOptions``, for instance with a number of threads.
+        verify: compare the SHA-256 of every file; sizes are compared in any case.
+        cuda_graph: capture the decode step as a CUDA graph and replay it. None: where the target is ``"decoder"`` and
+            the provider CUDA; if the graph cannot be captured, a RuntimeWarning says why, and the step runs without.
+            True: or else an error. False: no.
+
+    Returns:
+        A `Decoder` for a causal LM, a `Seq2Seq` for an encoder-decoder, an `Encoder` for an encoder.
+
+    Raises:
+        ExportError: the directory is missing, half written or changed, or ONNX Runtime cannot load it
+            here (bfloat16 needs a GPU), or ``cuda_graph=True`` where there can be none.
+        MissingExtraError: onnx or onnxruntime is not installed.
+
+    >>> load("no-such-directory")
+    Traceback (most recent call last):
+    ...
+    flora_fx.errors.ExportError: no directory no-such-directory; check the path, or write one with export_onnx
+    """
+    place = Path(directory)
+    manifest = read_manifest(place, verify=verify)
+    if manifest.dtype == "bfloat16" and usable_providers(providers) == ["CPUExecutionProvider"]:
+        raise ExportError(
+            f"{place} is in bfloat16, which ONNX Runtime does not compute on a CPU; use a GPU, or export the model "
+            "again with dtype=torch.float32"
+        )
+    if manifest.kind == "causal-lm":
+        decoder, without = open_decoder(
+            place / MODEL, manifest, providers=providers, session_options=session_options, cuda_graph=cuda_graph
+        )
+        if without:
+            warnings.warn(
+                f"{place} is decoded without a CUDA graph, which cuda_graph=False asks for: {without}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return decoder
+    if cuda_graph:
+        raise ExportError(
+            f"cuda_graph is for causal LMs whose target is 'decoder'; {place} is of kind {manifest.kind!r}"
+        )
+    session = Session(place / MODEL, providers=providers, session_options=session_options)
+    if manifest.kind == "seq2seq-lm":
+        return Seq2Seq(
+            Session(place / ENCODER, providers=providers, session_options=session_options), session, manifest
+        )
+    return Encoder(session, manifest)

@@ -1,0 +1,139 @@
+"""Replace the LoRA of a loaded export: in place, all of it or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flora_fx.errors import AdapterError, ExportError, require
+
+from ..lora.reading import Lora, LoraLayer
+from ..lora.swappable import LiveWeight
+from .buffer import Buffer
+from .session import Session
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+__all__ = ["LiveAdapter"]
+
+_Write = tuple[Tensor, Tensor, float]
+"""Where (a view of a live weight), what, and times what."""
+
+
+class LiveAdapter:
+    """The live weights of a session, in memory at addresses that stay; at first they hold the exported LoRA.
+
+    Args:
+        session: of the graph.
+        weights: what of it is live.
+
+    Attributes:
+        places: buffer and shape of each, by the name of the input that it is bound to.
+
+    Raises:
+        ExportError: the graph does not have them.
+    """
+
+    def __init__(self, session: Session, weights: Iterable[LiveWeight]) -> None:
+        ir = require("onnx_ir", "onnx")
+        stored = ir.load(session.path).graph.initializers
+        self.places: dict[str, tuple[Buffer, Sequence[int]]] = {}
+        self._regions: dict[str, dict[str, Tensor]] = {}
+        for weight in weights:
+            if weight.name not in session.signature or weight.name not in stored:
+                raise ExportError(f"{session.path} has no weight {weight.name} that may be replaced; export it again")
+            shape, dtype = session.signature[weight.name]
+            sizes = tuple(map(int, shape))
+            buffer = _filled(stored[weight.name].const_value, session)
+            self.places[weight.name] = buffer, sizes
+            matrix = buffer.nearest(sizes, dtype)
+            matrix = matrix.t() if weight.transposed else matrix
+            for part in weight.parts:
+                region = matrix[slice(*part.rows), slice(*part.columns)]
+                self._regions.setdefault(part.module, {})[part.which] = region
+
+    @torch.no_grad()
+    def write(self, lora: Lora) -> None:
+        """Replace A and B of all layers; those of layers that the LoRA does not have become zero.
+
+        Raises:
+            AdapterError: the LoRA does not fit, or holds NaN, infinity, or what becomes infinity in the export's dtype;
+                nothing was written.
+        """
+        unknown = [module for module in lora.layers if module not in self._regions]
+        if unknown:
+            more = ", …" if len(unknown) > 3 else ""
+            raise AdapterError(
+                f"{lora.name} adapts {', '.join(unknown[:3])}{more}, and the exported LoRA does not; export the model "
+                "again, hot_swap=True, with a LoRA on all layers that are to be adapted"
+            )
+        writes: list[_Write] = []
+        for module, layer in lora.layers.items():
+            writes += _checked(self._regions[module], module, layer, lora.name)
+        # From here on nothing fails; but Ctrl-C may come, and a half of each would be neither.
+        try:
+            self._write(lora, writes)
+        except BaseException:
+            self._write(lora, writes)
+            raise
+
+    def _write(self, lora: Lora, writes: Iterable[_Write]) -> None:
+        for module in self._regions.keys() - lora.layers.keys():
+            for region in self._regions[module].values():
+                region.zero_()
+        for region, tensor, scale in writes:
+            rows, columns = tensor.shape
+            torch.mul(tensor, scale, out=region[:rows, :columns])
+            region[rows:].zero_()
+            region[:, columns:].zero_()
+        for buffer, _ in self.places.values():
+            buffer.flush()
+
+
+def _filled(tensor: onnx_ir.TensorProtocol, session: Session) -> Buffer:
+    buffer = session.buffer(tensor.nbytes)
+    content = torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.uint8)  # numpy has no bfloat16
+    buffer.nearest((tensor.nbytes,), torch.uint8).copy_(content)
+    buffer.flush()
+    return buffer
+
+
+def _checked(regions: dict[str, Tensor], module: str, layer: LoraLayer, name: str) -> list[_Write]:
+    """What is to be written of one layer, on the device and in the dtype of the live weights."""
+    down, up = regions["A"], regions["B"]
+    (room, inside), outside = down.shape, up.shape[0]
+    rank = layer.down.shape[0]
+    if (layer.down.shape[1], layer.up.shape[0]) != (inside, outside):
+        raise AdapterError(
+            f"{name}: A of {module} is {list(layer.down.shape)} and B {list(layer.up.shape)}; this layer has {inside} "
+            f"inputs and {outside} outputs: is it the adapter of another model?"
+        )
+    if rank > room:
+        raise AdapterError(
+            f"{name}: {module} has rank {rank}, and the exported LoRA {room}; export the model again, hot_swap=True, "
+            f"with a LoRA of rank {rank} or more"
+        )
+    return [
+        (down, _cast(layer.down, 1.0, down, f"{name}: A of {module}"), 1.0),
+        (up, _cast(layer.up, layer.scale, up, f"{name}: B of {module}"), layer.scale),
+    ]
+
+
+def _cast(tensor: Tensor, scale: float, like: Tensor, name: str) -> Tensor:
+    """On the device and in the dtype of another tensor, if all numbers are such, with their scale, too."""
+    if not tensor.is_floating_point():
+        raise AdapterError(f"{name} is of {tensor.dtype}, which must be floating-point; save the adapter again")
+    cast = tensor.to(like.device, like.dtype)
+    low, high = torch.aminmax(cast)
+    largest = max(-low.item(), high.item()) * max(1.0, abs(scale))  # NaN if there is one: then it is low and high
+    if not largest <= torch.finfo(like.dtype).max:
+        if not tensor.float().isfinite().all():
+            raise AdapterError(f"{name} holds NaN or Inf; its training diverged: take an earlier checkpoint")
+        raise AdapterError(
+            f"{name}, times its scale {scale:g}, is too large for {like.dtype}; export the model in another dtype"
+        )
+    return cast

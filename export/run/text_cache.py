@@ -1,0 +1,132 @@
+"""What of a text is cached already, and when all of it is to be run again.
+
+    a b c                      -> the whole prompt                        keys of a b c
+    d                          -> one step                                keys of a b c d
+    e, and positions switch    -> the whole text: a b c d e               keys of a b c d e, rotated the other way
+    a b c d e | f g h          -> a prompt in pieces: f g h               keys of a b c d e f g h
+
+The last one is another turn of a `Conversation`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..directory.manifest import Manifest
+from ..tokens.logits import Logits
+from ..trace.switches import segment
+from .kv_cache import GrowingCache, SharedCache
+
+__all__ = ["TextCache", "left_padded"]
+
+
+class TextCache:
+    """One text of each row of a batch, on its way through a graph; unchecked.
+
+    Args:
+        cache: of the graph.
+        manifest: of the graph.
+        adapter: a number that changes with the adapter: keys of another one are of no use to the next prompt.
+        keeps: the next prompt will be this text, continued; so memory for more than this prompt is asked for.
+    """
+
+    def __init__(
+        self,
+        cache: GrowingCache | SharedCache,
+        manifest: Manifest,
+        *,
+        adapter: Callable[[], int],
+        keeps: bool = False,
+    ) -> None:
+        self._cache = cache
+        self._adapter = adapter
+        self._ran_with = adapter()
+        self._switches = manifest.switches
+        self._limit = manifest.max_positions or sys.maxsize
+        self._keeps = keeps
+        self._rows: list[list[int]] = []
+        self._longest = 0
+        self._room = 0
+
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [batch, seq, vocab] of a whole prompt; see `prefill`. What padding has means nothing."""
+        return self._cache.score(ids, mask)
+
+    def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
+        """Run a prompt: what of it is new, where the rest was the last one or came after it.
+
+        Args:
+            ids: [batch, seq], int64, on the CPU; shorter rows are padded on the left.
+            mask: [batch, seq], int64, on the CPU; 0 where padded.
+            room: at most so many calls of `decode` follow.
+
+        Returns:
+            logits of the next token; good until the next run.
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+            ExportError: ONNX Runtime fails.
+        """
+        rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+        new = self._new_tokens(rows, room)
+        self._rows = []  # until all is well
+        logits = self._run_all(ids, mask, room) if new is None else self._cache.extend(new)
+        self._rows, self._longest, self._room = rows, max(map(len, rows)), room
+        return logits
+
+    def decode(self, tokens: list[int]) -> Logits:
+        """Run one more token of each row, returns and raises as `prefill`. Rows at the last position stay there.
+
+        Raises:
+            RuntimeError: another prompt took the memory.
+        """
+        rows, self._rows = self._rows, []  # until all is well
+        for row, token in zip(rows, tokens, strict=True):
+            if len(row) < self._limit:
+                row.append(token)
+        before, self._longest = self._longest, min(self._longest + 1, self._limit)
+        self._room -= 1
+        if segment(before, self._switches) == segment(self._longest, self._switches):
+            logits = self._cache.decode(tokens)
+        else:
+            self._cache.claim()
+            logits = self._run_all(*left_padded(rows), self._room)
+        self._rows = rows
+        return logits
+
+    def _run_all(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
+        self._ran_with = self._adapter()
+        # As much memory again: then texts of n tokens, turn after turn, are run again log(n) times for want of it.
+        return self._cache.prefill(ids, mask, max(room, ids.shape[1]) if self._keeps else room)
+
+    def _new_tokens(self, rows: Sequence[Sequence[int]], room: int) -> Tensor | None:
+        """What [batch, n] follows in each row of what is cached; None where that is of no use."""
+        if len(rows) != len(self._rows) or not self._cache.held or self._ran_with != self._adapter():
+            return None
+        if any(list(row[: len(old)]) != old for row, old in zip(rows, self._rows, strict=True)):
+            return None
+        new = [row[len(old) :] for row, old in zip(rows, self._rows, strict=True)]
+        (count, *others) = {len(row) for row in new}
+        if others or not count or not self._cache.takes(count, room):
+            return None
+        if segment(self._longest, self._switches) != segment(self._longest + count, self._switches):
+            return None
+        return torch.tensor(new)
+
+
+def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens and mask [batch, longest row].
+
+    >>> left_padded([[5, 6], [7, 8, 9]])
+    (tensor([[0, 5, 6],
+            [7, 8, 9]]), tensor([[0, 1, 1],
+            [1, 1, 1]]))
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,1 @@
+"""How tokens are chosen, until a text ends."""

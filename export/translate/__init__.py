@@ -1,0 +1,1 @@
+"""From a fused program to an ONNX graph."""
