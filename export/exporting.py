@@ -18,7 +18,7 @@ from flora_fx.capturing import CAPTURING
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse, report
-from flora_fx.fusion_report import combined
+from flora_fx.reporting.fusion_report import combined
 
 from .check.checking import check
 from .directory.genai_config import write_genai_config

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from flora_fx.fusion_report import FusionReport
+from flora_fx.reporting.fusion_report import FusionReport
 
 __all__ = ["ExportResult"]
 

@@ -11,8 +11,8 @@ from .checkout import find_folders_beside
 from .config import FuseConfig
 from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
 from .fusing import fuse, report
-from .fusion_report import FusionReport
 from .ir import Decline, Pack, Reason, Role, Slice
+from .reporting.fusion_report import FusionReport
 from .verifying import Verification, verify
 
 __version__ = "0.1.0"

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from .checkpointed import bodies
+from .compile.checkpointed import bodies
+from .compile.lifting import LiftedView, PackedCall
 from .config import FuseConfig
 from .errors import AdapterError
 from .fusing import rewrite
-from .fusion_report import FusionReport, combined
 from .internals import compiler, guard_requires_grad, inductor
-from .lifting import LiftedView, PackedCall
+from .reporting.fusion_report import FusionReport, combined
 
 __all__ = ["INNER", "flora", "last_report"]
 

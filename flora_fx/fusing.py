@@ -8,11 +8,11 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from .config import FuseConfig
-from .counting import count_ops
-from .fusion_report import FusionReport
-from .module import Fusion, fusion_of
-from .pack import TYING
-from .program import Program, open_program
+from .graph.counting import count_ops
+from .graph.program import Program, open_program
+from .reporting.fusion_report import FusionReport
+from .storage.module import Fusion, fusion_of
+from .storage.pack import TYING
 
 __all__ = ["fuse", "report", "rewrite"]
 

@@ -24,12 +24,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("flora_fx", "passes", "export", "tests", "pyproject.toml")
 WATCHED = (
-    "passes/*.py",
-    "flora_fx/pack.py",
-    "flora_fx/module.py",
+    "passes/pipeline.py",
+    "passes/*/[a-z]*.py",
+    "flora_fx/storage/pack.py",
+    "flora_fx/storage/module.py",
     "flora_fx/ops.py",
-    "flora_fx/lifting.py",
-    "flora_fx/alone.py",
+    "flora_fx/compile/lifting.py",
+    "flora_fx/storage/alone.py",
 )
 """Every one of these has a mutation."""
 
@@ -73,23 +74,28 @@ def core(name: str, *bugs: tuple[str, str, str], first: Sequence[str]) -> list[M
 
 MUTATIONS = [
     *passes(
-        "__init__",
+        "pipeline",
         ("a B that trains is folded", "if program.trains(ups):", "if False:"),
         ("a B that trains is block-diagonal", " or any(up.tensor.requires_grad for up in ups):", ":"),
         first=[GRAPHS, "tests/training/test_backend_numbers.py"],
     ),
     *passes(
-        "clean",
+        "rewrite/clean",
         ("operands are left", "pending.extend(operands)", "pass"),
         first=["tests/test_not_widened.py", "tests/test_widening.py"],
     ),
     *passes(
-        "clean",
+        "rewrite/clean",
         ("what has effects is erased", "if node not in given and node not in alone and node.is_impure():", "if False:"),
         first=["tests/test_clean.py"],
     ),
     *passes(
-        "decide",
+        "plan/choosing",
+        ("every rank is unrolled", "return rank <= ", "return True or rank <= "),
+        first=["passes/plan/choosing.py"],
+    ),
+    *passes(
+        "plan/decide",
         ("a wrong dtype is accepted", "if path.up.dtype == path.down.dtype and computed == {wanted}:", "if True:"),
         ("a shared weight is packed", "len(readers[id(weight.tensor)]) != 1:", "False:"),
         ("overlapping memory is packed", "if weight is not None and id(weight.tensor) in overlapping:", "if False:"),
@@ -98,12 +104,12 @@ MUTATIONS = [
         first=[GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
-        "group",
+        "plan/group",
         ("a mode is forgotten", "key = (member.reads, regions[member.node],", "key = (member.reads, 0,"),
         first=["tests/test_modes.py"],
     ),
     *passes(
-        "group",
+        "plan/group",
         ("an add that branched off is forgotten", "if node in self.started or (", "if False and ("),
         ("a value of its own is widened away", "if len(readers) != 1 or self.order", "if not readers or self.order"),
         ("z is not there yet", "(self.order[path.low] < start and", "(True and"),
@@ -111,7 +117,7 @@ MUTATIONS = [
         first=["tests/test_guards.py", GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
     ),
     *passes(
-        "layout",
+        "plan/layout",
         ("wrong column range", "edge + first, config)", "edge, config)"),
         (
             "A's rows off by one",
@@ -125,16 +131,18 @@ MUTATIONS = [
         first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
     ),
     *passes(
-        "magnitudes",
+        "rewrite/magnitudes",
         ("a sign is forgotten", "scaled = (factor[0] * sign, factor[1] * sign)", "scaled = factor"),
         ("another reader is not asked", "            readers <= total.inner\n            and (", "            ("),
         ("another bias is taken", "if biases and not (own and", "if biases and not ("),
         ("what trains is stored", "if self.program.trains(weights.values()) or not all(", "if not all("),
         first=["tests/variants/test_magnitudes.py"],
     ),
-    *passes("modes", ("no switch is seen", "current += _is_switch(node)", "pass"), first=["tests/test_modes.py"]),
     *passes(
-        "mutation",
+        "analysis/modes", ("no switch is seen", "current += _is_switch(node)", "pass"), first=["tests/test_modes.py"]
+    ),
+    *passes(
+        "analysis/mutation",
         ("a missed in-place method", "if in_place_name or in_place_operator", "if in_place_operator"),
         ("a missed in-place flag", " or in_place_flag or kind is operator.setitem", " or kind is operator.setitem"),
         ("a missed item assignment", " or in_place_flag or kind is operator.setitem", " or in_place_flag"),
@@ -146,12 +154,12 @@ MUTATIONS = [
         first=[GRAPHS, "tests/test_in_place.py", "tests/test_declines.py"],
     ),
     *passes(
-        "names",
+        "plan/names",
         ("one name for two packs", "while unique in self._taken:", "while False:"),
         first=["tests/test_guards.py"],
     ),
     *passes(
-        "paths",
+        "analysis/paths",
         ("forgotten scale", "self.parts(inner, scale * number,", "self.parts(inner, scale,"),
         ("forgotten scale between", "            scale *= number\n", ""),
         ("forgotten minus", "sign = -float(alpha) if kind", "sign = float(alpha) if kind"),
@@ -169,7 +177,7 @@ MUTATIONS = [
         first=[GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
-        "projections",
+        "analysis/projections",
         ("a hooked module", "is not nn.Linear.forward or hooked:", "is not nn.Linear.forward:"),
         ("a changed operand", "bias.node if bias else None} & effects.touched:", "None} & set():"),
         ("a transpose is forgotten", "transposed=not weight.transposed", "transposed=weight.transposed"),
@@ -177,14 +185,14 @@ MUTATIONS = [
         first=[GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
-        "strides",
+        "rewrite/strides",
         ("views of slices", "user.target = WITHOUT_STRIDES[operation(user)]", "pass"),
         ("outputs that are slices", 'return user.op == "output" or kind in STRICT', "return kind in STRICT"),
         ("slices changed in place", " or node in written(user, program.root)", ""),
         first=["tests/test_guards.py", GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
-        "unlike",
+        "analysis/unlike",
         ("nothing is told", "if self.known.isdisjoint(step.name for step in steps):", "if False:"),
         (
             "a branch of the network is told",
@@ -195,7 +203,7 @@ MUTATIONS = [
         first=["tests/variants/test_structures.py"],
     ),
     *passes(
-        "values",
+        "analysis/values",
         (
             "active dropout is a no-op",
             "if type(module) is nn.Dropout and (not module.training or module.p == 0):",
@@ -221,7 +229,7 @@ MUTATIONS = [
         first=[GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
-        "rotary",
+        "rewrite/rotary",
         ("a swap among changed values", "if swap is not None and effects.touched.isdisjoint(swap.nodes):", "if swap:"),
         ("halves of two values", "if value is not same or (taken, others)", "if (taken, others)"),
         (
@@ -247,7 +255,7 @@ MUTATIONS = [
         first=["tests/test_rotary.py"],
     ),
     *passes(
-        "write",
+        "rewrite/write",
         (
             "swapped slices",
             "found.update(zip(segment, slices, strict=True))",
@@ -275,7 +283,7 @@ MUTATIONS = [
         first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
     ),
     *passes(
-        "write",
+        "rewrite/write",
         ("a symbol dropped", "low = self.times(low, block.scale.numbers)", "pass"),
         ("a symbol of columns dropped", "low = self.times(low, columns.scale.numbers)", "pass"),
         (
@@ -287,7 +295,7 @@ MUTATIONS = [
         first=["tests/training/test_symbolic_scales.py"],
     ),
     *passes(
-        "group",
+        "plan/group",
         ("a reason is made up", "if other.reads is not down.reads:", "if True:"),
         (
             "a bias is called a weight",
@@ -297,7 +305,7 @@ MUTATIONS = [
         first=["tests/test_reasons.py"],
     ),
     *passes(
-        "values",
+        "analysis/values",
         ("a symbol of a changed input", "return given and self.effects.touched.isdisjoint(above)", "return given"),
         (
             "a tensor's number is there from the start",
@@ -307,7 +315,7 @@ MUTATIONS = [
         first=["tests/training/test_symbolic_scales.py"],
     ),
     *core(
-        "alone",
+        "storage/alone",
         ("a deep copy keeps the storage", "alone = _alone(tensor) if tensor.is_leaf else tensor", "alone = tensor"),
         ("a shallow copy is no view", "    shallow.setdefault(Tensor, _copy)\n", "    del shallow\n"),
         ("views of one weight part", "        cells.pieces[first, last] = piece\n", "        pass\n"),
@@ -321,7 +329,7 @@ MUTATIONS = [
         first=["tests/test_alone.py"],
     ),
     *core(
-        "pack",
+        "storage/pack",
         ("gaps are not zero", "torch.empty if _covers(pack) else torch.zeros", "torch.ones"),
         ("a factor is forgotten", "region.copy_(tensor * piece.factor)", "region.copy_(tensor)"),
         ("copies grow stale", "tuple([version(tensor) for tensor in copied]),", "(),"),
@@ -333,7 +341,7 @@ MUTATIONS = [
         first=["tests/test_storage.py", GRAPHS, "tests/training/test_ties_in_training.py"],
     ),
     *core(
-        "module",
+        "storage/module",
         ("moved parameters are not noticed", "if self._look(arguments) == self._seen:", "if True:"),
         ("stale copies are not refreshed", "self.retie(arguments, moved + stale)", "self.retie(arguments, moved)"),
         (
@@ -364,7 +372,7 @@ MUTATIONS = [
         first=["tests/test_ops.py", GRAPHS],
     ),
     *core(
-        "lifting",
+        "compile/lifting",
         (
             "moved parameters are not noticed",
             "if [*map(Tensor.data_ptr, watched)] != seen:",
@@ -389,7 +397,7 @@ MUTATIONS = [
         ],
     ),
     *core(
-        "optimizers",
+        "storage/optimizers",
         ("strided parameters stay", "return parameter.numel() < extent", "return False"),
         first=["tests/test_guards.py"],
     ),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from flora_fx.passes.clean import clean
+from flora_fx.passes.rewrite.clean import clean
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FusionReport, backend
-from flora_fx.optimizers import protect_from_fused_optimizers
+from flora_fx.storage.optimizers import protect_from_fused_optimizers
 from tests.adapters import D_IN, D_OUT, FORMS, RANK, Adapted, Siblings, linear
 from tests.parallel import CONFIGS
 

@@ -81,7 +81,7 @@ def test_a_graph_without_adapters_has_a_report_and_a_picture_too(tmp_path: Path)
 
 
 def test_names_that_are_markup_are_escaped(tmp_path: Path) -> None:
-    from flora_fx.sketch import Sketch, draw
+    from flora_fx.reporting.sketch import Sketch, draw
 
     sketch = Sketch("<&>", "x", (("<w>", 3), ("v", 2)), (), (), (), 1, 0)
     ET.fromstring(draw([sketch], lambda name: name))

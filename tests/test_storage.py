@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 import flora_fx
 from flora_fx import FuseConfig, TieError
 from flora_fx.ir import Pack, Role, Slice
-from flora_fx.module import FusedGraphModule
-from flora_fx.pack import tie
+from flora_fx.storage.module import FusedGraphModule
+from flora_fx.storage.pack import tie
 from tests.adapters import D_IN, FORMS, Adapted, Siblings
 
 X = torch.randn(2, 5, D_IN, dtype=torch.float64)

@@ -14,7 +14,7 @@ import flora_fx
 from flora_fx import FuseConfig, backend
 from flora_fx.backend import last_report
 from flora_fx.ir import Role
-from flora_fx.passes.layout import ALIGNED
+from flora_fx.passes.plan.layout import ALIGNED
 from tests.parallel import (
     CONFIGS,
     D_IN,

@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flora_fx.counting import kind_of
-from flora_fx.program import open_program
+from flora_fx.graph.counting import kind_of
+from flora_fx.graph.program import open_program
 
 from ..measure.trace import trace
 from .pretend_cuda import compiled_graphs, cuda_code

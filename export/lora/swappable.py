@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from flora_fx.errors import ExportError
-from flora_fx.fusion_report import FusionReport
 from flora_fx.ir import Role
+from flora_fx.reporting.fusion_report import FusionReport
 
 from ..trace.capture import PREFIX
 from .reading import check_settings

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import CaptureError, FusionReport
-from flora_fx.fusion_report import combined
+from flora_fx.reporting.fusion_report import combined
 from tests.variants.observe import Uncaptured, backend_reports
 
 from .adapt import Case, adapters_of

@@ -19,7 +19,9 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora_fx
-from flora_fx import FuseConfig, lifting, module, pack
+from flora_fx import FuseConfig
+from flora_fx.compile import lifting
+from flora_fx.storage import module, pack
 
 from .test_threads import X, assert_equal, model
 

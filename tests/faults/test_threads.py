@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 import flora_fx
-from flora_fx import FuseConfig, lifting
-from flora_fx.module import FusedGraphModule
+from flora_fx import FuseConfig
+from flora_fx.compile import lifting
+from flora_fx.storage.module import FusedGraphModule
 
 THREADS = 8
 X = torch.linspace(-1, 1, 2 * 5 * 12, dtype=torch.float64).reshape(2, 5, 12)

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import flora_fx
 from flora_fx import FuseConfig
 from flora_fx.ir import Pack, Role
-from flora_fx.passes.layout import ALIGNED
+from flora_fx.passes.plan.layout import ALIGNED
 
 from .counted import assert_all_fused, gemms, ups_of, widened
 from .reference import (

@@ -32,6 +32,8 @@ import flora_fx.passes
 
 from .searching import PARTS, Counterexample, chunks, search
 
+ROOMS = ("graph", "storage", "reporting")
+"""Those of flora_fx that every fused graph goes through."""
 CHUNKS_A_PROCESS = 20
 """Then a fresh one: Dynamo and hypothesis remember what they have seen."""
 
@@ -65,11 +67,14 @@ def _shares(text: str) -> dict[str, float]:
 
 def sources() -> str:
     """A hash of what was searched: the fused graph's and the search's own Python files, by name."""
-    roots = [Path(file or "").parent for file in (flora_fx.__file__, flora_fx.passes.__file__, __file__)]
+    core, passes, here = (Path(file or "").parent for file in (flora_fx.__file__, flora_fx.passes.__file__, __file__))
+    searched = [(root, path) for root in (core, here) for path in sorted(root.glob("*.py"))]
+    searched += [(core, path) for room in ROOMS for path in sorted((core / room).glob("*.py"))]
+    searched += [(passes, path) for path in sorted(passes.rglob("*.py"))]
     total = hashlib.sha256()
-    for root in roots:
-        for path in sorted(root.glob("*.py")):
-            total.update(f"{root.name}/{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    for root, path in searched:
+        name = f"{root.name}/{path.relative_to(root).as_posix()}"
+        total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
 

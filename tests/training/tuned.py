@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.backend import last_report
-from flora_fx.fusion_report import FusionReport
-from flora_fx.lifting import _calls
-from flora_fx.passes.layout import ALIGNED
+from flora_fx.compile.lifting import _calls
+from flora_fx.passes.plan.layout import ALIGNED
+from flora_fx.reporting.fusion_report import FusionReport
 from tests.adapters import D_IN
 from tests.architectures import lora_model
 

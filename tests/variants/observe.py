@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import CaptureError, FusionReport
-from flora_fx.fusion_report import combined
+from flora_fx.reporting.fusion_report import combined
 
 from .build import Case
 

@@ -27,12 +27,12 @@ import torch
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
+from flora_fx.graph.program import Program
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.program import Program
+from flora_fx.passes.analysis.paths import live_users
+from flora_fx.passes.analysis.values import RESHAPES, Values, operation
 
 from .decide import Decisions, adapted
-from .paths import live_users
-from .values import RESHAPES, Values, operation
 
 __all__ = ["Group", "Grouping", "Write", "group"]
 

@@ -23,18 +23,18 @@ from itertools import groupby, pairwise
 import torch
 from torch.fx import Node
 
-from flora_fx.choosing import HIGHEST_RANK, unrolls
 from flora_fx.config import FuseConfig
+from flora_fx.graph.program import Program
 from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Weight
 from flora_fx.ops import packed_projection
-from flora_fx.program import Program
-from flora_fx.sketch import Sketch, SketchWrite
+from flora_fx.passes.analysis.values import Values
+from flora_fx.passes.plan.choosing import HIGHEST_RANK, unrolls
+from flora_fx.passes.plan.group import Group, Grouping, Write
+from flora_fx.passes.plan.layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
+from flora_fx.passes.plan.names import Names
+from flora_fx.reporting.sketch import Sketch, SketchWrite
 
-from .group import Group, Grouping, Write
-from .layout import Block, Columns, Layout, bias_pack, lay_out, rows_pack, up_pack, up_slice
-from .names import Names
 from .rotary import Unrolled
-from .values import Values
 
 __all__ = ["Writer"]
 

@@ -19,17 +19,27 @@ import torch
 from torch import fx, nn
 from torch.fx import Node
 
+from flora_fx.graph.program import Program
 from flora_fx.internals import OpOverload
 from flora_fx.ir import Derived, Projection, Weight
-from flora_fx.program import Program
+from flora_fx.passes.analysis.modes import find_regions
+from flora_fx.passes.analysis.mutation import IN_PLACE_ADDS, Effects
+from flora_fx.passes.analysis.paths import (
+    ADDS,
+    DIVIDES,
+    MULTIPLIES,
+    NEGATES,
+    SUBTRACTS,
+    is_low_rank,
+    is_number,
+    live_users,
+    operands,
+)
+from flora_fx.passes.analysis.projections import ADDMMS, LINEARS
+from flora_fx.passes.analysis.values import TORCHS_OWN, Values, dependencies, operation
+from flora_fx.passes.plan.names import Names
 
 from .clean import clean
-from .modes import find_regions
-from .mutation import IN_PLACE_ADDS, Effects
-from .names import Names
-from .paths import ADDS, DIVIDES, MULTIPLIES, NEGATES, SUBTRACTS, is_low_rank, is_number, live_users, operands
-from .projections import ADDMMS, LINEARS
-from .values import TORCHS_OWN, Values, dependencies, operation
 
 __all__ = ["rewrite_magnitudes"]
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from .ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
+from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
+
 from .program import Program
 
 __all__ = ["count_ops", "kind_of"]

@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, UntypedStorage
 
-from .ir import Pack, Role
+from flora_fx.ir import Pack, Role
 
 __all__ = ["write_alone"]
 

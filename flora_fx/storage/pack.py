@@ -20,9 +20,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from flora_fx.errors import TieError
+from flora_fx.ir import Derived, Pack, Slice
+
 from .alone import write_alone
-from .errors import TieError
-from .ir import Derived, Pack, Slice
 from .optimizers import protect_from_fused_optimizers
 
 __all__ = ["TYING", "Resolve", "Stamp", "derive", "guard_backward", "stamp", "stamp_derived", "tie", "version"]

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from flora_fx.graph.program import Program
 from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, Projection, Reason, Weight
-from flora_fx.program import Program
 
 from .mutation import Effects
 from .values import CASTS, Values, operation

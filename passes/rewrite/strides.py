@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from flora_fx.graph.program import Program
 from flora_fx.internals import HigherOrderOperator, OpOverload
-from flora_fx.program import Program
-
-from .mutation import may_alias, written
-from .values import TORCHS_OWN, operation
+from flora_fx.passes.analysis.mutation import may_alias, written
+from flora_fx.passes.analysis.values import TORCHS_OWN, operation
 
 __all__ = ["soften"]
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .ir import Pack, Weight
+from flora_fx.graph.program import GraphModuleView
+from flora_fx.ir import Pack, Weight
+from flora_fx.storage.module import Fusion
+
 from .lifting import LiftedView
-from .module import Fusion
-from .program import GraphModuleView
 
 __all__ = ["BodyView", "bodies"]
 

@@ -18,12 +18,11 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError
+from flora_fx.graph.program import Program
 from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.program import Program
-
-from .paths import ADDS, NO_READERS, live_users
-from .values import CASTS, Values, operation
+from flora_fx.passes.analysis.paths import ADDS, NO_READERS, live_users
+from flora_fx.passes.analysis.values import CASTS, Values, operation
 
 __all__ = ["Decisions", "adapted", "decide"]
 

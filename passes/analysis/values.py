@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
+from flora_fx.graph.program import Program, same_sizes
 from flora_fx.internals import OpOverload, OpOverloadPacket
 from flora_fx.ir import Weight
-from flora_fx.program import Program, same_sizes
 
 from .mutation import Effects
 

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from flora_fx.graph.program import Program, same_sizes
 from flora_fx.internals import GELU
 from flora_fx.ir import Decline, Factor, LowRankPath, Projection, Reason
-from flora_fx.program import Program, same_sizes
 
 from .mutation import (
     IN_PLACE,

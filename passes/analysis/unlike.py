@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from flora_fx.graph.program import Program
 from flora_fx.internals import OpOverload
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.program import Program
 
 from .paths import ADDS, MULTIPLIES, SUBTRACTS
 from .projections import LINEARS, MATMULS

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flora_fx.program import Program, same_sizes
-
-from .mutation import Effects
-from .values import CASTS, RESHAPES, Values, operation
+from flora_fx.graph.program import Program, same_sizes
+from flora_fx.passes.analysis.mutation import Effects
+from flora_fx.passes.analysis.values import CASTS, RESHAPES, Values, operation
 
 __all__ = ["Rotation", "Unrolled", "find_rotations", "write_rotations"]
 

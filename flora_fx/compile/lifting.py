@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .internals import SET_GRAD_ENABLED, FakeTensor
-from .ir import Pack, Weight
-from .module import Fusion
-from .ops import matrix_vector
-from .pack import TYING, guard_backward, tie
-from .program import GraphModuleView
+from flora_fx.graph.program import GraphModuleView
+from flora_fx.internals import SET_GRAD_ENABLED, FakeTensor
+from flora_fx.ir import Pack, Weight
+from flora_fx.ops import matrix_vector
+from flora_fx.storage.module import Fusion
+from flora_fx.storage.pack import TYING, guard_backward, tie
 
 __all__ = ["LiftedView", "PackedCall"]
 

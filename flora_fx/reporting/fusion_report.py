@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .ir import Decline, Pack, Role
+from flora_fx.ir import Decline, Pack, Role
+
 from .sketch import Sketch, draw
 
 __all__ = ["FusionReport", "combined"]

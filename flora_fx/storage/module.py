@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from .errors import TieError
-from .fusion_report import FusionReport
-from .internals import pytree
-from .ir import Derived, Pack
+from flora_fx.errors import TieError
+from flora_fx.internals import pytree
+from flora_fx.ir import Derived, Pack
+from flora_fx.reporting.fusion_report import FusionReport
+
 from .pack import TYING, Stamp, derive, guard_backward, stamp, stamp_derived, tie, version
 
 __all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]

@@ -18,8 +18,7 @@ from torch.fx import Graph, Node
 
 from flora_fx.internals import OpOverload
 from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
-
-from .clean import ASSERTS
+from flora_fx.passes.rewrite.clean import ASSERTS
 
 __all__ = [
     "IN_PLACE",

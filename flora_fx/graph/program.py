@@ -24,11 +24,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Node
 
-from .internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
-from .ir import Derived, Pack, Weight
-from .module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
-from .ops import accumulate, accumulate_unrolled
-from .pack import derive, tie
+from flora_fx.internals import FakeTensor, FakeTensorMode, enable_python_dispatcher, statically_known_true
+from flora_fx.ir import Derived, Pack, Weight
+from flora_fx.ops import accumulate, accumulate_unrolled
+from flora_fx.storage.module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
+from flora_fx.storage.pack import derive, tie
 
 __all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program", "same_sizes"]
 

@@ -1,0 +1,1 @@
+"""The kinds of graph that torch has, seen alike."""

@@ -1,0 +1,1 @@
+"""What was fused and what was not, as text, JSON and pictures."""
