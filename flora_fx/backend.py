@@ -78,8 +78,9 @@ def flora(
     ('b.weight',)
     """
     inner, config, passed = _read(options or {}, example_inputs)
-    guard_requires_grad()
     view = LiftedView(graph, generates=inner == "inductor")
+    if view.records:
+        guard_requires_grad()
     views = [*bodies(view), view]
     try:
         fusions = [rewrite(part, config) for part in views]

@@ -72,11 +72,11 @@ def exporter() -> ModuleType:
 
 
 def guard_requires_grad() -> None:
-    """Let Dynamo see that a parameter's ``requires_grad`` has changed.
+    """Let Dynamo see that a parameter's ``requires_grad`` has changed, where gradients are recorded.
 
     The guards of torch 2.11 skip the parameters of a module that no parameter was added to or taken from, so that
     gradients go missing with every backend; torch 2.13's do not. The setting is torch's own, and stays: it is read when
-    the guards are made, after the backend has returned.
+    the guards are made, after the backend has returned. It makes them slower, so inference does without.
     """
     if torch.__version__ < "2.13":
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False

@@ -378,7 +378,7 @@ MUTATIONS = [
             "if [*map(Tensor.data_ptr, watched)] != seen:",
             "if not seen:",
         ),
-        ("nothing trains", "return self._records and super().trains(weights)", "return False"),
+        ("nothing trains", "return self.records and super().trains(weights)", "return False"),
         (
             "one row without its scale",
             "delta = self.call(self.ops.mul, self.linear(z, up, None), scale)",

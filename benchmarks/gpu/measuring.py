@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..contenders.settings import Settings
+from ..contenders.torch_contenders import UNGUARDED
 from ..generation import loops as generation_loops
 from ..generation.loops import Job, loops, related
 from ..generation.swaps import Swaps, swap
@@ -40,6 +41,12 @@ def _sections(asked: Plan) -> list[Section]:
     return [
         Section("decoder", _decoder, 120, needs_provider=True, record=f"decoder-{onnx}"),
         Section("latency", partial(_latency, asked.runner, asked.forms), 120, record=f"latency-{forms}"),
+        Section(
+            "latency, guards skipped",
+            partial(_latency, UNGUARDED[asked.runner], asked.forms),
+            90,
+            record=f"latency-{forms}-guards-skipped",
+        ),
         Section("decoder, tuned", partial(_decoder, entries=TUNED), 100, True, f"decoder-{onnx}-tuned"),
         Section("generation", _generation, 75, needs_provider=True, record=f"generation-{onnx}"),
         Section("training", _training, 75, record=f"training-{forms}"),

@@ -29,6 +29,7 @@ from ..contenders.torch_contenders import LIVE, RUNNERS, Form, available, make_c
 from ..measure.isolated import Progress, isolated
 from ..measure.method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
 from ..measure.tolerances import verdict
+from ..measure.trace import busy, trace
 
 __all__ = ["CHECKED", "METRICS", "Job", "checked_text", "measure", "rows", "sample", "samples"]
 
@@ -162,7 +163,7 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     Returns:
         ``samples``: metric -> contender -> milliseconds, a list of rounds per pass; ``refused``: contender -> why its
         ratios must not be shown; ``unavailable``: contender -> why it could not be built; ``notes``: contender -> what
-        readers should know.
+        readers should know; ``device``: contender -> ``ttft`` and ``tpot`` -> `busy` of one call, on a GPU.
     """
     return next(samples([job], seed, progress))
 
@@ -200,7 +201,17 @@ def _sample(
         refused |= {name: "something was compiled while the clock ran" for name, c in contenders.items() if c.compiled}
     unavailable = {name: why for name, why in built.items() if isinstance(why, str)}
     notes = {name: contender.note for name, contender in contenders.items() if contender.note}
-    return {"samples": samples, "refused": refused, "unavailable": unavailable, "notes": notes}
+    device = {name: _on_device(contender, prompt, following[0], job) for name, contender in contenders.items()}
+    found = {"samples": samples, "refused": refused, "unavailable": unavailable, "notes": notes}
+    return found | ({"device": device} if job.settings.device == "cuda" else {})
+
+
+def _on_device(contender: Contender, prompt: Tensor, token: Tensor, job: Job) -> dict[str, dict[str, float]]:
+    """What the GPU takes of a prompt and of a token; what else a call takes is the host's."""
+    if job.settings.device != "cuda":
+        return {}
+    calls = {"ttft": partial(contender.prefill, prompt), "tpot": partial(contender.decode, token)}
+    return {metric: busy(trace(call, "cuda")) for metric, call in calls.items()}
 
 
 def _text(job: Job, drawn: torch.Generator) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -308,11 +319,12 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
     """What `sample` found in one or several processes, as one row per contender.
 
     A row has, per metric (``ttft``, ``tpot``, ``total``), the milliseconds, the ratio to the reference with its
-    interval, the same to each peer (``against``), the arithmetic floor of that ratio, the share of PEFT's overhead that
-    is left, the ratio to the base of its own kind (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is
-    among a kind too, if it has a PEFT), and for TPOT the fraction of the weight-streaming limit. FFBA's rows have
-    ``ffba``, placement and rank, and what they leave is of the overhead of PEFT's LoRA. A contender that was refused
-    has the reason instead; ``note`` is what readers should know.
+    interval, the same to each peer (``against``), on a GPU what of them is the GPU's (``device``, see `busy`), the
+    arithmetic floor of that ratio, the share of PEFT's overhead that is left, the ratio to the base of its own kind
+    (``own``: ``base (genai)`` for ``PEFT (genai)``; what is left is among a kind too, if it has a PEFT), and for TPOT
+    the fraction of the weight-streaming limit. FFBA's rows have ``ffba``, placement and rank, and what they leave is of
+    the overhead of PEFT's LoRA. A contender that was refused has the reason instead; ``note`` is what readers should
+    know.
     """
     batch = job.settings.batch
     refused = {name: why for group in groups for name, why in group["refused"].items()}
@@ -337,6 +349,8 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
         for metric in METRICS:
             timing = related(name, metric)
             row[metric] = asdict(timing)
+            if metric in (device := groups[0].get("device", {}).get(name, {})):
+                row[metric]["device"] = device[metric]
             shown = groups[0]["samples"][metric].keys() - refused.keys()
             if peers := {peer: asdict(related(name, metric, peer)) for peer in job.peers if peer in shown - {name}}:
                 row[metric]["against"] = peers

@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 class LiftedView(GraphModuleView):
     """A graph of Dynamo's, for the passes; its packs become inputs behind those that it has.
 
+    Attributes:
+        records: whether gradients are recorded in the graph, or in a part of it.
+
     Args:
         root: the graph module, which `finish` changes.
         generates: whether the compiler behind makes loops of its own: then, on a CPU, one row goes through a pack as
@@ -52,7 +55,7 @@ class LiftedView(GraphModuleView):
         super().__init__(root)
         self._generates = generates
         # Dynamo compiles anew where gradients are recorded and were not, unless the graph itself begins to.
-        self._records = torch.is_grad_enabled() or any(n.target is SET_GRAD_ENABLED for n in root.graph.nodes)
+        self.records = torch.is_grad_enabled() or any(n.target is SET_GRAD_ENABLED for n in root.graph.nodes)
         self._lifted: list[Node] = []
 
     def packed_weight(self, pack: Pack, like: Tensor) -> Node:
@@ -66,7 +69,7 @@ class LiftedView(GraphModuleView):
         return node
 
     def trains(self, weights: Iterable[Weight]) -> bool:
-        return self._records and super().trains(weights)
+        return self.records and super().trains(weights)
 
     def linear(self, x: Node, weight: Node, bias: Node | None) -> Node:
         if self._generates and self._is_one_row(x):

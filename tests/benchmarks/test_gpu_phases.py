@@ -161,7 +161,7 @@ def test_both_phases_are_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[
     asked = plan(rehearse=True)
     sections = measuring.PHASE.sections(asked)
     found = {section.name: place.found("measure", section.name) for section in sections}
-    for name in ("decoder", "decoder, tuned", "latency", "latency, eager", "training"):
+    for name in ("decoder", "decoder, tuned", "latency", "latency, guards skipped", "latency, eager", "training"):
         rows = found[name]["rows"]  # type: ignore[index]
         assert rows
         assert not [row for row in rows if {"refused", "unavailable"} & row.keys()], name

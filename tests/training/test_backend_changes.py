@@ -246,3 +246,22 @@ def test_two_compiled_models_on_one_base_take_turns() -> None:
         for call in (one, two):
             assert_right(call, model, x)
     assert_stored_once(model)
+
+
+def test_only_what_records_gradients_pays_for_guards_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In inference a parameter's ``requires_grad`` changes nothing; with gradients a change is seen."""
+    asked: list[bool] = []
+    monkeypatch.setattr("flora_fx.backend.guard_requires_grad", lambda: asked.append(torch.is_grad_enabled()))
+    model, x = net(), inputs()
+    call = compiled(model)
+    with torch.no_grad():
+        assert_right(call, model, x)
+    assert asked == []
+    call(x).sum().backward()
+    assert set(asked) == {True}
+    trained = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    assert trained.grad is not None
+    trained.requires_grad_(False)
+    trained.grad = None
+    call(x).sum().backward()
+    assert trained.grad is None
