@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -20,7 +20,7 @@ from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 from .step import CachedStep, empty_cache
 
-__all__ = ["LIVE", "RUNNERS", "UNGUARDED", "Form", "TorchContender", "available", "built", "make_contender"]
+__all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
 
 Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora", "flora, reduce-overhead"]
 
@@ -35,14 +35,12 @@ class Form:
             without CUDA graphs or with them.
         captured: as a graph from `flora_fx.capture`; otherwise the live model.
         fuse: how the captured graph is fused; None leaves it as it is.
-        guards: whether Dynamo looks at each call whether the model is still as it was compiled.
     """
 
     adapted: Adapted
     way: Way
     captured: bool = False
     fuse: FuseConfig | None = None
-    guards: bool = True
 
 
 def _forms(way: Way, fuse: FuseConfig) -> dict[str, Form]:
@@ -91,15 +89,6 @@ RUNNERS: dict[str, dict[str, Form]] = {
     "forms-eager": _all_forms("eager"),
     "forms-inductor": _all_forms("inductor"),
 }
-
-UNGUARDED = {"inductor": "inductor, guards skipped", "reduce-overhead": "reduce-overhead, guards skipped"}
-"""Runners, and the same after ``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``: what a server may do whose
-models do not change."""
-
-RUNNERS |= {
-    skipped: {name: replace(form, guards=False) for name, form in RUNNERS[runner].items()}
-    for runner, skipped in UNGUARDED.items()
-}
 """What takes turns under each runner; ``base`` is what ratios are taken to. CUDA graphs need a GPU."""
 
 LIVE: dict[str, Form] = {f"{name} (eager)": RUNNERS["eager"][name] for name in ("base", "PEFT")}
@@ -119,6 +108,9 @@ class TorchContender:
         decode: the same, for one token.
         cache: see `empty_cache`.
         compiled: whether Dynamo compiled both.
+
+    Attributes:
+        guards: whether Dynamo looks at each call whether the model is still as it was compiled.
     """
 
     note = ""
@@ -184,10 +176,6 @@ def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int
     with freezing:
         contender.prefill(prompt)
         contender.decode(token)
-    if not form.guards:
-        contender.prefill(prompt)
-        contender.decode(token)
-        contender.guards = False
     return contender
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..contenders.settings import Settings
-from ..contenders.torch_contenders import UNGUARDED
 from ..generation import loops as generation_loops
 from ..generation.loops import Job, loops, related
 from ..generation.swaps import Swaps, swap
@@ -41,12 +40,6 @@ def _sections(asked: Plan) -> list[Section]:
     return [
         Section("decoder", _decoder, 120, needs_provider=True, record=f"decoder-{onnx}"),
         Section("latency", partial(_latency, asked.runner, asked.forms), 120, record=f"latency-{forms}"),
-        Section(
-            "latency, guards skipped",
-            partial(_latency, UNGUARDED[asked.runner], asked.forms),
-            90,
-            record=f"latency-{forms}-guards-skipped",
-        ),
         Section("decoder, tuned", partial(_decoder, entries=TUNED), 100, True, f"decoder-{onnx}-tuned"),
         Section("generation", _generation, 75, needs_provider=True, record=f"generation-{onnx}"),
         Section("training", _training, 75, record=f"training-{forms}"),
@@ -101,11 +94,13 @@ def _decoder(asked: Plan, place: Folder, entries: Sequence[tuple[str, str]] = ()
 
 
 def _latency(runner: str, contenders: tuple[str, ...], asked: Plan, place: Folder) -> Results:
-    """PyTorch's forms in turns."""
+    """PyTorch's forms in turns; what is compiled a second time without guards."""
     result = _turns(asked, asked.torch, "base")
     job = torch_job(asked, place, runner, contenders)
-    result["rows"] = latency.rows([latency.sample(job, 0, _quiet)], job, result["bandwidth"])
-    yield result | {"caches": _caches()}
+    jobs = [job] if runner == "eager" else [job, replace(job, guards=False)]
+    for one, group in zip(jobs, latency.samples(jobs, 0, _quiet), strict=True):
+        result["rows"] += latency.rows([group], one, result["bandwidth"])
+        yield result | {"caches": _caches()}
 
 
 def _training(asked: Plan, place: Folder) -> Results:

@@ -25,7 +25,7 @@ from ..contenders.contender import Contender
 from ..contenders.models import Adapted, ffba_of, weights_of
 from ..contenders.references import known
 from ..contenders.settings import Settings
-from ..contenders.torch_contenders import LIVE, RUNNERS, Form, available, make_contender
+from ..contenders.torch_contenders import LIVE, RUNNERS, Form, TorchContender, available, make_contender
 from ..measure.isolated import Progress, isolated
 from ..measure.method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
 from ..measure.tolerances import verdict
@@ -128,6 +128,8 @@ class Job:
         peers: others that they are taken to as well.
         entries: of the configuration of ONNX Runtime's sessions, beside those that all have.
         kept: folder of float64 references, see `references.known`.
+        guards: whether Dynamo looks at each call whether the model is still as it was compiled. A server whose models
+            do not change may do without: ``torch.compiler.set_stance(skip_guard_eval_unsafe=True)``.
     """
 
     settings: Settings
@@ -141,6 +143,12 @@ class Job:
     peers: tuple[str, ...] = ()
     entries: tuple[tuple[str, str], ...] = ()
     kept: Path | None = None
+    guards: bool = True
+
+    @property
+    def label(self) -> str:
+        """The runner, in a row."""
+        return self.runner if self.guards else f"{self.runner}, guards skipped"
 
     @property
     def models(self) -> Mapping[str, Adapted]:
@@ -169,7 +177,10 @@ def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
 
 
 def samples(jobs: Sequence[Job], seed: int, progress: Progress) -> Iterator[dict[str, Any]]:
-    """`sample` of several jobs by the contenders of the first one: ONNX Runtime's serve prompts of any length."""
+    """`sample` of several jobs by the contenders of the first one: ONNX Runtime's serve prompts of any length.
+
+    Where a job skips guards, one before it has compiled all that it needs.
+    """
     order = random.Random(seed)
     built = _build(jobs[0], checked_text(jobs[0], seed)[0], order)
     for index, job in enumerate(jobs):
@@ -182,6 +193,9 @@ def _sample(
     drawn = torch.Generator().manual_seed(seed)
     prompt, following = _text(job, drawn)
     contenders = {name: found for name, found in built.items() if not isinstance(found, str)}
+    for contender in contenders.values():
+        if isinstance(contender, TorchContender):
+            contender.guards = job.guards
     refused = _disagreements(contenders, job, prompt, following[:CHECKED])
     refused |= _not_compiled(contenders, prompt, following[0])
     compiled_before = compilations()
@@ -339,7 +353,7 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
     for name in groups[0]["samples"]["ttft"]:
         model = job.models[name]
         weights = weights_of(job.settings, model)
-        row: dict[str, Any] = {"runner": job.runner, "prompt": job.prompt, "variant": name}
+        row: dict[str, Any] = {"runner": job.label, "prompt": job.prompt, "variant": name}
         row |= ffba_of(job.settings, model)
         if name in notes:
             row["note"] = notes[name]
@@ -371,6 +385,6 @@ def rows(groups: Sequence[Mapping[str, Any]], job: Job, ceiling: float) -> list[
         row["tpot"]["of_streaming_limit"] = limit / row["tpot"]["milliseconds"]
         found.append(row)
     found += [
-        {"runner": job.runner, "prompt": job.prompt, "variant": n, "refused": why} for n, why in unavailable.items()
+        {"runner": job.label, "prompt": job.prompt, "variant": n, "refused": why} for n, why in unavailable.items()
     ]
     return found

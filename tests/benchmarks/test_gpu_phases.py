@@ -161,12 +161,13 @@ def test_both_phases_are_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[
     asked = plan(rehearse=True)
     sections = measuring.PHASE.sections(asked)
     found = {section.name: place.found("measure", section.name) for section in sections}
-    for name in ("decoder", "decoder, tuned", "latency", "latency, guards skipped", "latency, eager", "training"):
+    for name in ("decoder", "decoder, tuned", "latency", "latency, eager", "training"):
         rows = found[name]["rows"]  # type: ignore[index]
         assert rows
         assert not [row for row in rows if {"refused", "unavailable"} & row.keys()], name
     assert {row["variant"] for row in found["decoder"]["rows"]} == set(asked.graphs)  # type: ignore[index]
     assert {row["prompt"] for row in found["decoder"]["rows"]} == set(asked.prompts)  # type: ignore[index]
+    assert {row["runner"] for row in found["latency"]["rows"]} == {asked.runner, f"{asked.runner}, guards skipped"}  # type: ignore[index]
     assert found["decoder, tuned"]["entries"] == dict(measuring.TUNED)  # type: ignore[index]
     for name in ("latency", "training"):
         caches: dict[str, int] = found[name]["caches"]  # type: ignore[index]
