@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,21 +20,19 @@ from flora_fx.fusing import fuse, report
 from flora_fx.reporting.fusion_report import combined
 
 from .check.checking import check
-from .directory.genai_config import write_genai_config
-from .directory.generation_config import generation_notes, own_options
+from .describing import describe
+from .directory.companions import write_companions
 from .directory.identity import identify
-from .directory.manifest import ENCODER, MANIFEST, MODEL, Manifest, versions, write_manifest
+from .directory.manifest import MANIFEST, MODEL, write_manifest
 from .directory.saving import save_graphs
 from .directory.staging import staged
-from .forms import forms_for
-from .lora.swappable import check_swappable, make_live
+from .lora.swappable import check_swappable
 from .result import ExportResult
-from .rewrite.splits import join_heads, split_once
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
-from .trace.capture import Target, Traced, max_positions
-from .trace.model import DTYPES, Kind, kind_of, private_copy, unwrap
-from .trace.tracing import trace
+from .targets import Target, TargetName, trace
+from .trace.model import DTYPES, kind_of, private_copy, unwrap
 from .translate.lowering import lower
+from .translate.swappable import make_swappable
 
 __all__ = ["export_onnx"]
 
@@ -50,7 +47,7 @@ def export_onnx(
     providers: Sequence[Any] = DEFAULT_PROVIDERS,
     overwrite: bool = False,
     config: FuseConfig | None = None,
-    target: Target | None = None,
+    target: TargetName | None = None,
     hot_swap: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -70,7 +67,7 @@ def export_onnx(
         dtype: float32, float16 or bfloat16, to cast to; None for the model's own.
         providers: ONNX Runtime execution providers for the check; those that this machine lacks are passed over.
         overwrite: replace an earlier export.
-        config: the fused forms; None for those that were measured to be the fastest, see `forms_for`.
+        config: the fused forms; None for those that were measured to be the fastest, see `flora_fx.export.forms`.
         target: of a causal LM. ``"decoder"``: attention is ``com.microsoft::GroupQueryAttention``, and the directory is
             a model directory of onnxruntime-genai. ``"general"``: plain ONNX operators. None: the first where the
             model's attention is such, the second where it is not; `ExportResult.notes` says why.
@@ -114,7 +111,7 @@ def export_onnx(
         raise TypeError(f"dtype is {dtype!r}; it must be one of {', '.join(f'torch.{name}' for name in DTYPES)}")
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
-    if target not in (None, *get_args(Target)):
+    if target not in (None, *get_args(TargetName)):
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
     core = unwrap(model)
@@ -135,32 +132,27 @@ def export_onnx(
     with staged(destination, overwrite=overwrite, marker=MANIFEST) as place:
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
-            traced = trace(reference, kind, example_inputs, target=target, provider=provider)
-            if hot_swap and traced.target != "decoder":
-                raise ExportError(f"hot_swap is for target 'decoder'; {'; '.join(traced.notes) or kind}")
-            forms = config or forms_for(traced.target, hot_swap=hot_swap)
+            chosen, traced = trace(reference, kind, example_inputs, target, provider)
+            own_forms = chosen.forms if not hot_swap else _swappable_forms(chosen, "; ".join(traced.notes) or kind)
         with CAPTURING, stage("fuse"):
-            programs = {MODEL: traced} if traced.encoder is None else {ENCODER: traced.encoder, MODEL: traced}
-            fused = {name: fuse(part.program, config=forms) for name, part in programs.items()}
-            fusion = combined([report(part) for part in fused.values()])
-            if traced.target == "decoder":
-                split_once(fused[MODEL])
-                join_heads(fused[MODEL])
+            parts = chosen.graphs(traced)
+            fused = {name: fuse(part.program, config=config or own_forms) for name, part in parts.items()}
+            fusion = combined([report(program) for program in fused.values()])
+            chosen.finish(fused)
         with CAPTURING, stage("translate"):
-            graphs = {name: lower(fused[name], part) for name, part in programs.items()}
-            live = make_live(graphs[MODEL], fusion, reference) if hot_swap else ()
+            graphs = {name: lower(fused[name], part) for name, part in parts.items()}
+            swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
-            manifest = replace(_manifest(core, reference, traced, kind), identity=identify(model, core), live=live)
+            write_companions(place, core, reference, tokenizer)
+            manifest = describe(core, reference, kind, chosen, traced)
             for note in manifest.notes[len(traced.notes) :]:
                 warnings.warn(note, stacklevel=2)
-            if traced.target == "decoder":
-                notes = write_genai_config(place, reference, traced, provider)
-                manifest = replace(manifest, notes=[*manifest.notes, *notes])
+            notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider)]
+            manifest = replace(manifest, identity=identify(model, core), live=swappable, notes=notes)
             example = traced.example
             # They hold the packs: a second copy of the weights, not needed for the check.
-            del graphs, fused, programs, traced
-            _write_companions(core, reference, place, tokenizer)
+            del graphs, fused, parts, traced
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example)
@@ -178,52 +170,7 @@ def export_onnx(
     )
 
 
-def _manifest(core: nn.Module, reference: nn.Module, traced: Traced, kind: Kind) -> Manifest:
-    config: Any = core.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    generation = getattr(core, "generation_config", None)
-    weights = next(p.dtype for p in reference.parameters() if p.is_floating_point())
-    names = {value: name for name, value in DTYPES.items()}
-    if weights not in names:
-        raise ExportError(f"the model's weights are {weights}; pass dtype= one of {', '.join(DTYPES)}")
-
-    def token(name: str) -> Any:
-        found = getattr(generation, name, None)
-        return getattr(text, name, None) if found is None else found
-
-    ends = token("eos_token_id")
-    start = token("decoder_start_token_id")
-    start = token("bos_token_id") if start is None else start  # as transformers' generate has it
-    return Manifest(
-        kind=kind,
-        architecture=type(core).__name__,
-        dtype=names[weights],
-        inputs=list(traced.inputs),
-        outputs=list(traced.outputs),
-        target=traced.target,
-        needs_mask=traced.needs_mask,
-        notes=[*traced.notes, *(generation_notes(core, traced.target) if kind != "encoder" else [])],
-        layers=traced.layers,
-        kv_heads=traced.kv_heads,
-        head_dim=traced.head_dim,
-        vocab_size=getattr(text, "vocab_size", None) or 0,
-        max_positions=0 if traced.endless else max_positions(core),
-        switches=list(traced.switches),
-        eos_token_ids=[] if ends is None else [ends] if isinstance(ends, int) else list(ends),
-        pad_token_id=token("pad_token_id"),
-        decoder_start_token_id=start if kind == "seq2seq-lm" else None,
-        generation=own_options(generation) if kind != "encoder" else {},
-        versions=versions(),
-    )
-
-
-def _write_companions(core: nn.Module, reference: nn.Module, place: Path, tokenizer: Any) -> None:
-    """``config.json``, ``generation_config.json`` and the tokenizer's files."""
-    config: Any = copy.deepcopy(reference.config)
-    config.architectures = [type(core).__name__]
-    config.to_json_file(place / "config.json")
-    generation: Any = getattr(core, "generation_config", None)
-    if generation is not None:
-        generation.to_json_file(place / "generation_config.json")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(place)
+def _swappable_forms(target: Target, why_not: str) -> FuseConfig:
+    if target.swappable_forms is None:
+        raise ExportError(f"hot_swap is for target 'decoder'; {why_not}")
+    return target.swappable_forms

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..run.decoder import Decoder
 from ..run.kv_memory import PAST, PRESENT
-from ..trace.capture import text_config
+from ..trace.text_config import text_config
 from .differences import Differences
 
 __all__ = ["check_crossings"]

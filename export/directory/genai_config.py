@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..trace.capture import Traced, text_config
+from ..trace.text_config import text_config
+from ..trace.traced import Traced
 from .genai_context import genai_context
-from .generation_config import own_options
+from .generation_config import own_options, setting
 
 __all__ = ["GENAI_CONFIG", "write_genai_config"]
 
@@ -38,19 +39,12 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
     """
     config, generation = text_config(model), getattr(model, "generation_config", None)
 
-    def number(name: str, default: Any) -> Any:
-        """As the generation config has it, else the model's config."""
-        for source in (generation, config):
-            value = getattr(source, name, None)
-            if value is not None:
-                return value
-        return default
-
     def token(name: str, default: int) -> int:
-        found = number(name, default)
-        return found if 0 <= found < config.vocab_size else default
+        found = setting(model, name)
+        return found if found is not None and 0 <= found < config.vocab_size else default
 
-    ends = number("eos_token_id", [])
+    ends = setting(model, "eos_token_id")
+    ends = [] if ends is None else ends
     ends = [end for end in (ends if isinstance(ends, list) else [ends]) if 0 <= end < config.vocab_size]
     first = ends[0] if ends else 0
     kind = config.model_type if config.model_type in _TYPES else "decoder"

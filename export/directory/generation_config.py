@@ -7,7 +7,9 @@ from typing import Any
 
 from flora_fx.errors import require
 
-__all__ = ["TAKEN", "generation_notes", "left_out", "own_options", "without_genai"]
+from ..trace.text_config import text_config
+
+__all__ = ["TAKEN", "generation_notes", "left_out", "own_options", "setting", "without_genai"]
 
 TAKEN = (
     "max_new_tokens",
@@ -52,16 +54,14 @@ _NO_TOKEN = {
 """Attributes of a ``GenerationConfig`` that choose no token. What is in none of these sets is named."""
 
 
-def generation_notes(model: Any, target: str) -> list[str]:
-    """Where tokens will not be those of transformers' ``generate``, or of the other runtime of the directory.
+def generation_notes(model: Any) -> list[str]:
+    """Where tokens will not be those of transformers' ``generate``.
 
     Args:
         model: the transformers model.
-        target: of the export.
     """
-    generation = getattr(model, "generation_config", None)
     notes = []
-    if missing := left_out(generation):
+    if missing := left_out(getattr(model, "generation_config", None)):
         asked = ", ".join(f"{name}={value!r}" for name, value in missing.items())
         notes.append(f"generation_config asks for {asked}, which exports do not have: `generate` goes without")
     if type(model).generate is not require("transformers", "hf").GenerationMixin.generate:
@@ -69,13 +69,13 @@ def generation_notes(model: Any, target: str) -> list[str]:
             f"generation: {type(model).__name__} has a `generate` of its own in transformers, whose further rules "
             "exports do not have"
         )
-    untold = without_genai(own_options(generation)) if target == "decoder" else []
-    if untold:
-        notes.append(
-            f"generation_config asks for {', '.join(untold)}: `generate` goes by it, but genai_config.json cannot say "
-            "it, and onnxruntime-genai goes without"
-        )
     return notes
+
+
+def setting(model: Any, name: str) -> Any:
+    """What a transformers model's generation config says, else the config of its text; None for nothing."""
+    found = getattr(getattr(model, "generation_config", None), name, None)
+    return getattr(text_config(model), name, None) if found is None else found
 
 
 def own_options(generation: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from flora_fx.checksums import sha256
 from flora_fx.errors import ExportError, require
 
-from ..lora.swappable import LiveWeight
+from ..lora.swappable import SwappableWeight
 from ..trace.model import Kind
 from .generation_config import TAKEN
 from .identity import Identity
@@ -76,7 +76,7 @@ class Manifest:
     generation: dict[str, Any] = field(default_factory=dict)
     needs_mask: bool = False
     notes: list[str] = field(default_factory=list)
-    live: tuple[LiveWeight, ...] = ()
+    live: tuple[SwappableWeight, ...] = ()
     identity: Identity = field(default_factory=Identity)
     versions: dict[str, str] = field(default_factory=dict)
     fusion: dict[str, Any] = field(default_factory=dict)
@@ -174,7 +174,7 @@ def _parse(path: Path, *, verify: bool) -> Manifest:
         known = {f.name for f in fields(Manifest)}
         content["generation"] = _generation(content)
         content["identity"] = Identity.from_dict(content.get("identity", {}))
-        content["live"] = tuple(map(LiveWeight.from_dict, content.get("live", ())))
+        content["live"] = tuple(map(SwappableWeight.from_dict, content.get("live", ())))
         manifest = Manifest(**{key: value for key, value in content.items() if key in known})
         if manifest.kind not in get_args(Kind) or not isinstance(manifest.files, dict):
             raise ValueError("kind or files")

@@ -21,7 +21,7 @@ from .conversation import Conversation
 from .kv_cache import GrowingCache, SharedCache
 from .kv_memory import SharedMemory, too_many
 from .session import Session
-from .swapping import LiveAdapter
+from .swapping import SwappableAdapter
 from .text_cache import TextCache
 
 __all__ = ["Decoder"]
@@ -47,7 +47,7 @@ class Decoder:
                 f"cuda_graph needs an export whose target is 'decoder'; this one is {manifest.target!r}: its keys and "
                 "values change their place with every token"
             )
-        self._adapter = LiveAdapter(session, manifest.live) if manifest.live else None
+        self._adapter = SwappableAdapter(session, manifest.live) if manifest.live else None
         live = {} if self._adapter is None else self._adapter.places
         self._memory = SharedMemory(session, manifest, live) if manifest.target == "decoder" else None
 

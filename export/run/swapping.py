@@ -11,20 +11,20 @@ from torch import Tensor
 from flora_fx.errors import AdapterError, ExportError, require
 
 from ..lora.reading import Lora, LoraLayer
-from ..lora.swappable import LiveWeight
+from ..lora.swappable import SwappableWeight
 from .buffer import Buffer
 from .session import Session
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["LiveAdapter"]
+__all__ = ["SwappableAdapter"]
 
 _Write = tuple[Tensor, Tensor, float]
 """Where (a view of a live weight), what, and times what."""
 
 
-class LiveAdapter:
+class SwappableAdapter:
     """The live weights of a session, in memory at addresses that stay; at first they hold the exported LoRA.
 
     Args:
@@ -38,7 +38,7 @@ class LiveAdapter:
         ExportError: the graph does not have them.
     """
 
-    def __init__(self, session: Session, weights: Iterable[LiveWeight]) -> None:
+    def __init__(self, session: Session, weights: Iterable[SwappableWeight]) -> None:
         ir = require("onnx_ir", "onnx")
         stored = ir.load(session.path).graph.initializers
         self.places: dict[str, tuple[Buffer, Sequence[int]]] = {}

@@ -1,80 +1,26 @@
-"""What a capture gives, and how `torch.export` is asked for one."""
+"""How `torch.export` is asked for a program."""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from flora_fx.errors import require
 from flora_fx.internals import exporter
 
-__all__ = ["PREFIX", "NotCaptured", "Target", "Traced", "capture", "first_line", "max_positions", "text_config"]
+from .refusals import NotCaptured, first_line
+
+__all__ = ["PREFIX", "capture"]
 
 PREFIX = "model."
 """Where wrappers hold the model that they are around; cut off the names of the weights again."""
-
-
-Target = Literal["general", "decoder"]
-
-
-class NotCaptured(Exception):  # noqa: N818
-    """torch.export refuses a program; in one line, why."""
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A captured model.
-
-    Attributes:
-        program: its graph.
-        inputs, outputs: their names, in order.
-        axes: names of the dynamic dimensions, by input.
-        layers: how many layers have keys and values; 0 for encoders.
-        kv_heads, head_dim: of the first layer's keys; 0 for encoders.
-        encoder: of an encoder-decoder, the program that runs once per prompt, in front of this one.
-        target: how it attends, see `export_onnx`.
-        notes: what a reader of the export should know.
-        example: inputs for the check, of other sizes than those of the capture; none for language models of tokens.
-        needs_mask: see `Manifest`.
-        endless: whether its positions have no end, whatever its config calls their number.
-        switches: after how many tokens rotary positions change for the whole text, see `export.trace.switches`.
-    """
-
-    program: ExportedProgram
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    axes: Mapping[str, Mapping[int, str]]
-    layers: int = 0
-    kv_heads: int = 0
-    head_dim: int = 0
-    encoder: Traced | None = None
-    target: Target = "general"
-    notes: tuple[str, ...] = ()
-    example: Mapping[str, Tensor] = field(default_factory=dict)
-    needs_mask: bool = False
-    endless: bool = False
-    switches: tuple[int, ...] = ()
-
-
-def text_config(model: nn.Module) -> Any:
-    """The config of a model's text part: its own, if it has no other parts."""
-    config: Any = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def max_positions(model: nn.Module) -> int:
-    """The most tokens that a model has positions for; 0 where there is no end."""
-    text = text_config(model)
-    # Whisper's decoder has its own.
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None) or 0
 
 
 def capture(wrapper: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedProgram:
@@ -102,16 +48,6 @@ def capture(wrapper: nn.Module, args: tuple[Any, ...], shapes: Any) -> ExportedP
             )
         except Exception as error:  # of many kinds
             raise NotCaptured(first_line(error)) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without the story that follows.
-
-    >>> first_line(RuntimeError("no\\nbecause")), first_line(KeyError())
-    ('no', 'KeyError')
-    """
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
 
 
 @contextmanager

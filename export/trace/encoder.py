@@ -12,9 +12,12 @@ from torch.export import Dim, ExportedProgram
 
 from flora_fx.errors import ExportError
 
-from .capture import NotCaptured, Traced, capture, text_config
-from .example import grown, linked, other_sizes, padded, tell_apart, varied
+from .capture import capture
+from .example import grown, linked, other_sizes, padded, tell_apart, token_ids, varied
+from .refusals import NotCaptured
 from .running import run_on
+from .text_config import text_config
+from .traced import Traced
 
 __all__ = ["trace_encoder"]
 
@@ -145,7 +148,7 @@ def _guess_inputs(model: nn.Module) -> dict[str, Tensor]:
     parameters = inspect.signature(model.forward).parameters
     guessed: dict[str, Tensor] = {}
     if main == "input_ids":
-        ids = torch.arange(2 * 7, device=parameter.device).reshape(2, 7) % config.vocab_size
+        ids = token_ids(model, 2, 7)
         guessed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "token_type_ids" in parameters and getattr(config, "type_vocab_size", 0) > 1:
             guessed["token_type_ids"] = torch.zeros_like(ids)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 
-from .capture import text_config
-from .example import padded, resized, runs
+from .example import padded, resized, runs, token_ids
 from .running import shapes_of
 
 __all__ = ["Source", "find_source"]
@@ -84,7 +83,7 @@ def find_source(model: nn.Module, run: Run, examples: Mapping[str, Tensor]) -> S
     example = examples.get(main)
     if main == "input_ids":
         if example is None or min(example.shape) < 2:
-            example = torch.arange(2 * 7, device=_parameter(model).device).reshape(2, 7) % text_config(model).vocab_size
+            example = token_ids(model, 2, 7)
         return Source(main, {"input_ids": example, "attention_mask": torch.ones_like(example)}, 1)
     if example is None:
         example = _made_up(model, main, run)

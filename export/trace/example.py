@@ -11,12 +11,23 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Run", "grown", "linked", "other_sizes", "padded", "resized", "runs", "tell_apart", "varied"]
+from .text_config import text_config
+
+__all__ = ["Run", "grown", "linked", "other_sizes", "padded", "resized", "runs", "tell_apart", "token_ids", "varied"]
 
 Run = Callable[[Mapping[str, Tensor]], object]
 """Runs a model on inputs by name."""
+
+
+def token_ids(model: nn.Module, rows: int, length: int) -> Tensor:
+    """Token ids [rows, length] on a model's device, each another one as far as the vocabulary goes.
+
+    To torch.export sizes 0 and 1 are special, and sizes that are equal are one: pass others.
+    """
+    device = next(model.parameters()).device
+    return torch.arange(rows * length, device=device).reshape(rows, length) % text_config(model).vocab_size
 
 
 def linked(run: Run, inputs: Mapping[str, Tensor]) -> list[tuple[str, ...]]:

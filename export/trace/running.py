@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 
-from .capture import first_line
+from .refusals import first_line
 
 __all__ = ["is_ours", "run_on", "shapes_of"]
 

@@ -19,10 +19,11 @@ from torch.export import Dim
 from flora_fx.errors import ExportError
 
 from ..rewrite.pruning import prune
-from .capture import Traced, capture, text_config
+from .capture import capture
 from .encoder_inputs import Source, find_source
-from .example import varied
+from .example import token_ids, varied
 from .running import run_on
+from .traced import Traced, with_cache
 from .whole_numbers import symbolic_int
 
 __all__ = ["trace_seq2seq"]
@@ -132,7 +133,6 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
         NotCaptured: torch.export refuses the model.
     """
     name = type(model).__name__
-    device = next(model.parameters()).device
     probe = _CrossAttention(model)
     source = find_source(model, probe.named, examples)
     remedy = f"pass example_inputs={{{source.main!r}: tensor with the batch in front}}, as its processor gives it"
@@ -147,7 +147,7 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     encoder = _trace_encoder(model, source)
 
     batch, heads, length, width = cross[0].shape
-    ids = torch.arange(batch * 3, device=device).reshape(batch, 3) % text_config(model).vocab_size
+    ids = token_ids(model, batch, 3)
     mask = ids.new_ones(batch, length) if source.is_text or masked else None
     past = tuple(kv.new_zeros(batch, kv.shape[1], 5, kv.shape[3]) for kv in cross)  # sizes that differ, none 0 or 1
     rows = Dim("batch")
@@ -166,36 +166,21 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     layers = len(cross) // 2
     names = [f"{i}.{which}" for i in range(layers) for which in ("key", "value")]
     seen = "sequence" if source.is_text else "encoded"
-    mask_axes = {_MASK: {0: "batch", 1: seen}}
     cross_axes = {f"cross_key_values.{name}": {0: "batch", 2: seen} if varies else {0: "batch"} for name in names}
-    random = varied(probe.named, source.other, 0) if source.other else {}
-    return Traced(
+    mask_axes = {_MASK: {0: "batch", 1: seen}}
+    return with_cache(
         decoder,
-        (
-            "input_ids",
-            *([] if mask is None else [_MASK]),
-            *(f"cross_key_values.{name}" for name in names),
-            *(f"past_key_values.{name}" for name in names),
-        ),
-        ("logits", *(f"present.{name}" for name in names)),
-        {
-            "input_ids": {0: "batch", 1: "target"},
-            **mask_axes,
-            **cross_axes,
-            **{f"past_key_values.{name}": {0: "batch", 2: "past"} for name in names},
-            "logits": {0: "batch", 1: "target"},
-            **{f"present.{name}": {0: "batch", 2: "total"} for name in names},
-        },
+        {"input_ids": {0: "batch", 1: "target"}, **({} if mask is None else mask_axes), **cross_axes},
         layers,
         heads,
         width,
-        Traced(
+        encoder=Traced(
             encoder,
             tuple(source.inputs),
             (*cross_axes, *([_MASK] if masked else [])),
             {**source.axes, **cross_axes, **mask_axes},
         ),
-        example=random,
+        example=varied(probe.named, source.other, 0) if source.other else {},
         needs_mask=source.needs_mask,
     )
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from flora_fx.export import export_onnx, load
-from flora_fx.export.trace.capture import Target
+from flora_fx.export.targets import TargetName
 from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
 from tests.export.longrope_models import build_longrope
@@ -20,10 +20,10 @@ from tests.export.stand_in import FakeCuda
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
     """Exports by the names of `build` and by target, each made when it is first asked for."""
-    cache: dict[tuple[str, Target | None], Exported] = {}
+    cache: dict[tuple[str, TargetName | None], Exported] = {}
     root = tmp_path_factory.mktemp("exports")
 
-    def get(name: str, target: Target | None = None) -> Exported:
+    def get(name: str, target: TargetName | None = None) -> Exported:
         if (name, target) not in cache:
             model = build(name)
             result = export_onnx(model, root / f"{name} {target}", target=target)
@@ -85,12 +85,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.fixture(scope="session")
-def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Target], Exported]:
+def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName], Exported]:
     """Exports of a LongRoPE model by target, each made when it is first asked for; one can be given another LoRA."""
-    cache: dict[Target, Exported] = {}
+    cache: dict[TargetName, Exported] = {}
     root = tmp_path_factory.mktemp("longrope")
 
-    def get(target: Target) -> Exported:
+    def get(target: TargetName) -> Exported:
         if target not in cache:
             model = build_longrope()
             result = export_onnx(model, root / target, target=target, hot_swap=target == "decoder")

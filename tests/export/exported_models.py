@@ -15,7 +15,7 @@ from torch import nn
 
 from flora_fx.export import Decoder, Encoder, ExportResult
 from flora_fx.export.directory.manifest import _digest
-from flora_fx.export.trace.capture import Target
+from flora_fx.export.targets import TargetName
 
 VOCAB = 97
 _LLAMA = {
@@ -220,7 +220,7 @@ class Exported:
 class Export(Protocol):
     """The fixture ``exported``."""
 
-    def __call__(self, name: str, target: Target | None = None) -> Exported:
+    def __call__(self, name: str, target: TargetName | None = None) -> Exported:
         """The export of a model that `build` makes; its target None is the usual one."""
 
 

@@ -17,13 +17,14 @@ from flora_fx.cli import generate
 from flora_fx.errors import ExportError, FloraError, TieError
 from flora_fx.export import Decoder, load
 from flora_fx.export.check.differences import Differences
+from flora_fx.export.describing import describe
 from flora_fx.export.directory.manifest import read_manifest
-from flora_fx.export.exporting import _manifest
-from flora_fx.export.lora.swappable import LiveWeight, _live_weights, make_live
+from flora_fx.export.lora.swappable import SwappableWeight
 from flora_fx.export.run.session import Session
-from flora_fx.export.run.swapping import LiveAdapter
+from flora_fx.export.run.swapping import SwappableAdapter
 from flora_fx.export.translate import lowering
 from flora_fx.export.translate.lowering import lower
+from flora_fx.export.translate.swappable import _swappable_weights, make_swappable
 from flora_fx.ir import Pack, Role, Slice
 
 from .exports import by_hand, reseal
@@ -51,15 +52,15 @@ def swapped_in_an_encoder(place: Path) -> None:
 def another_kind_of_adapter(place: Path) -> None:
     piece = Slice("blocks.0.flora_A.default.weight", Role.DOWN, (0, 3))
     packs = [Pack("mixed", (3, 4), (piece,), "x", "w.weight")]
-    list(_live_weights(odd(graph=odd(initializers={})), odd(packs=packs)))  # type: ignore[arg-type]
+    list(_swappable_weights(odd(graph=odd(initializers={})), odd(packs=packs)))  # type: ignore[arg-type]
 
 
 def declined(place: Path) -> None:
-    make_live(odd(), odd(declines=["o_proj: it is tied"]), adapted().base_model.model)
+    make_swappable(odd(), odd(declines=["o_proj: it is tied"]), adapted().base_model.model)
 
 
 def a_weight_that_is_not_there(place: Path) -> None:
-    LiveAdapter(session(place), [LiveWeight("lora", False, ())])
+    SwappableAdapter(session(place), [SwappableWeight("lora", False, ())])
 
 
 def growing_keys_in_a_cuda_graph(place: Path) -> None:
@@ -69,7 +70,7 @@ def growing_keys_in_a_cuda_graph(place: Path) -> None:
 
 def float64(place: Path) -> None:
     core = adapted().base_model.model.double()
-    _manifest(core, core, odd(), "causal-lm")
+    describe(core, core, "causal-lm", odd(), odd())
 
 
 EXPORTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {

@@ -14,9 +14,9 @@ from flora_fx.errors import ExportError
 from flora_fx.export import Sampling, Seq2Seq
 from flora_fx.export.check.differences import Differences, same_tokens
 from flora_fx.export.directory.manifest import Manifest
+from flora_fx.export.targets import trace
 from flora_fx.export.trace import seq2seq
 from flora_fx.export.trace.model import kind_of
-from flora_fx.export.trace.tracing import trace
 
 from .models import base
 from .test_messages import odd

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from flora_fx.export.lora.reading import Lora, LoraLayer
-from flora_fx.export.lora.swappable import LivePart, LiveWeight
+from flora_fx.export.lora.swappable import SwappablePart, SwappableWeight
 from flora_fx.export.run import swapping
 from flora_fx.export.run.session import Session
-from flora_fx.export.run.swapping import LiveAdapter
+from flora_fx.export.run.swapping import SwappableAdapter
 
 from .test_out_of_memory import ERRORS, Failing, interrupted
 
@@ -23,7 +23,7 @@ WEIGHTS = {"a": (3, 2), "b": (2, 4), "c": (4, 3), "d": (3, 5)}
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> LiveAdapter:
+def adapter(tmp_path: Path) -> SwappableAdapter:
     stored = [numpy_helper.from_array(torch.rand(*shape).numpy(), name) for name, shape in WEIGHTS.items()]
     values = ["x", "xa", "xab", "xabc", "xabcd"]
     nodes = [
@@ -37,10 +37,10 @@ def adapter(tmp_path: Path) -> LiveAdapter:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
     onnx.save(model, tmp_path / "model.onnx")
     live = [
-        LiveWeight(name, True, (LivePart(module, which, (0, WEIGHTS[name][1]), (0, WEIGHTS[name][0])),))
+        SwappableWeight(name, True, (SwappablePart(module, which, (0, WEIGHTS[name][1]), (0, WEIGHTS[name][0])),))
         for name, module, which in (("a", "one", "A"), ("b", "one", "B"), ("c", "two", "A"), ("d", "two", "B"))
     ]
-    return LiveAdapter(Session(tmp_path / "model.onnx", providers=["CPUExecutionProvider"]), live)
+    return SwappableAdapter(Session(tmp_path / "model.onnx", providers=["CPUExecutionProvider"]), live)
 
 
 def lora(value: float, *, both: bool) -> Lora:
@@ -50,7 +50,7 @@ def lora(value: float, *, both: bool) -> Lora:
     return Lora("test", layers)
 
 
-def weights(adapter: LiveAdapter) -> list[Tensor]:
+def weights(adapter: SwappableAdapter) -> list[Tensor]:
     return [buffer.host(tuple(map(int, shape)), torch.float32).clone() for buffer, shape in adapter.places.values()]
 
 
@@ -59,7 +59,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", [*ERRORS, "at a line"])
-def test_either_the_old_one_or_the_new_one(adapter: LiveAdapter, name: str) -> None:
+def test_either_the_old_one_or_the_new_one(adapter: SwappableAdapter, name: str) -> None:
     old, new = lora(3.0, both=True), lora(11.0, both=False)
     adapter.write(new)
     after = weights(adapter)

@@ -16,7 +16,7 @@ from torch import Tensor
 from flora_fx.benchmarks.contenders.models import Adapted, adapters_of, make_model
 from flora_fx.export import Decoder, ExportResult, export_onnx, load
 from flora_fx.export.check.differences import TOLERANCES, Differences, own_config, same_tokens
-from flora_fx.export.trace.capture import Target
+from flora_fx.export.targets import TargetName
 from tests.gpu.places import PROVIDERS, on_gpu, settings
 
 IDS = torch.tensor([[0, 0, 61, 8, 77], [11, 23, 5, 40, 3]])
@@ -37,8 +37,8 @@ class Case:
     device: str
     dtype: str
     adapted: Adapted
-    target: Target | None
-    gets: Target
+    target: TargetName | None
+    gets: TargetName
 
     @property
     def swaps(self) -> bool:

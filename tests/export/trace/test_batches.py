@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 
 from flora_fx.export import Encoder, export_onnx, load
+from flora_fx.export.targets import trace
 from flora_fx.export.trace.example import linked, other_sizes, padded, resized, tell_apart, varied
-from flora_fx.export.trace.tracing import trace
 from tests.export.exported_models import Exported
 
 TOWER: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_what_they_are_called(zero_shot: Exported) -> None:
 
 
 def test_an_example_of_one_image_and_three_texts() -> None:
-    traced = trace(clip().eval(), "encoder", {"pixel_values": torch.randn(1, 3, 16, 16), **texts(3)})
+    _, traced = trace(clip().eval(), "encoder", {"pixel_values": torch.randn(1, 3, 16, 16), **texts(3)})
     assert traced.axes["pixel_values"] == {0: "batch"}
     assert traced.axes["input_ids"] == {0: "input_ids_batch", 1: "sequence"}
     assert traced.axes["logits_per_image"] == {0: "batch", 1: "input_ids_batch"}
@@ -101,7 +101,7 @@ def test_an_example_of_one_image_and_three_texts() -> None:
 
 def test_boxes_go_with_their_tokens() -> None:
     corner = torch.randint(0, 20, (2, 7, 2))
-    traced = trace(layout_lm().eval(), "encoder", {**texts(2), "bbox": torch.cat([corner, corner + 9], -1)})
+    _, traced = trace(layout_lm().eval(), "encoder", {**texts(2), "bbox": torch.cat([corner, corner + 9], -1)})
     for name in ("input_ids", "attention_mask", "bbox", "last_hidden_state"):
         assert traced.axes[name] == {0: "batch", 1: "sequence"}
     assert traced.example["bbox"].shape == (3, 9, 4)

@@ -19,8 +19,9 @@ from flora_fx.adapters.config import Placement
 from flora_fx.export.forms import DECODER_FORMS
 from flora_fx.export.rewrite.rotary import ATTENTION, COS, INTERLEAVED, KEY, count_rotary
 from flora_fx.export.rewrite.splits import join_heads, split_once
-from flora_fx.export.trace.decoder import Unsuited, trace_decoder
+from flora_fx.export.trace.decoder import trace_decoder
 from flora_fx.export.trace.model import private_copy, unwrap
+from flora_fx.export.trace.refusals import Unsuited
 from tests.export.exported_models import build, plain
 
 LAYERS, VOCAB = 2, 97

@@ -18,13 +18,14 @@ from transformers.models.llama import modeling_llama
 
 from flora_fx.errors import ExportError
 from flora_fx.export import export_onnx, exporting
+from flora_fx.export.targets import GeneralTarget, trace
+from flora_fx.export.trace import causal_lm
 from flora_fx.export.trace import decoder as decoder_tracing
-from flora_fx.export.trace import tracing
-from flora_fx.export.trace.decoder import Unsuited, trace_decoder
+from flora_fx.export.trace.decoder import trace_decoder
 from flora_fx.export.trace.example import resized
 from flora_fx.export.trace.model import unwrap
+from flora_fx.export.trace.refusals import Unsuited
 from flora_fx.export.trace.running import run_on
-from flora_fx.export.trace.tracing import trace
 from tests.export.exported_models import VOCAB, Export, build, plain
 
 SMALL: dict[str, Any] = {
@@ -264,8 +265,8 @@ def test_other_targets(tmp_path: Path) -> None:
 def test_hot_swap_is_for_the_decoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, notes: tuple[str, ...], why: str
 ) -> None:
-    general = SimpleNamespace(target="general", notes=notes)
-    monkeypatch.setattr(exporting, "trace", lambda *_, **__: general)
+    traced = GeneralTarget(), SimpleNamespace(notes=notes)
+    monkeypatch.setattr(exporting, "trace", lambda *_, **__: traced)
     with pytest.raises(ExportError, match=f"hot_swap is for target 'decoder'; {why}"):
         export_onnx(build(name), tmp_path / "out", hot_swap=True)
     assert not list(tmp_path.iterdir())
@@ -358,7 +359,7 @@ def test_an_error_of_ours_is_not_said_to_be_torch_exports(monkeypatch: pytest.Mo
         raise AttributeError("ours")
 
     monkeypatch.setattr(decoder_tracing, "capture", broken)
-    monkeypatch.setattr(tracing, "capture", broken)
+    monkeypatch.setattr(causal_lm, "capture", broken)
     with pytest.raises(AttributeError, match=r"^ours$"):
         trace(llama(), "causal-lm", target=target)
 

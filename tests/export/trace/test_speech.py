@@ -15,10 +15,10 @@ from transformers import GenerationMixin
 
 from flora_fx.errors import ExportError
 from flora_fx.export import Seq2Seq, export_onnx, load
+from flora_fx.export.targets import trace
 from flora_fx.export.trace import whole_numbers
 from flora_fx.export.trace.example import resized
 from flora_fx.export.trace.model import kind_of
-from flora_fx.export.trace.tracing import trace
 from tests.export.exported_models import Exported
 
 VOCAB = 97
@@ -270,7 +270,7 @@ def test_a_mask_that_must_be_given(tmp_path: Any) -> None:
 
 
 def test_an_example_that_is_given() -> None:
-    traced = trace(moonshine().eval(), "seq2seq-lm", {"input_values": torch.randn(1, 5000)})
+    _, traced = trace(moonshine().eval(), "seq2seq-lm", {"input_values": torch.randn(1, 5000)})
     assert traced.encoder is not None
     assert traced.example["input_values"].shape == (2, 7500)
     assert traced.encoder.inputs == ("input_values", "attention_mask")

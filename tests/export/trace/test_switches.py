@@ -25,9 +25,9 @@ from flora_fx.export.check.checking import _run
 from flora_fx.export.check.crossing import check_crossings
 from flora_fx.export.check.differences import Differences
 from flora_fx.export.run.session import Session
-from flora_fx.export.trace import decoder as decoder_tracing
+from flora_fx.export.targets import trace
+from flora_fx.export.trace import rotary_tables
 from flora_fx.export.trace.switches import Changing, find_switches, rows_of
-from flora_fx.export.trace.tracing import trace
 from tests.export.exported_models import Export, Exported, edit_manifest
 from tests.export.longrope_models import POSITIONS, SWITCH, build_longrope, plain_longrope, prompts, uncached
 
@@ -102,7 +102,7 @@ def test_an_export_that_does_not_say_where_is_refused(longrope: Long, tmp_path: 
 def test_a_trace_leaves_the_frequencies_as_they_were(target: Any) -> None:
     model = plain_longrope()
     before = {name: (buffer.clone(), buffer._version) for name, buffer in model.named_buffers()}
-    assert trace(model, "causal-lm", target=target).switches == (SWITCH,)
+    assert trace(model, "causal-lm", target=target)[1].switches == (SWITCH,)
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name][0])
         assert buffer._version == before[name][1]
@@ -285,7 +285,7 @@ def test_a_graph_that_changes_elsewhere_is_found(longrope: Long, target: str) ->
 
 
 def test_an_export_that_would_not_change_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder_tracing, "find_switches", lambda rotary, length: ())
+    monkeypatch.setattr(rotary_tables, "find_switches", lambda rotary, length: ())
     with pytest.raises(ExportError, match="does not agree with PyTorch"):
         export_onnx(plain_longrope(), tmp_path / "out")
     assert not list(tmp_path.iterdir())

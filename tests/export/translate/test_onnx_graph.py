@@ -11,8 +11,8 @@ import pytest
 
 import flora_fx
 from flora_fx.export import export_onnx
+from flora_fx.export.targets import trace
 from flora_fx.export.trace.model import unwrap
-from flora_fx.export.trace.tracing import trace
 from flora_fx.export.translate.lowering import lower
 from tests.export.exported_models import Export, Exported, build
 
@@ -36,7 +36,7 @@ def test_projections_per_llama_layer(llama: Exported) -> None:
     ops = Counter(node.op_type for node in graph_of(llama).node)
     # qkv + its A's + 3 B's; o + A + B; gate_up + its A's + 2 B's; down + A + B; and one head
     assert gemms(ops) == LAYERS * (5 + 3 + 4 + 3 + ATTENTION) + 1
-    traced = trace(unwrap(build("llama")), "causal-lm", target="general")
+    _, traced = trace(unwrap(build("llama")), "causal-lm", target="general")
     unfused = Counter(node.op_type for node in lower(traced.program, traced).graph)
     assert gemms(unfused) == LAYERS * (7 * 3 + ATTENTION) + 1
     assert ops["Mul"] == unfused["Mul"] - LAYERS * 7, "the scales are in B"
