@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 
 from flora_fx.errors import ExportError, require
 
-from ..trace.tracing import PREFIX, Traced
+from ..trace.capture import PREFIX
+from ..trace.traced import Traced
 from .decoder_lowering import as_onnx_nodes, fuse_norms
 
 if TYPE_CHECKING:
