@@ -13,7 +13,7 @@
 
 Tensors of torch are on the CPU, whatever the session's device: what callers pass is put there first, and what runs
 return comes there, but for what the next run needs. That stays where it is: `Logits`, values of ONNX Runtime (keys and
-values, an encoder's states), and a `Buffer`'s memory, which the live weights of a LoRA are written to.
+values, an encoder's states), and a `Buffer`'s memory, which the swappable weights of a LoRA are written to.
 
 Only ``import flora_fx.export`` works with torch alone; each function asks for the extras that it needs.
 """

@@ -135,12 +135,12 @@ def export_onnx(
             chosen, traced = trace(reference, kind, example_inputs, target, provider)
             own_forms = chosen.forms if not hot_swap else _swappable_forms(chosen, "; ".join(traced.notes) or kind)
         with CAPTURING, stage("fuse"):
-            parts = chosen.graphs(traced)
-            fused = {name: fuse(part.program, config=config or own_forms) for name, part in parts.items()}
+            captured = chosen.graphs(traced)
+            fused = {name: fuse(part.program, config=config or own_forms) for name, part in captured.items()}
             fusion = combined([report(program) for program in fused.values()])
             chosen.finish(fused)
         with CAPTURING, stage("translate"):
-            graphs = {name: lower(fused[name], part) for name, part in parts.items()}
+            graphs = {name: lower(fused[name], part) for name, part in captured.items()}
             swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
@@ -152,7 +152,7 @@ def export_onnx(
             manifest = replace(manifest, identity=identify(model, core), live=swappable, notes=notes)
             example = traced.example
             # They hold the packs: a second copy of the weights, not needed for the check.
-            del graphs, fused, parts, traced
+            del graphs, fused, captured, traced
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example)

@@ -10,16 +10,16 @@ from flora_fx.errors import require
 __all__ = ["save_in_float32"]
 
 
-def save_in_float32(source: Path, target: Path, *, data: str) -> None:
+def save_in_float32(graph: Path, copy: Path, *, data: str) -> None:
     """Write a copy of a graph in which every bfloat16 is a float32, casts included.
 
     Args:
-        source: the graph.
-        target: the copy.
+        graph: the graph.
+        copy: the copy.
         data: name of the copy's file of weights, beside it.
     """
     ir = require("onnx_ir", "onnx")
-    model = ir.load(source)
+    model = ir.load(graph)
     narrow, wide = ir.DataType.BFLOAT16, ir.DataType.FLOAT
     for node in model.graph.all_nodes():
         for name, attribute in node.attributes.items():
@@ -35,7 +35,7 @@ def save_in_float32(source: Path, target: Path, *, data: str) -> None:
             value.dtype = wide
         if value.const_value is not None and value.const_value.dtype == narrow:
             value.const_value = _wide(value.const_value, ir)
-    ir.save(model, target, external_data=data)
+    ir.save(model, copy, external_data=data)
 
 
 def _wide(tensor: Any, ir: Any) -> Any:

@@ -49,7 +49,7 @@ class Manifest:
             `GenerationOptions` has. Empty in directories that were exported before this was kept.
         needs_mask: whether a speech model does not take a missing attention mask for one that is all ones.
         notes: see `ExportResult`.
-        live: the weights of the adapter, where another one may replace it (``hot_swap``).
+        live: the swappable weights: those of the adapter, where another one may replace it (``hot_swap``).
         identity: base and adapters.
         versions: of the packages that made the directory.
         fusion: `FusionReport.to_dict` of the fused graph.

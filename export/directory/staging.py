@@ -17,7 +17,7 @@ from pathlib import Path
 
 from flora_fx.errors import ExportError
 
-__all__ = ["check_target", "staged"]
+__all__ = ["check_place", "staged"]
 
 _ELSEWHERE = "choose another place"
 _FULL = "free some space there, or choose another place"
@@ -33,7 +33,7 @@ _REMEDIES = {
 """What a user can do about errors of the file system; all others are errors of the program."""
 
 
-def check_target(directory: Path, *, overwrite: bool, marker: str) -> None:
+def check_place(directory: Path, *, overwrite: bool, marker: str) -> None:
     """Refuse a place that must not be written to.
 
     Args:
@@ -62,13 +62,13 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     """A temporary sibling of ``directory`` that takes its place when the block ends, and goes if the block fails.
 
     Args:
-        directory, overwrite, marker: as for `check_target`, which is asked before and after the block.
+        directory, overwrite, marker: as for `check_place`, which is asked before and after the block.
 
     Yields:
         the empty sibling.
 
     Raises:
-        ExportError: see `check_target`; or the file system refuses, for it is full, say.
+        ExportError: see `check_place`; or the file system refuses, for it is full, say.
 
     Siblings that processes left behind as they were killed are removed; who still writes to one holds a lock on it.
 
@@ -78,7 +78,7 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     ...     os.listdir(root)
     ['a']
     """
-    check_target(directory, overwrite=overwrite, marker=marker)
+    check_place(directory, overwrite=overwrite, marker=marker)
     made: list[Path] = []
     staging: Path | None = None
     lock: int | None = None
@@ -92,7 +92,7 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
         staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         yield staging
         _sync(staging)
-        check_target(directory, overwrite=overwrite, marker=marker)
+        check_place(directory, overwrite=overwrite, marker=marker)
         _put(staging, directory)
     except BaseException as error:
         if staging is not None:
@@ -156,20 +156,20 @@ def _open_staging(directory: Path, made: list[Path]) -> Path:
         raise ExportError(f"{parent} cannot be written to ({error.strerror}); choose another place") from error
 
 
-def _put(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
+def _put(new: Path, place: Path) -> None:
+    if not place.exists():
+        new.rename(place)
         return
-    if _exchange(new, target):
+    if _exchange(new, place):
         shutil.rmtree(new, ignore_errors=True)  # it holds the old one now
         return
     # No exchange on this system: for a moment the old one is only there under another name.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old / "export")
+    old = Path(tempfile.mkdtemp(prefix=f".{place.name}.", suffix=".old", dir=place.parent))
+    place.rename(old / "export")
     try:
-        new.rename(target)
+        new.rename(place)
     except BaseException:
-        (old / "export").rename(target)
+        (old / "export").rename(place)
         old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)

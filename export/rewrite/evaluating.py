@@ -12,17 +12,17 @@ from torch.fx import Graph, Node, map_arg
 __all__ = ["between", "call", "evaluate", "sizes"]
 
 
-def between(source: Node, sink: Node) -> list[Node]:
-    """The nodes that ``sink`` needs and that need ``source``, in order, ``sink`` last; empty if there are none."""
-    needing = {source}
-    for node in _from(source):
+def between(first: Node, last: Node) -> list[Node]:
+    """The nodes that ``last`` needs and that need ``first``, in order, ``last`` last; empty if there are none."""
+    needing = {first}
+    for node in _from(first):
         if needing.intersection(node.all_input_nodes):
             needing.add(node)
-        if node is sink:
+        if node is last:
             break
-    wanted: set[Node] = {sink} & needing
-    found = [node for node in reversed(list(source.graph.nodes)) if _is_wanted(node, wanted, needing)]
-    return [node for node in reversed(found) if node is not source]
+    wanted: set[Node] = {last} & needing
+    found = [node for node in reversed(list(first.graph.nodes)) if _is_wanted(node, wanted, needing)]
+    return [node for node in reversed(found) if node is not first]
 
 
 def _from(node: Node) -> Iterable[Node]:

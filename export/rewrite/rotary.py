@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from flora_fx.decoder_ops import rotate
 
 from .evaluating import between, call, evaluate, sizes
-from .views import LAYOUTS, moved
+from .views import VIEWS, before_views
 
 __all__ = ["absorb_rotary", "count_rotary", "reads_positions"]
 
@@ -72,9 +72,9 @@ def absorb_rotary(program: ExportedProgram) -> int:
             absorbed += 1
         for index in (QUERY, KEY, VALUE):
             if isinstance(operand := node.args[index], Node):
-                node.update_arg(index, moved(operand))
+                node.update_arg(index, before_views(operand))
     for node in graph.nodes:  # the heads that attention returns are flat again where a projection reads them
-        if node.op == "call_function" and node.target in LAYOUTS and (earlier := moved(node)) is not node:
+        if node.op == "call_function" and node.target in VIEWS and (earlier := before_views(node)) is not node:
             node.replace_all_uses_with(earlier)
     graph.eliminate_dead_code()
     graph.lint()
@@ -84,9 +84,9 @@ def absorb_rotary(program: ExportedProgram) -> int:
 
 @dataclass(frozen=True)
 class _Rotation:
-    """``source`` is rotated with ``way``: the tables, and whether neighbours are rotated together."""
+    """``value`` is rotated with ``way``: the tables, and whether neighbours are rotated together."""
 
-    source: Node
+    value: Node
     heads_first: bool
     way: tuple[Node, Node, bool]
 
@@ -96,13 +96,13 @@ def _rotation(sink: Node) -> _Rotation | None:
     rows = [node for node in _ancestors(sink) if node.op == "call_function" and node.target is ROWS]
     if len(rows) != 1 or not _is_position(rows[0].args[2]) or _width(rows[0].args[0]) % 8:
         return None  # 8: what ONNX Runtime's kernels ask of the tables
-    source = _source(sink, rows[0])
-    if source is None:
+    value = _rotated(sink, rows[0])
+    if value is None:
         return None
     cos, sin, doubled = rows[0].args[0], rows[0].args[1], rows[0].args[3]
     assert isinstance(cos, Node)
     assert isinstance(sin, Node)
-    given, wanted = sizes(source), sizes(sink)
+    given, wanted = sizes(value), sizes(sink)
     if given is None or wanted is None or len(given) != 4:
         return None
     random = torch.Generator().manual_seed(0)
@@ -110,15 +110,15 @@ def _rotation(sink: Node) -> _Rotation | None:
     angles = torch.rand(*wanted[:2], sizes(cos)[1], generator=random, dtype=torch.float64)  # type: ignore[index]
     tables = (angles.cos() * 1.5, angles.sin() * 1.5)
     twice = [t.repeat_interleave(2, -1) if doubled else torch.cat([t, t], -1) for t in tables]
-    nodes = [node for node in _unique(between(source, sink), between(rows[0], sink)) if node is not source]
+    nodes = [node for node in _unique(between(value, sink), between(rows[0], sink)) if node is not value]
     try:
-        found = evaluate(nodes, {source: x, rows[0]: tuple(twice)})
+        found = evaluate(nodes, {value: x, rows[0]: tuple(twice)})
     except (KeyError, RuntimeError):  # it needs something else besides
         return None
     for heads_first, interleaved in itertools.product((True, False), (False, True)):
         flat = rotate(x.transpose(1, 2) if heads_first else x, *tables, interleaved).flatten(2)
         if flat.shape == found.shape and torch.allclose(flat, found.double(), rtol=1e-4, atol=1e-5):
-            return _Rotation(source, heads_first, (cos, sin, interleaved))
+            return _Rotation(value, heads_first, (cos, sin, interleaved))
     return None
 
 
@@ -136,7 +136,7 @@ def _ancestors(node: Node) -> list[Node]:
 
 
 def _is_position(node: object) -> bool:
-    while isinstance(node, Node) and node.target in LAYOUTS:
+    while isinstance(node, Node) and node.target in VIEWS:
         node = node.args[0]
     return isinstance(node, Node) and node.target is POSITIONS
 
@@ -146,7 +146,7 @@ def _width(table: object) -> int:
     return shape[-1] if shape else 0
 
 
-def _source(sink: Node, rows: Node) -> Node | None:
+def _rotated(sink: Node, rows: Node) -> Node | None:
     """The value that was rotated: the last one that all of the rotation comes from, but for its angles."""
     order = {node: index for index, node in enumerate(sink.graph.nodes)}
     turned = {*between(rows, sink)}
@@ -161,10 +161,10 @@ def _source(sink: Node, rows: Node) -> Node | None:
         if not (operands := set(_tensors(last))):
             return None
         frontier |= operands
-    source = next(iter(frontier), None)
-    while source is not None and source.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default):
-        source = source.all_input_nodes[0]
-    return source
+    value = next(iter(frontier), None)
+    while value is not None and value.target in (aten.to.dtype, aten._to_copy.default, aten.clone.default):
+        value = value.all_input_nodes[0]
+    return value
 
 
 def _tensors(node: Node) -> Iterator[Node]:
@@ -179,8 +179,8 @@ def _unique(*groups: list[Node]) -> list[Node]:
 
 
 def _flat(graph: Graph, rotation: _Rotation) -> Node:
-    """A rotated value's source as [batch, seq, heads · dim]."""
-    node = rotation.source
+    """What was rotated, as [batch, seq, heads · dim]."""
+    node = rotation.value
     if rotation.heads_first:
         node = call(graph, aten.transpose.int, node, 1, 2)
     return call(graph, aten.flatten.using_ints, node, 2)

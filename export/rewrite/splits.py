@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from .evaluating import call, sizes
 from .rotary import ATTENTION, QUERY, VALUE
-from .views import moved
+from .views import before_views
 
 __all__ = ["join_heads", "split_once"]
 
@@ -92,7 +92,7 @@ class _Part:
 
 def _part(node: Node) -> _Part | None:
     """Which range of what a value is, wherever its layout was changed."""
-    return _part_of(moved(node))
+    return _part_of(before_views(node))
 
 
 def _part_of(node: Node) -> _Part | None:

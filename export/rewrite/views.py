@@ -7,11 +7,11 @@ from torch.fx import Node
 
 from .evaluating import evaluate, sizes
 
-__all__ = ["LAYOUTS", "moved"]
+__all__ = ["VIEWS", "before_views"]
 
 aten = torch.ops.aten
 
-LAYOUTS = {
+VIEWS = {
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -25,14 +25,14 @@ LAYOUTS = {
     aten._to_copy.default,
     aten.alias.default,
 }
-"""Operators that may change the layout of a value; whether they change its content is tried."""
+"""Operators that may show the same elements in another shape; whether they do is tried."""
 
 
-def moved(sink: Node) -> Node:
+def before_views(sink: Node) -> Node:
     """The earliest value that is ``sink``, element by element."""
     best = node = sink
     chain: list[Node] = []
-    while node.op == "call_function" and node.target in LAYOUTS:
+    while node.op == "call_function" and node.target in VIEWS:
         chain.insert(0, node)
         node = node.all_input_nodes[0]
         given = sizes(node)

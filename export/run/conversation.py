@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
+from ..directory.manifest import Manifest
 from ..tokens.ending import Ending
 from ..tokens.options import GenerationOptions, plan
 from ..tokens.stream import TokenStream
-from .text_cache import left_padded
-
-if TYPE_CHECKING:
-    from .decoder import Decoder
+from .continuing import checked_prompt, continuation
+from .text_cache import TextCache, left_padded
 
 __all__ = ["Conversation"]
 
@@ -29,6 +28,11 @@ class Conversation:
 
     A turn whose stream is left early ends with the last token that was taken.
 
+    Args:
+        cache: of a decoder, that keeps what it ran.
+        manifest: of the decoder.
+        name: of the decoder, to be shown.
+
     Attributes:
         rows: the tokens of each row so far, answers included; padding is not in there.
 
@@ -38,14 +42,15 @@ class Conversation:
     ...     print(tokenizer.decode(chat.generate(ids, max_new_tokens=100)[0]))
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, cache: TextCache, manifest: Manifest, *, name: str) -> None:
         self.rows: list[list[int]] = []
-        self._decoder = decoder
-        self._cache = decoder.new_cache(keeps=True)
+        self._cache = cache
+        self._manifest = manifest
+        self._name = name
         self._turn = 0
 
     def __repr__(self) -> str:
-        return f"Conversation({self._decoder!r}, {[len(row) for row in self.rows]} tokens)"
+        return f"Conversation({self._name}, {[len(row) for row in self.rows]} tokens)"
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationOptions]
@@ -74,16 +79,15 @@ class Conversation:
 
         It ends with a RuntimeError where the next turn, or another prompt, has begun before its last token.
         """
-        decoder = self._decoder
-        ids, mask = decoder.prompt(input_ids, attention_mask)
+        ids, mask = checked_prompt(input_ids, attention_mask, self._manifest.vocab_size)
         if self.rows and len(ids) != len(self.rows):
             raise ValueError(f"input_ids has {len(ids)} rows; this conversation has {len(self.rows)}")
         before = self.rows or [[] for _ in ids]
         rows = [[*old, *new[kept.bool()].tolist()] for old, new, kept in zip(before, ids, mask, strict=True)]
         text, kept = left_padded(rows)
-        planned = plan(options, decoder.manifest, text, kept)
+        planned = plan(options, self._manifest, text, kept)
         self._turn += 1
-        tokens, ending = decoder.run(self._cache, text, kept, planned)
+        tokens, ending = continuation(self._cache, text, kept, planned, self._manifest.max_positions)
         return TokenStream(self._noted(tokens, ending, rows, self._turn), ending)
 
     def _noted(self, tokens: Iterator[Tensor], ending: Ending, rows: list[list[int]], turn: int) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, Unpack, overload
 
@@ -12,14 +11,13 @@ from flora_fx.errors import ExportError
 
 from ..directory.manifest import Manifest
 from ..lora.reading import read_lora
-from ..tokens.arguments import padding_mask, tokens
-from ..tokens.ending import Ending
 from ..tokens.generated import Generated, Record, Streamer, gather, record_for
-from ..tokens.options import GenerationOptions, Plan, plan
+from ..tokens.options import GenerationOptions, plan
 from ..tokens.stream import TokenStream
+from .continuing import checked_prompt, checked_text, continuation
 from .conversation import Conversation
 from .kv_cache import GrowingCache, SharedCache
-from .kv_memory import SharedMemory, too_many
+from .kv_memory import SharedMemory
 from .session import Session
 from .swapping import SwappableAdapter
 from .text_cache import TextCache
@@ -48,8 +46,8 @@ class Decoder:
                 "values change their place with every token"
             )
         self._adapter = SwappableAdapter(session, manifest.live) if manifest.live else None
-        live = {} if self._adapter is None else self._adapter.places
-        self._memory = SharedMemory(session, manifest, live) if manifest.target == "decoder" else None
+        weights = {} if self._adapter is None else self._adapter.places
+        self._memory = SharedMemory(session, manifest, weights) if manifest.target == "decoder" else None
 
     def __repr__(self) -> str:
         graph = ", CUDA graph" if self.session.cuda_graph else ""
@@ -73,7 +71,7 @@ class Decoder:
             TypeError, ValueError: inputs of the wrong type or shape, or tokens outside of the vocabulary.
             ExportError: ONNX Runtime fails.
         """
-        ids, mask = self._checked(input_ids, attention_mask)
+        ids, mask = checked_text(input_ids, attention_mask, self.manifest.vocab_size)
         return self.new_cache().score(ids, mask)
 
     def load_adapter(self, source: str | Path | nn.Module) -> None:
@@ -113,7 +111,7 @@ class Decoder:
         >>> answer = chat.generate(first_question, max_new_tokens=100)  # doctest: +SKIP
         >>> answer = chat.generate(next_question, max_new_tokens=100)  # runs these tokens only  # doctest: +SKIP
         """
-        return Conversation(self)
+        return Conversation(self.new_cache(keeps=True), self.manifest, name=repr(self))
 
     @overload
     def generate(
@@ -197,50 +195,6 @@ class Decoder:
         self, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions, record: Record | None
     ) -> tuple[Tensor, TokenStream]:
         """The prompts, checked, and their tokens to come."""
-        ids, mask = self.prompt(input_ids, attention_mask)
+        ids, mask = checked_prompt(input_ids, attention_mask, self.manifest.vocab_size)
         planned = plan(options, self.manifest, ids, mask, record)
-        return ids, TokenStream(*self.run(self.new_cache(), ids, mask, planned))
-
-    def prompt(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The arguments of `generate`, checked: tokens and mask as int64 on the CPU."""
-        ids, mask = self._checked(input_ids, attention_mask)
-        if not bool(mask[:, -1].all()):
-            row = int((mask[:, -1] == 0).nonzero()[0])
-            raise ValueError(
-                f"row {row} of attention_mask ends with 0: the prompt is padded on the right, and its continuation "
-                "would follow the padding. Pad on the left (tokenizer.padding_side = 'left')"
-            )
-        return ids, mask
-
-    def run(self, cache: TextCache, ids: Tensor, mask: Tensor, plan: Plan) -> tuple[Iterator[Tensor], Ending]:
-        """The tokens after a whole text, of which a cache may hold something, and what is told of them.
-
-        Raises:
-            ValueError: it is longer than the model has positions.
-        """
-        limit, lengths = self.manifest.max_positions, mask.sum(1).tolist()
-        if limit and max(lengths) > limit:
-            raise too_many(max(lengths), limit)
-        ending = Ending(plan.stopping, lengths, plan.count, limit)
-        return self._tokens(cache, ids, mask, plan, ending), ending
-
-    def _tokens(self, cache: TextCache, ids: Tensor, mask: Tensor, plan: Plan, ending: Ending) -> Iterator[Tensor]:
-        logits = cache.prefill(ids, mask, plan.count - 1)
-        ended = [False] * len(ids)
-        while True:
-            token = plan.choose(logits, ended)
-            yield token
-            new = token.tolist()
-            ended = ending(new)
-            if ending.over:
-                return
-            logits = cache.decode(new)
-
-    def _checked(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Both as int64 on the CPU, in the one shape [batch, seq]."""
-        ids = tokens("input_ids", input_ids, self.manifest.vocab_size)
-        mask = padding_mask(attention_mask, ids)
-        if not bool(mask.any(1).all()):
-            row = int((~mask.any(1)).nonzero()[0])
-            raise ValueError(f"row {row} of attention_mask is all 0: there is no token in it")
-        return ids, mask
+        return ids, TokenStream(*continuation(self.new_cache(), ids, mask, planned, self.manifest.max_positions))

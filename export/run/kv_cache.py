@@ -13,7 +13,7 @@ from flora_fx.errors import ExportError
 
 from ..directory.manifest import Manifest
 from ..tokens.logits import Logits
-from .kv_memory import PAST, PRESENT, Layout, SharedMemory, too_many
+from .kv_memory import PAST, PRESENT, BatchMemory, SharedMemory, too_many
 from .session import Session, Value
 
 __all__ = ["GrowingCache", "SharedCache"]
@@ -105,7 +105,7 @@ class SharedCache:
 
     def __init__(self, memory: SharedMemory) -> None:
         self._memory = memory
-        self._layout: Layout
+        self._batch: BatchMemory
         self._lengths: list[int] = []
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class SharedCache:
         logits = self._prompt(ids, mask, room)
         lengths = mask.sum(1)
         self._lengths = lengths.tolist()
-        self._layout.fill(mask)
+        self._batch.fill(mask)
         return Logits(logits[torch.arange(len(ids)), lengths - 1])
 
     def decode(self, tokens: list[int]) -> Logits:
@@ -134,7 +134,7 @@ class SharedCache:
         self.claim()
         # A row at the last position stays there, overwritten.
         places = [min(length, self._memory.limit - 1) for length in self._lengths]
-        logits = self._layout.step(tokens, places)
+        logits = self._batch.step(tokens, places)
         self._lengths = [place + 1 for place in places]
         return logits
 
@@ -158,22 +158,22 @@ class SharedCache:
     def takes(self, count: int, room: int) -> bool:
         """As `GrowingCache.takes`; several tokens of one row only, for so it is with GroupQueryAttention on CPUs."""
         one = count == 1 or len(self._lengths) == 1
-        return one and self._memory.wanted(max(self._lengths) + count, room) <= self._layout.capacity
+        return one and self._memory.wanted(max(self._lengths) + count, room) <= self._batch.capacity
 
     def extend(self, ids: Tensor) -> Logits:
         """As `GrowingCache.extend`."""
         if ids.shape[1] == 1:
             return self.decode(ids[:, 0].tolist())
         self._lengths = [length + ids.shape[1] for length in self._lengths]
-        mask = (torch.arange(self._layout.capacity) < torch.tensor(self._lengths)[:, None]).long()
-        self._layout.fill(mask)
-        return Logits(self._layout.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")[:, -1])
+        mask = (torch.arange(self._batch.capacity) < torch.tensor(self._lengths)[:, None]).long()
+        self._batch.fill(mask)
+        return Logits(self._batch.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")[:, -1])
 
     def _prompt(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         batch, length = ids.shape
-        self._layout = self._memory.lend(self, batch, length, room)
+        self._batch = self._memory.lend(self, batch, length, room)
         # Without room: a mask as long as the prompt is what tells GroupQueryAttention that nothing is before it.
-        return self._layout.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")
+        return self._batch.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")
 
 
 def _pad_right(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..tokens.logits import Logits
 from .buffer import Buffer
 from .session import Binding, Session
 
-__all__ = ["PAST", "PRESENT", "Layout", "SharedMemory", "too_many"]
+__all__ = ["PAST", "PRESENT", "BatchMemory", "SharedMemory", "too_many"]
 
 PAST, PRESENT = "past_key_values.", "present."
 """How the names of keys and values begin, going in and coming out."""
@@ -32,28 +32,30 @@ class SharedMemory:
     Args:
         session: of a graph whose target is ``"decoder"``.
         manifest: of the graph.
-        live: further inputs of every run, see `Session.bind`.
+        further: what is bound in every run besides, see `Session.bind`.
 
     Attributes:
         limit: the model's positions.
         buffers: by the names of the inputs, and ``logits``.
     """
 
-    def __init__(self, session: Session, manifest: Manifest, live: Mapping[str, tuple[Buffer, Sequence[int]]]) -> None:
+    def __init__(
+        self, session: Session, manifest: Manifest, further: Mapping[str, tuple[Buffer, Sequence[int]]]
+    ) -> None:
         self._owner: Callable[[], object] = lambda: None
         self.limit = manifest.max_positions or sys.maxsize
         self.buffers: dict[str, Buffer] = {}
         self._session = session
         self._manifest = manifest
-        self._live = live
-        self._layouts: dict[int, Layout] = {}
+        self._further = further
+        self._batches: dict[int, BatchMemory] = {}
         self._graphs = itertools.count(1)  # never reused: a captured graph reads and writes the addresses it saw
 
     def belongs_to(self, owner: object) -> bool:
         """Whether it holds the keys and values of this one, who had it last."""
         return self._owner() is owner
 
-    def lend(self, owner: object, batch: int, prompt: int, room: int) -> Layout:
+    def lend(self, owner: object, batch: int, prompt: int, room: int) -> BatchMemory:
         """The memory in the shape [batch, kv_heads, capacity, head_dim]; who had it before has it no more.
 
         Args:
@@ -69,16 +71,16 @@ class SharedMemory:
             raise too_many(prompt, self.limit)
         self._owner = weakref.ref(owner)  # who refers to it: a decoder that is let go is gone, memory and all
         wanted = self.wanted(prompt, room)
-        found = self._layouts.get(batch)
+        found = self._batches.get(batch)
         if found is None or found.capacity < wanted:
-            found = self._layouts[batch] = self._lay_out(batch, min(-(-wanted // _STEP) * _STEP, self.limit))
+            found = self._batches[batch] = self._shaped(batch, min(-(-wanted // _STEP) * _STEP, self.limit))
         return found
 
     def wanted(self, prompt: int, room: int) -> int:
         """The capacity for so many tokens and so many more, as far as the model's positions go."""
         return min(prompt + room, self.limit)
 
-    def _lay_out(self, batch: int, capacity: int) -> Layout:
+    def _shaped(self, batch: int, capacity: int) -> BatchMemory:
         session, manifest = self._session, self._manifest
         past = [name for name in manifest.inputs if name.startswith(PAST)]
         sizes = {
@@ -92,25 +94,25 @@ class SharedMemory:
         places = {name: (self.buffers[name], shape) for name, shape in shapes.items()}
         present = {name.replace(PAST, PRESENT): places[name] for name in past}
         _, _, vocab = shapes["logits"]
-        return Layout(
+        return BatchMemory(
             self.buffers,
             (batch, capacity, vocab),
             session.signature["logits"][1],
-            prompt=session.bind({**{name: places[name] for name in past}, **present, **self._live}),
-            step=session.bind({**places, **present, **self._live}, graph=next(self._graphs)),
+            prompt=session.bind({**{name: places[name] for name in past}, **present, **self._further}),
+            step=session.bind({**places, **present, **self._further}, graph=next(self._graphs)),
         )
 
     def _allocate(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         for name, shape in shapes.items():
             size = math.prod(shape) * self._session.signature[name][1].itemsize
             if name not in self.buffers or len(self.buffers[name]) < size:
-                self._layouts.clear()  # they are of the old memory, and keep it
+                self._batches.clear()  # they are of the old memory, and keep it
                 self.buffers.pop(name, None)
                 self.buffers[name] = self._session.buffer(size)
 
 
-class Layout:
-    """The memory in one shape.
+class BatchMemory:
+    """The memory in the shape of one batch.
 
     The mask is as long as the capacity, with as many ones as a row has tokens, and is written in place. A step takes
     0.99 to 1.01 of what it takes with a mask of the exact length, bound anew each time (1 and 4 rows, capacities of 256

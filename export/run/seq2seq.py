@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Unpack, overload
 
@@ -16,6 +15,7 @@ from ..tokens.arguments import padding_mask, tokens
 from ..tokens.ending import Ending
 from ..tokens.generated import Generated, Record, Streamer, gather, record_for
 from ..tokens.logits import Logits
+from ..tokens.looping import tokens_of
 from ..tokens.options import GenerationOptions, Plan, plan
 from ..tokens.stream import TokenStream
 from .kv_memory import too_many
@@ -206,16 +206,24 @@ class Seq2Seq:
         return start, TokenStream(self._tokens(inputs, start, planned, ending), ending)
 
     def _tokens(self, inputs: dict[str, Tensor], start: Tensor, plan: Plan, ending: Ending) -> Iterator[Tensor]:
-        encoded = self.encode(inputs)
-        logits, past = self.step(start, encoded)
-        ended = [False] * len(start)
-        for index in itertools.count():
-            token = plan.choose(Logits(logits[:, -1]), ended)
-            yield token
-            ended = ending(token.tolist())
-            if ending.over:
-                return
-            logits, past = self.step(token[:, None], encoded, past, length=start.shape[1] + index)
+        encoded: Encoded = {}
+        past: list[Value] | None = None
+        length = 0
+
+        def run(ids: Tensor) -> Logits:
+            nonlocal past, length
+            logits, past = self.step(ids, encoded, past, length=length)
+            length += ids.shape[1]
+            return Logits(logits[:, -1])
+
+        def first() -> Logits:
+            encoded.update(self.encode(inputs))
+            return run(start)
+
+        def step(token: Tensor) -> Logits:
+            return run(token[:, None])
+
+        return tokens_of(first, step, plan, ending, len(start))
 
     def _run(self, session: Session, inputs: dict[str, Any], keep: Sequence[str], length: int) -> dict[str, Any]:
         limit = self.manifest.max_positions

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["SwappableAdapter"]
 
 _Write = tuple[Tensor, Tensor, float]
-"""Where (a view of a live weight), what, and times what."""
+"""Where (a view of a swappable weight), what, and times what."""
 
 
 class SwappableAdapter:
-    """The live weights of a session, in memory at addresses that stay; at first they hold the exported LoRA.
+    """The swappable weights of a session, in memory at addresses that stay; at first they hold the exported LoRA.
 
     Args:
         session: of the graph.
-        weights: what of it is live.
+        weights: which they are.
 
     Attributes:
         places: buffer and shape of each, by the name of the input that it is bound to.
@@ -103,7 +103,7 @@ def _filled(tensor: onnx_ir.TensorProtocol, session: Session) -> Buffer:
 
 
 def _checked(regions: dict[str, Tensor], module: str, layer: LoraLayer, name: str) -> list[_Write]:
-    """What is to be written of one layer, on the device and in the dtype of the live weights."""
+    """What is to be written of one layer, on the device and in the dtype of the swappable weights."""
     down, up = regions["A"], regions["B"]
     (room, inside), outside = down.shape, up.shape[0]
     rank = layer.down.shape[0]

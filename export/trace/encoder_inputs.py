@@ -20,26 +20,26 @@ from flora_fx.errors import ExportError
 from .example import padded, resized, runs, token_ids
 from .running import shapes_of
 
-__all__ = ["Source", "find_source"]
+__all__ = ["EncoderInputs", "find_encoder_inputs"]
 
 _SAMPLES = (4_000, 16_000)
 _FRAMES = (40, 16)
 
 
 @dataclass(frozen=True)
-class Source:
+class EncoderInputs:
     """The inputs of an encoder.
 
     Attributes:
         main: the name of what it reads.
-        inputs: an example that it runs on; sizes that differ keep the dimensions apart, and 0 and 1 are special.
+        example: inputs that it runs on; sizes that differ keep the dimensions apart, and 0 and 1 are special.
         time: the dimension of ``main`` whose size may vary; None for images and for features of one length.
         other: an example of another length.
         needs_mask: whether no mask is something else than a mask of ones.
     """
 
     main: str
-    inputs: dict[str, Tensor]
+    example: dict[str, Tensor]
     time: int | None
     other: dict[str, Tensor] = field(default_factory=dict)
     needs_mask: bool = False
@@ -52,13 +52,13 @@ class Source:
     @property
     def has_mask(self) -> bool:
         """Whether it reads an attention mask."""
-        return "attention_mask" in self.inputs
+        return "attention_mask" in self.example
 
     @property
     def axes(self) -> dict[str, dict[int, str]]:
         """The names of the dimensions that vary, by input."""
-        length = "sequence" if self.is_text else "samples" if self.inputs[self.main].dim() == 2 else "frames"
-        times = {name: 1 if name == "attention_mask" else self.time for name in self.inputs}
+        length = "sequence" if self.is_text else "samples" if self.example[self.main].dim() == 2 else "frames"
+        times = {name: 1 if name == "attention_mask" else self.time for name in self.example}
         return {name: {0: "batch"} if at is None else {0: "batch", at: length} for name, at in times.items()}
 
 
@@ -66,7 +66,7 @@ Run = Callable[[Mapping[str, Tensor]], tuple[Tensor, ...]]
 """Runs a model on inputs of its encoder, and returns the tensors that depend on them."""
 
 
-def find_source(model: nn.Module, run: Run, examples: Mapping[str, Tensor]) -> Source:
+def find_encoder_inputs(model: nn.Module, run: Run, examples: Mapping[str, Tensor]) -> EncoderInputs:
     """What an encoder-decoder can be captured with.
 
     Args:
@@ -84,44 +84,44 @@ def find_source(model: nn.Module, run: Run, examples: Mapping[str, Tensor]) -> S
     if main == "input_ids":
         if example is None or min(example.shape) < 2:
             example = token_ids(model, 2, 7)
-        return Source(main, {"input_ids": example, "attention_mask": torch.ones_like(example)}, 1)
+        return EncoderInputs(main, {"input_ids": example, "attention_mask": torch.ones_like(example)}, 1)
     if example is None:
         example = _made_up(model, main, run)
     elif len(example) < 2:
         example = resized(example, 0, 2)
-    return _with_mask(model, run, _with_time(run, Source(main, {main: example}, None)))
+    return _with_mask(model, run, _with_time(run, EncoderInputs(main, {main: example}, None)))
 
 
-def _with_time(run: Run, source: Source) -> Source:
+def _with_time(run: Run, given: EncoderInputs) -> EncoderInputs:
     """Find the dimension whose size may vary: an image has none, for its sides are what its patches are made for."""
-    value = source.inputs[source.main]
+    value = given.example[given.main]
     for axis in range(1, value.dim()) if value.dim() < 4 else ():
         size = value.shape[axis]
         for other in (size + size // 2, size - size // 4):
-            changed = {source.main: resized(value, axis, other)}
+            changed = {given.main: resized(value, axis, other)}
             if other > 1 and other != size and runs(run, changed):
-                return replace(source, time=axis, other=changed)
-    return source
+                return replace(given, time=axis, other=changed)
+    return given
 
 
-def _with_mask(model: nn.Module, run: Run, source: Source) -> Source:
+def _with_mask(model: nn.Module, run: Run, given: EncoderInputs) -> EncoderInputs:
     """Add an attention mask, if one makes a difference to what the decoder gets."""
-    if source.time is None or "attention_mask" not in inspect.signature(model.forward).parameters:
-        return source
-    value = source.inputs[source.main]
-    inputs = {**source.inputs, "attention_mask": _ones(value, source.time)}
+    if given.time is None or "attention_mask" not in inspect.signature(model.forward).parameters:
+        return given
+    value = given.example[given.main]
+    inputs = {**given.example, "attention_mask": _ones(value, given.time)}
     shorter = padded(run, inputs)
     if torch.equal(shorter["attention_mask"], inputs["attention_mask"]):
-        return source
+        return given
     with torch.no_grad():
-        some, every, none = (run(given) for given in (shorter, inputs, source.inputs))
+        some, every, none = (run(given) for given in (shorter, inputs, given.example))
     if all(map(torch.equal, some, every)):
-        return source
+        return given
     needed = any(map(_differ, _floats(every), _floats(none)))
-    other = source.other[source.main]
-    mask = _ones(other, source.time)
-    other_inputs = padded(run, {**source.other, "attention_mask": mask})
-    return replace(source, inputs=inputs, other=other_inputs, needs_mask=needed)
+    other = given.other[given.main]
+    mask = _ones(other, given.time)
+    other_inputs = padded(run, {**given.other, "attention_mask": mask})
+    return replace(given, example=inputs, other=other_inputs, needs_mask=needed)
 
 
 def _floats(found: tuple[Tensor, ...]) -> list[Tensor]:

@@ -93,8 +93,8 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         the copy, in eval mode.
 
     >>> layer = nn.Linear(2, 3)
-    >>> twin = private_copy(layer)
-    >>> twin.weight.data_ptr() == layer.weight.data_ptr(), twin.training, layer.training
+    >>> private = private_copy(layer)
+    >>> private.weight.data_ptr() == layer.weight.data_ptr(), private.training, layer.training
     (True, False, True)
     """
     saved = set(model.state_dict())
@@ -108,10 +108,10 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         if dtype is not None and value.is_floating_point() and name in saved:
             value = value.to(dtype)
         memo.setdefault(id(tensor), _like(tensor, value))
-    twin = copy.deepcopy(model, memo).eval()
-    if dtype is not None and hasattr(twin, "config"):
-        twin.config.dtype = dtype
-    return twin
+    private = copy.deepcopy(model, memo).eval()
+    if dtype is not None and hasattr(private, "config"):
+        private.config.dtype = dtype
+    return private
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:

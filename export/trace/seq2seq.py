@@ -20,7 +20,7 @@ from flora_fx.errors import ExportError
 
 from ..rewrite.pruning import prune
 from .capture import capture
-from .encoder_inputs import Source, find_source
+from .encoder_inputs import EncoderInputs, find_encoder_inputs
 from .example import token_ids, varied
 from .running import run_on
 from .traced import Traced, with_cache
@@ -134,27 +134,27 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     """
     name = type(model).__name__
     probe = _CrossAttention(model)
-    source = find_source(model, probe.named, examples)
-    remedy = f"pass example_inputs={{{source.main!r}: tensor with the batch in front}}, as its processor gives it"
+    given = find_encoder_inputs(model, probe.named, examples)
+    remedy = f"pass example_inputs={{{given.main!r}: tensor with the batch in front}}, as its processor gives it"
     with _encoder_outputs(model) as encoded:
-        cross = run_on(model, source.inputs, lambda: probe.named(source.inputs), remedy)
-    masked = not source.is_text and source.has_mask and len(cross) % 2 == 1
+        cross = run_on(model, given.example, lambda: probe.named(given.example), remedy)
+    masked = not given.is_text and given.has_mask and len(cross) % 2 == 1
     cross = cross[: len(cross) - masked]
     if not cross or not all(isinstance(kv, Tensor) and kv.dim() == 4 for kv in cross):
         raise ExportError(f"{name} keeps no keys and values of its encoder; it cannot be exported")
     if not hasattr(encoded[-1], "last_hidden_state"):
         raise ExportError(f"{name}'s encoder returns no last_hidden_state; it cannot be exported")
-    encoder = _trace_encoder(model, source)
+    encoder = _trace_encoder(model, given)
 
     batch, heads, length, width = cross[0].shape
     ids = token_ids(model, batch, 3)
-    mask = ids.new_ones(batch, length) if source.is_text or masked else None
+    mask = ids.new_ones(batch, length) if given.is_text or masked else None
     past = tuple(kv.new_zeros(batch, kv.shape[1], 5, kv.shape[3]) for kv in cross)  # sizes that differ, none 0 or 1
     rows = Dim("batch")
-    varies = source.time is not None
+    varies = given.time is not None
     reads: Any = Dim.DYNAMIC if varies else None
     decoder = capture(
-        _Decoder(model, encoded[-1], source.is_text),
+        _Decoder(model, encoded[-1], given.is_text),
         (ids, mask, cross, past),
         (
             {0: rows, 1: Dim.DYNAMIC},
@@ -165,7 +165,7 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
     )
     layers = len(cross) // 2
     names = [f"{i}.{which}" for i in range(layers) for which in ("key", "value")]
-    seen = "sequence" if source.is_text else "encoded"
+    seen = "sequence" if given.is_text else "encoded"
     cross_axes = {f"cross_key_values.{name}": {0: "batch", 2: seen} if varies else {0: "batch"} for name in names}
     mask_axes = {_MASK: {0: "batch", 1: seen}}
     return with_cache(
@@ -176,22 +176,22 @@ def trace_seq2seq(model: nn.Module, examples: dict[str, Tensor]) -> Traced:
         width,
         encoder=Traced(
             encoder,
-            tuple(source.inputs),
+            tuple(given.example),
             (*cross_axes, *([_MASK] if masked else [])),
-            {**source.axes, **cross_axes, **mask_axes},
+            {**given.axes, **cross_axes, **mask_axes},
         ),
-        example=varied(probe.named, source.other, 0) if source.other else {},
-        needs_mask=source.needs_mask,
+        example=varied(probe.named, given.other, 0) if given.other else {},
+        needs_mask=given.needs_mask,
     )
 
 
-def _trace_encoder(model: nn.Module, source: Source) -> Any:
-    wrapper = _CrossAttention(model, tuple(source.inputs))
+def _trace_encoder(model: nn.Module, given: EncoderInputs) -> Any:
+    wrapper = _CrossAttention(model, tuple(given.example))
     rows = Dim("batch")
     # DYNAMIC: learned positions have an upper limit, which a named dimension would have to know.
-    shapes = [{axis: Dim.DYNAMIC if axis else rows for axis in source.axes[name]} for name in source.inputs]
-    with nullcontext() if source.is_text else symbolic_int(model):
-        program = capture(wrapper, tuple(source.inputs.values()), (tuple(shapes),))
+    shapes = [{axis: Dim.DYNAMIC if axis else rows for axis in given.axes[name]} for name in given.example]
+    with nullcontext() if given.is_text else symbolic_int(model):
+        program = capture(wrapper, tuple(given.example.values()), (tuple(shapes),))
     prune(program)
     return program
 
