@@ -9,7 +9,8 @@
     tokens/      how tokens are chosen, until a text ends
     lora/        LoRAs as PEFT saves them, and the weights that another LoRA may replace
 
-`exporting` is the way of a model through them.
+`exporting` leads a model through them; `targets` says what differs between a decoder, a causal LM of plain operators,
+an encoder-decoder and an encoder. A new way to export a model is a class in there.
 
 Tensors of torch are on the CPU, whatever the session's device: what callers pass is put there first, and what runs
 return comes there, but for what the next run needs. That stays where it is: `Logits`, values of ONNX Runtime (keys and

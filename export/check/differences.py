@@ -95,7 +95,7 @@ def same_tokens(
 
 @contextmanager
 def own_config(model: nn.Module, config: Any) -> Iterator[None]:
-    """Nothing else holds: transformers takes what a given configuration leaves open from the model's own."""
+    """Let a generation config hold alone: what it leaves open transformers takes from the model's own config."""
     own, model.generation_config = model.generation_config, config
     try:
         yield

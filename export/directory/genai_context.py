@@ -1,7 +1,7 @@
 """How long a text onnxruntime-genai may be told to make.
 
-It keeps its keys where rotary positions change for the whole text, but for one case that it knows (0.18): models of the
-types of Phi-3 at 4,096 tokens, where it runs the text of one row again.
+Where rotary positions change for the whole text, the keys that it has kept mean nothing, and it goes on with them. It
+knows one exception (0.18): models of the types of Phi-3 at 4,096 tokens, where it runs the text of one row again.
 """
 
 from __future__ import annotations

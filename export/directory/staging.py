@@ -70,7 +70,7 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     Raises:
         ExportError: see `check_place`; or the file system refuses, for it is full, say.
 
-    Siblings that processes left behind as they were killed are removed; who still writes to one holds a lock on it.
+    Siblings that killed processes left behind are removed; a process that still writes to one holds a lock on it.
 
     >>> with tempfile.TemporaryDirectory() as root:
     ...     with staged(Path(root, "a"), overwrite=False, marker="mark") as place:
@@ -84,7 +84,7 @@ def staged(directory: Path, *, overwrite: bool, marker: str) -> Iterator[Path]:
     lock: int | None = None
     try:
         _remove_abandoned(directory)
-        while staging is None or not staging.is_dir():  # for a moment it was nobody's, and another process saw that
+        while staging is None or not staging.is_dir():  # another process may remove it before it is locked
             if lock is not None:
                 os.close(lock)
             staging = _open_staging(directory, made)

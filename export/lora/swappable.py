@@ -1,7 +1,7 @@
 """Weights of an exported LoRA that another one may replace: initializers that are inputs of the graph as well.
 
-ONNX Runtime neither folds nor pre-packs an initializer that may be overridden. Who does not override it
-(onnxruntime-genai, say) gets the adapter that was exported.
+ONNX Runtime neither folds nor pre-packs an initializer that may be overridden. A caller that does not override it
+(such as onnxruntime-genai) gets the adapter that was exported.
 """
 
 from __future__ import annotations

@@ -91,12 +91,12 @@ class _Part:
 
 
 def _part(node: Node) -> _Part | None:
-    """Which range of what a value is, wherever its layout was changed."""
+    """Which range of which other value this one is, seen through views."""
     return _part_of(before_views(node))
 
 
 def _part_of(node: Node) -> _Part | None:
-    """Which range of what a value is, if it is one."""
+    """Which range of which other value this one is; None if it is no range."""
     if node.target is operator.getitem and isinstance(split := node.args[0], Node):
         if split.target is not SPLIT or not _is_last(split, 2):
             return None

@@ -34,7 +34,7 @@ def open_decoder(
         cuda_graph: None for one where keys and values stay in their place and the provider is CUDA.
 
     Returns:
-        a decoder, and why it has no CUDA graph where None would have one.
+        a decoder, and why it has no CUDA graph where it should have one; empty otherwise.
 
     Raises:
         ExportError: ONNX Runtime cannot load the graph; or there can be no CUDA graph, and ``cuda_graph`` is True.

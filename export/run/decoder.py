@@ -1,4 +1,4 @@
-"""A causal language model on ONNX Runtime, with the face of transformers' ``generate``."""
+"""A causal language model on ONNX Runtime, called as transformers' ``generate`` is."""
 
 from __future__ import annotations
 

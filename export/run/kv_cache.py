@@ -1,10 +1,12 @@
-"""Keys and values between the runs of a decoder: one class per target of an export, with one face.
+"""Keys and values between the runs of a decoder: one class for each target of an export, with the same methods.
 
 general    past [batch, kv_heads, n, head_dim] -> present [batch, kv_heads, n + 1, head_dim], prompts padded on the left
 decoder    one buffer [batch, kv_heads, capacity, head_dim] is past and present, prompts padded on the right
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +18,54 @@ from ..tokens.logits import Logits
 from .kv_memory import PAST, PRESENT, BatchMemory, SharedMemory, too_many
 from .session import Session, Value
 
-__all__ = ["GrowingCache", "SharedCache"]
+__all__ = ["GrowingCache", "KeyValues", "SharedCache"]
+
+
+class KeyValues(Protocol):
+    """Runs one prompt, and then what follows it, on a graph; unchecked."""
+
+    def score(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits [batch, seq, vocab] of a whole prompt; see `prefill`. At padding they mean nothing."""
+
+    def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
+        """Run a prompt.
+
+        Args:
+            ids: [batch, seq], int64, on the CPU; shorter rows are padded on the left.
+            mask: [batch, seq], int64, on the CPU; 0 where padded.
+            room: at most so many calls of `decode` follow.
+
+        Returns:
+            logits of the next token; the next run may overwrite them.
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+            ExportError: ONNX Runtime fails.
+        """
+
+    def decode(self, tokens: list[int]) -> Logits:
+        """Run one more token of each row; returns and raises as `prefill`.
+
+        Raises:
+            RuntimeError: another prompt took the memory.
+        """
+
+    def extend(self, ids: Tensor) -> Logits:
+        """Run more tokens [batch, n] of each row; returns and raises as `decode`."""
+
+    @property
+    def held(self) -> bool:
+        """Whether keys and values of the last run are still there."""
+
+    def claim(self) -> None:
+        """Make sure that they are.
+
+        Raises:
+            RuntimeError: another prompt took the memory.
+        """
+
+    def takes(self, count: int, room: int) -> bool:
+        """Whether `extend` can run so many more tokens of each row, and ``room`` calls of `decode` follow."""
 
 
 class GrowingCache:
@@ -35,46 +84,33 @@ class GrowingCache:
         self._values: dict[str, Value] = {}
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits [batch, seq, vocab] of a whole prompt; see `prefill`. What padding has means nothing."""
+        """See `KeyValues.score`."""
         self._mask = mask
         self._values = {name: self._session.empty(name, {"batch": ids.shape[0], "past": 0}) for name in self._past}
         return self._run(ids)
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
-        """Run a prompt.
-
-        Args:
-            ids: [batch, seq], int64, on the CPU; shorter rows are padded on the left.
-            mask: [batch, seq], int64, on the CPU; 0 where padded.
-            room: at most so many calls of `decode` follow.
-
-        Returns:
-            logits of the next token; good until the next run.
-
-        Raises:
-            ValueError: more tokens than the model has positions.
-            ExportError: ONNX Runtime fails.
-        """
+        """See `KeyValues.prefill`."""
         return Logits(self.score(ids, mask)[:, -1])
 
     def decode(self, tokens: list[int]) -> Logits:
-        """Run one more token of each row; returns and raises as `prefill`."""
+        """See `KeyValues.decode`."""
         return self.extend(torch.tensor(tokens)[:, None])
 
     @property
     def held(self) -> bool:
-        """Whether keys and values of the last run are there still."""
+        """See `KeyValues.held`."""
         return bool(self._values)
 
     def claim(self) -> None:
-        """Nobody else's prompt has taken the memory."""
+        """See `KeyValues.claim`; the memory is its own."""
 
     def takes(self, count: int, room: int) -> bool:
-        """Whether so many more tokens of each row can be run, and be followed by others."""
+        """See `KeyValues.takes`; it grows as needed."""
         return True
 
     def extend(self, ids: Tensor) -> Logits:
-        """Run more tokens [batch, n] of each row; returns and raises as `prefill`."""
+        """See `KeyValues.extend`."""
         new = self._mask.new_ones(*ids.shape)
         if self._limit and self._mask.shape[1] >= self._limit:  # a row at the last position stays there, unseen
             new[self._mask.sum(1) >= self._limit] = 0
@@ -97,7 +133,7 @@ class GrowingCache:
 class SharedCache:
     """Keys and values stay where they are, and each run writes the new ones behind them.
 
-    All prompts of a decoder share one memory: what another one left there is gone with the next `prefill`.
+    All prompts of a decoder share one memory: `prefill` overwrites what another prompt left there.
 
     Args:
         memory: of the decoder.
@@ -109,7 +145,7 @@ class SharedCache:
         self._lengths: list[int] = []
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """As `GrowingCache.score`; padding has zeros."""
+        """See `KeyValues.score`; zeros at padding."""
         ids, packed = _pad_right(ids, mask)
         logits = self._prompt(ids, packed, 0).cpu()
         scores = logits.new_zeros(*mask.shape, logits.shape[-1])
@@ -117,7 +153,7 @@ class SharedCache:
         return scores
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
-        """As `GrowingCache.prefill`."""
+        """See `KeyValues.prefill`."""
         ids, mask = _pad_right(ids, mask)
         logits = self._prompt(ids, mask, room)
         lengths = mask.sum(1)
@@ -126,11 +162,7 @@ class SharedCache:
         return Logits(logits[torch.arange(len(ids)), lengths - 1])
 
     def decode(self, tokens: list[int]) -> Logits:
-        """As `GrowingCache.decode`.
-
-        Raises:
-            RuntimeError: another prompt took the memory.
-        """
+        """See `KeyValues.decode`."""
         self.claim()
         # A row at the last position stays there, overwritten.
         places = [min(length, self._memory.limit - 1) for length in self._lengths]
@@ -140,15 +172,11 @@ class SharedCache:
 
     @property
     def held(self) -> bool:
-        """As `GrowingCache.held`."""
+        """See `KeyValues.held`."""
         return self._memory.belongs_to(self)
 
     def claim(self) -> None:
-        """As `GrowingCache.claim`.
-
-        Raises:
-            RuntimeError: another prompt took it.
-        """
+        """See `KeyValues.claim`."""
         if not self.held:
             raise RuntimeError(
                 "another prompt went through this decoder, and the keys and values of this stream are gone; finish a "
@@ -156,12 +184,12 @@ class SharedCache:
             )
 
     def takes(self, count: int, room: int) -> bool:
-        """As `GrowingCache.takes`; several tokens of one row only, for so it is with GroupQueryAttention on CPUs."""
+        """See `KeyValues.takes`; several tokens of one row only: GroupQueryAttention on CPUs takes no more."""
         one = count == 1 or len(self._lengths) == 1
         return one and self._memory.wanted(max(self._lengths) + count, room) <= self._batch.capacity
 
     def extend(self, ids: Tensor) -> Logits:
-        """As `GrowingCache.extend`."""
+        """See `KeyValues.extend`."""
         if ids.shape[1] == 1:
             return self.decode(ids[:, 0].tolist())
         self._lengths = [length + ids.shape[1] for length in self._lengths]

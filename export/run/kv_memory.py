@@ -52,24 +52,24 @@ class SharedMemory:
         self._graphs = itertools.count(1)  # never reused: a captured graph reads and writes the addresses it saw
 
     def belongs_to(self, owner: object) -> bool:
-        """Whether it holds the keys and values of this one, who had it last."""
+        """Whether the keys and values in it are this owner's."""
         return self._owner() is owner
 
     def lend(self, owner: object, batch: int, prompt: int, room: int) -> BatchMemory:
-        """The memory in the shape [batch, kv_heads, capacity, head_dim]; who had it before has it no more.
+        """Give the memory to an owner, in the shape [batch, kv_heads, capacity, head_dim]; the owner before loses it.
 
         Args:
-            owner: who has it now.
+            owner: whoever runs a prompt.
             batch: rows.
-            prompt, room: so many tokens there are, and may be added. Capacity is for both, as far as the model's
-                positions go.
+            prompt, room: how many tokens there are, and how many may be added. The capacity is for both, as far as
+                the model's positions go.
 
         Raises:
             ValueError: a longer prompt than the model has positions.
         """
         if prompt > self.limit:
             raise too_many(prompt, self.limit)
-        self._owner = weakref.ref(owner)  # who refers to it: a decoder that is let go is gone, memory and all
+        self._owner = weakref.ref(owner)  # weak: both are freed at once where neither is used any more
         wanted = self.wanted(prompt, room)
         found = self._batches.get(batch)
         if found is None or found.capacity < wanted:
@@ -106,7 +106,7 @@ class SharedMemory:
         for name, shape in shapes.items():
             size = math.prod(shape) * self._session.signature[name][1].itemsize
             if name not in self.buffers or len(self.buffers[name]) < size:
-                self._batches.clear()  # they are of the old memory, and keep it
+                self._batches.clear()  # they are bound to the old memory, and keep it alive
                 self.buffers.pop(name, None)
                 self.buffers[name] = self._session.buffer(size)
 

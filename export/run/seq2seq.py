@@ -1,4 +1,4 @@
-"""An encoder-decoder on ONNX Runtime, with the face of transformers' ``generate``."""
+"""An encoder-decoder on ONNX Runtime, called as transformers' ``generate`` is."""
 
 from __future__ import annotations
 

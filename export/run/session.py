@@ -92,7 +92,7 @@ def _has_cuda_driver() -> bool:
 
 
 class Session:
-    """One graph on ONNX Runtime; all that is private or awkward in its Python face is in here.
+    """One graph on ONNX Runtime. Whatever is private or awkward in its Python API is used here alone.
 
     Args:
         path: of the ``.onnx`` file.

@@ -1,4 +1,4 @@
-"""What of a text is cached already, and when all of it is to be run again.
+"""How much of a text is cached already, and when all of it must be run again.
 
     a b c                      -> the whole prompt                        keys of a b c
     d                          -> one step                                keys of a b c d
@@ -11,6 +11,7 @@ The last one is another turn of a `Conversation`.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -18,10 +19,9 @@ from torch import Tensor
 
 from ..directory.manifest import Manifest
 from ..tokens.logits import Logits
-from ..trace.switches import segment
-from .kv_cache import GrowingCache, SharedCache
+from .kv_cache import KeyValues
 
-__all__ = ["TextCache", "left_padded"]
+__all__ = ["TextCache", "left_padded", "segment"]
 
 
 class TextCache:
@@ -30,13 +30,13 @@ class TextCache:
     Args:
         cache: of the graph.
         manifest: of the graph.
-        adapter: a number that changes with the adapter: keys of another one are of no use to the next prompt.
-        keeps: the next prompt will be this text, continued; so memory for more than this prompt is asked for.
+        adapter: returns a number that changes with the adapter: the next prompt cannot use keys of another adapter.
+        keeps: whether the next prompt will be this text, continued; then memory for more than this prompt is asked for.
     """
 
     def __init__(
         self,
-        cache: GrowingCache | SharedCache,
+        cache: KeyValues,
         manifest: Manifest,
         *,
         adapter: Callable[[], int],
@@ -53,24 +53,11 @@ class TextCache:
         self._room = 0
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits [batch, seq, vocab] of a whole prompt; see `prefill`. What padding has means nothing."""
+        """See `KeyValues.score`."""
         return self._cache.score(ids, mask)
 
     def prefill(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
-        """Run a prompt: what of it is new, where the rest was the last one or came after it.
-
-        Args:
-            ids: [batch, seq], int64, on the CPU; shorter rows are padded on the left.
-            mask: [batch, seq], int64, on the CPU; 0 where padded.
-            room: at most so many calls of `decode` follow.
-
-        Returns:
-            logits of the next token; good until the next run.
-
-        Raises:
-            ValueError: more tokens than the model has positions.
-            ExportError: ONNX Runtime fails.
-        """
+        """Run a prompt; only its end, where its beginning is in the cache. As `KeyValues.prefill`."""
         rows = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
         new = self._new_tokens(rows, room)
         self._rows = []  # until all is well
@@ -79,11 +66,7 @@ class TextCache:
         return logits
 
     def decode(self, tokens: list[int]) -> Logits:
-        """Run one more token of each row, returns and raises as `prefill`. Rows at the last position stay there.
-
-        Raises:
-            RuntimeError: another prompt took the memory.
-        """
+        """Run one more token of each row; a row at the last position stays there. As `KeyValues.decode`."""
         rows, self._rows = self._rows, []  # until all is well
         for row, token in zip(rows, tokens, strict=True):
             if len(row) < self._limit:
@@ -130,3 +113,12 @@ def left_padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
+
+
+def segment(longest: int, switches: Sequence[int]) -> int:
+    """Which of its ways of rotating a model uses for a text of so many tokens: the number of switches below that.
+
+    >>> [segment(longest, (32, 64)) for longest in (1, 32, 33, 64, 65)]
+    [0, 0, 1, 1, 2]
+    """
+    return bisect_left(switches, longest)

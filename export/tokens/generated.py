@@ -78,7 +78,7 @@ class Record:
 
 
 def record_for(*, wanted: bool, scores: bool, logits: bool, logprobs: bool) -> Record | None:
-    """What collects it; None where nothing but tokens is.
+    """A record of what is wanted beside the tokens; None for nothing.
 
     Raises:
         ValueError: scores, logits or log-probabilities of a ``generate`` that returns tokens alone.

@@ -35,7 +35,7 @@ class EncoderInputs:
         example: inputs that it runs on; sizes that differ keep the dimensions apart, and 0 and 1 are special.
         time: the dimension of ``main`` whose size may vary; None for images and for features of one length.
         other: an example of another length.
-        needs_mask: whether no mask is something else than a mask of ones.
+        needs_mask: whether the model computes something else without a mask than with a mask of ones.
     """
 
     main: str

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Changing", "find_switches", "is_rotary", "observed_switches", "rows_of", "segment"]
+__all__ = ["Changing", "find_switches", "is_rotary", "observed_switches", "rows_of"]
 
 _MOST = 8
 """More than so many, and a text is rotated anew at every length, as with dynamic NTK scaling."""
@@ -28,15 +27,6 @@ _MOST = 8
 
 class Changing(Exception):  # noqa: N818
     """Rotary positions that change with every length: no key can be kept."""
-
-
-def segment(longest: int, switches: Sequence[int]) -> int:
-    """Which way of rotating a text of so many tokens has: as many as there are switches below its length.
-
-    >>> [segment(longest, (32, 64)) for longest in (1, 32, 33, 64, 65)]
-    [0, 0, 1, 1, 2]
-    """
-    return bisect_left(switches, longest)
 
 
 def find_switches(rotary: Callable[[Tensor], Any], length: int) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def _rotary_rows(cos: Tensor, sin: Tensor, position_ids: Tensor, interleaved: bo
 
 
 def _silu(x: Tensor) -> Tensor:
-    if x.dtype == torch.bfloat16:  # no kernel
+    if x.dtype == torch.bfloat16:  # ONNX Runtime has no kernel of QuickGelu for it
         return x * x.sigmoid()
     return symbolic("com.microsoft::QuickGelu", [x], {"alpha": 1.0}, dtype=x.dtype, shape=x.shape, version=1)
 

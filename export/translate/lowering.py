@@ -102,7 +102,7 @@ def _transpose_weights(model: onnx_ir.Model) -> None:
     graph = model.graph
     for value in list(graph.initializers.values()):
         readers = [use.node for use in value.uses()]
-        if not readers or not all(_swaps(node) for node in readers) or value.const_value is None:
+        if not readers or not all(_is_transpose(node) for node in readers) or value.const_value is None:
             continue
         weight = value.const_value
         turned = onnx_ir.Value(
@@ -118,7 +118,7 @@ def _transpose_weights(model: onnx_ir.Model) -> None:
         del graph.initializers[value.name]
 
 
-def _swaps(node: onnx_ir.Node) -> bool:
+def _is_transpose(node: onnx_ir.Node) -> bool:
     """Whether a node transposes a matrix (and is not an output of the graph)."""
     if node.op_type != "Transpose" or node.domain != "" or node.outputs[0].is_graph_output():
         return False
