@@ -81,8 +81,8 @@ def kind_of(model: nn.Module) -> Kind:
 def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of all but the weights, which are shared: whatever is done to it, ``model`` stays as it was.
 
-    Its Parameters are frozen objects of their own on the same storage. Its modules, configs and mode are its own, as are
-    the buffers that are in no state dict: some modules write to those as they run (LongRoPE its frequencies).
+    Its Parameters are frozen objects of their own on the same storage. Its modules, configs and mode are its own, as
+    are the buffers that are in no state dict: some modules write to those as they run (LongRoPE its frequencies).
 
     Args:
         model: in any mode, on any device.
