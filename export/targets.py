@@ -24,7 +24,7 @@ from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError
 
 from .directory.genai_config import write_genai_config
-from .directory.generation_config import generation_notes, own_options, setting, without_genai
+from .directory.generation_config import genai_notes, generation_notes, own_options, setting
 from .directory.manifest import ENCODER, MODEL
 from .forms import DECODER_FORMS, ONNX_FORMS, SWAPPABLE_FORMS
 from .rewrite.splits import join_heads, split_once
@@ -103,14 +103,8 @@ class DecoderTarget(Target):
         join_heads(fused[MODEL])
 
     def generation_notes(self, model: nn.Module) -> list[str]:
-        """Of onnxruntime-genai as well."""
-        notes = generation_notes(model)
-        if untold := without_genai(own_options(getattr(model, "generation_config", None))):
-            notes.append(
-                f"generation_config asks for {', '.join(untold)}: `generate` goes by it, but genai_config.json cannot "
-                "say it, and onnxruntime-genai goes without"
-            )
-        return notes
+        """Where those of onnxruntime-genai will not be, as well."""
+        return [*generation_notes(model), *genai_notes(model)]
 
     def write_companions(self, place: Path, model: nn.Module, traced: Traced, provider: str) -> tuple[str, ...]:
         """``genai_config.json``."""

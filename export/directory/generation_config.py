@@ -9,7 +9,7 @@ from flora_fx.errors import require
 
 from ..trace.text_config import text_config
 
-__all__ = ["TAKEN", "generation_notes", "left_out", "own_options", "setting", "without_genai"]
+__all__ = ["TAKEN", "genai_notes", "generation_notes", "left_out", "own_options", "setting", "without_genai"]
 
 TAKEN = (
     "max_new_tokens",
@@ -70,6 +70,17 @@ def generation_notes(model: Any) -> list[str]:
             "exports do not have"
         )
     return notes
+
+
+def genai_notes(model: Any) -> list[str]:
+    """Where the tokens of onnxruntime-genai will not be those of `generate`."""
+    untold = without_genai(own_options(getattr(model, "generation_config", None)))
+    if not untold:
+        return []
+    return [
+        f"generation_config asks for {', '.join(untold)}: `generate` goes by it, but genai_config.json cannot say "
+        "it, and onnxruntime-genai goes without"
+    ]
 
 
 def setting(model: Any, name: str) -> Any:

@@ -18,13 +18,13 @@ from flora_fx.errors import require
 
 from .refusals import Unsuited
 
-__all__ = ["Run", "current_run", "replace_attention", "running"]
+__all__ = ["AttentionRun", "attending", "current_run", "replace_attention"]
 
 _NAME = "flora_fx_decoder"
 
 
 @dataclass
-class Run:
+class AttentionRun:
     """One run of a model.
 
     Attributes:
@@ -40,16 +40,16 @@ class Run:
     present: list[Tensor] = field(default_factory=list)
 
 
-_run: ContextVar[Run] = ContextVar("flora_fx_decoder_run")
+_run: ContextVar[AttentionRun] = ContextVar("flora_fx_decoder_run")
 
 
-def current_run() -> Run:
+def current_run() -> AttentionRun:
     """The run that is under way."""
     return _run.get()
 
 
 @contextmanager
-def running(run: Run) -> Iterator[None]:
+def attending(run: AttentionRun) -> Iterator[None]:
     """Whatever model runs meanwhile, if its attention was replaced, attends as ``run`` says."""
     token = _run.set(run)
     try:

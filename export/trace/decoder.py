@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from flora_fx.decoder_ops import group_query_attention, positions
 
 from ..rewrite.rotary import absorb_rotary, count_rotary, reads_positions
-from .attention import Run, replace_attention, running
+from .attention import AttentionRun, attending, replace_attention
 from .capture import capture
 from .example import token_ids
 from .model import private_copy
@@ -110,8 +110,8 @@ class _Decoder(nn.Module):
             run.present.extend(present)
             return out.unflatten(-1, (layer.heads, layer.dim))
 
-        run = Run(attend, lambda **_: None, seqlens.max() + 1)
-        with running(run):
+        run = AttentionRun(attend, lambda **_: None, seqlens.max() + 1)
+        with attending(run):
             out = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

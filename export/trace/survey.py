@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Run, running
+from .attention import AttentionRun, attending
 from .example import token_ids
 from .masks import CausalMask, classify_mask
 from .refusals import Unsuited, first_line
@@ -60,7 +60,7 @@ def survey(model: nn.Module) -> list[AttentionLayer]:
 
     ids = token_ids(model, 1, 3)
     try:
-        with torch.no_grad(), running(Run(attend, classify_mask)):
+        with torch.no_grad(), attending(AttentionRun(attend, classify_mask)):
             model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=ids * 0, use_cache=False)
     except Unsuited:
         raise
