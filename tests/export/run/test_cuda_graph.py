@@ -151,7 +151,7 @@ def test_the_providers_own_option_is_refused(llama: Exported, cuda: FakeCuda, va
 
 def test_the_stand_in_replays_at_the_addresses_of_the_capture(llama: Exported, cuda: FakeCuda) -> None:
     decoder: Any = load(llama.directory)
-    decoder._memory._layouts.clear()
+    decoder._memory._batches.clear()
     decoder._memory._graphs = iter([1])  # a number that is taken
     with pytest.raises(Forbidden, match="CUDA graph 1 was captured at"):
         decoder.generate(*prompts(2, 5))

@@ -139,7 +139,7 @@ def test_capacity_grows(built: Built, decoder: Decoder) -> None:
         ids, mask = prompts(2, length)
         found = decoder.generate(ids, mask, max_new_tokens=11)
         assert torch.equal(found, built.expected(ids, mask, max_new_tokens=11))
-        capacities.append(memory(decoder)._layouts[2].capacity)
+        capacities.append(memory(decoder)._batches[2].capacity)
     assert capacities == [256, 512, 512, 512, 512]  # 250 + 10 are more than 256
 
 
