@@ -96,7 +96,7 @@ def flora(
     for part, fusion in zip(views, fusions, strict=True):
         part.finish(fusion)
     kept = view.drop_unread()
-    return PackedCall(compile_(graph, view.examples(example_inputs, kept)), report.packs, kept)
+    return PackedCall(compile_(graph, view.example_inputs(example_inputs, kept)), report.packs, kept)
 
 
 def last_report() -> FusionReport | None:

@@ -94,7 +94,7 @@ class Projection:
         node: the node whose value is the projection's output, [..., out].
         reads: the value read, [..., in]: the earliest node that equals it, up to flattening of leading dimensions.
         operand: the node actually given to the linear.
-        like: where the user allowed a cast, the weight whose dtype its own is copied in.
+        cast_to: where the user allowed a cast, the weight whose dtype its own is copied in.
         obstacle: why its weight may not move and its node may not be rewritten.
     """
 
@@ -103,7 +103,7 @@ class Projection:
     operand: Node
     weight: Weight
     bias: Weight | None
-    like: Weight | None = None
+    cast_to: Weight | None = None
     obstacle: Decline | None = None
 
     @property
@@ -115,9 +115,14 @@ class Projection:
         return int(self.weight.matrix.shape[1])
 
     @property
+    def stored_like(self) -> Weight:
+        """The weight whose dtype and device its own is stored in."""
+        return self.cast_to or self.weight
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
-        return (self.like or self.weight).tensor.dtype
+        return self.stored_like.tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class LowRankPath:
-    """``write = target + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
+    """``add = onto + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
 
     Attributes:
         down, up: the two projections.
@@ -143,8 +148,8 @@ class LowRankPath:
         scale: the product of the constant factors on the path.
         numbers: the factors that are symbolic numbers, known before anything is computed (Dynamo's floats and sizes).
         factors: all other factors: those that are tensors, and numbers that are computed from tensors.
-        target: the value added to.
-        write: the add.
+        onto: the value that it is added to.
+        add: the node that adds it.
     """
 
     down: Projection
@@ -153,8 +158,8 @@ class LowRankPath:
     scale: float
     numbers: tuple[Factor, ...]
     factors: tuple[Factor, ...]
-    target: Node
-    write: Node
+    onto: Node
+    add: Node
 
 
 @dataclass(frozen=True)

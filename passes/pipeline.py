@@ -1,46 +1,90 @@
-"""The passes, in the order they run. Those that look come first; only the last four touch the graph.
+"""The passes, in the order they run: those that look (`analysis`), that decide (`plan`), that rewrite (`rewrite`).
 
-effects        what must not be touched: values changed in place or read by address
-values         which nodes hold equal values; needs effects, since a changed value equals nothing
-projections    the linear nodes; by value, so that equal reads are one read
-magnitudes     DoRA becomes LoRA and a stored vector; what came before looks again where that is so
-paths          the low-rank paths between them
-unlike         adapters that are none, for the report
-decide         which paths may be written, which weights may move
-group          what reads one value goes together
-write          packs, accumulations
-rotary         rotations of what was written as a product and a sum
-clean          what nothing reads any more; before strides, which would keep it alive
-strides        readers of slices
+A pass that rewrites early, as ``magnitudes`` does, forgets the facts that it made untrue; they are found again where
+the next pass needs them. From ``write`` on nothing is found again: what was known of the old nodes, which still stand
+there, is what ``rotary`` and ``clean`` ask for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from flora_fx.config import FuseConfig
 from flora_fx.graph.program import Program
 from flora_fx.ir import Decline, Derived, Pack
 from flora_fx.reporting.sketch import Sketch
 
-from .analysis.modes import find_regions
-from .analysis.mutation import find_effects
-from .analysis.paths import find_paths
-from .analysis.projections import find_projections
-from .analysis.unlike import find_unlike
-from .analysis.values import Values
-from .plan.decide import decide
-from .plan.group import group
+from .analysis.modes import Regions, find_regions
+from .analysis.mutation import Effects, find_effects
+from .analysis.paths import Paths, find_paths
+from .analysis.projections import Projections, find_projections
+from .analysis.unlike import decline_unlike
+from .analysis.values import Values, find_values
+from .context import Context, Pass
+from .debugging import names_left_out, open_dump
+from .plan.decide import Decisions, decide
+from .plan.forms import Forms, settle_forms
+from .plan.group import Grouping, form_groups
 from .rewrite.clean import clean
-from .rewrite.magnitudes import rewrite_magnitudes
-from .rewrite.rotary import find_rotations, write_rotations
+from .rewrite.labels import name_new_nodes
+from .rewrite.magnitudes import Magnitudes, rewrite_magnitudes
+from .rewrite.rotary import Rotations, rewrite_rotations
 from .rewrite.strides import soften
-from .rewrite.write import Writer
+from .rewrite.write import write
+from .rewrite.written import Written
 
-__all__ = ["Outcome", "run"]
+__all__ = ["PASSES", "Outcome", "run"]
+
+PASSES = (
+    # What must not be touched: values changed in place, or whose memory layout is read.
+    Pass("effects", find_effects, gives=Effects),
+    # Between which switches of a mode (autocast, say) each node stands.
+    Pass("modes", find_regions, gives=Regions),
+    # Which nodes hold equal values. A value that is changed in place equals nothing.
+    Pass("values", find_values, needs=(Effects,), gives=Values),
+    # The linear nodes. By value, so that two nodes that hold one value are one read.
+    Pass("projections", find_projections, needs=(Effects, Values), gives=Projections),
+    # DoRA becomes a LoRA and a stored vector, before the LoRA is looked for.
+    Pass(
+        "magnitudes",
+        rewrite_magnitudes,
+        needs=(Effects, Regions, Values, Projections),
+        gives=Magnitudes,
+        rewrites=True,
+        optional=True,
+    ),
+    # The low-rank paths between projections.
+    Pass("paths", find_paths, needs=(Effects, Regions, Values, Projections), gives=Paths),
+    # For the report: adapters that are no low-rank path.
+    Pass("unlike", decline_unlike, needs=(Values, Projections, Paths), optional=True),
+    # Which paths may be written, which weights may move.
+    Pass("decide", decide, needs=(Values, Projections, Paths), gives=Decisions),
+    # In which forms.
+    Pass("forms", settle_forms, needs=(Decisions,), gives=Forms),
+    # What reads one value goes together.
+    Pass("group", form_groups, needs=(Regions, Values, Projections, Decisions), gives=Grouping),
+    # Packs, accumulations.
+    Pass("write", write, needs=(Values, Forms, Grouping), gives=Written, rewrites=True),
+    # Rotations of what was written as a product and a sum.
+    Pass(
+        "rotary",
+        rewrite_rotations,
+        needs=(Effects, Values, Forms, Written),
+        gives=Rotations,
+        rewrites=True,
+        optional=True,
+    ),
+    # What nothing reads any more. Before strides, which would give dead readers a copy to read.
+    Pass("clean", clean, needs=(Effects, Written, Rotations), rewrites=True),
+    # Readers of slices cope with their strides.
+    Pass("strides", soften, needs=(Written,), rewrites=True),
+    # Names for new nodes. Last, since the old ones may have them.
+    Pass("labels", name_new_nodes, needs=(Written,), rewrites=True, optional=True),
+)
+_GIVING = {step.gives: step for step in PASSES if step.gives is not None}
 
 
 @dataclass(frozen=True)
@@ -62,7 +106,7 @@ class Outcome:
     fused: tuple[str, ...]
     declines: tuple[Decline, ...]
     eval_only: tuple[str, ...]
-    seconds: dict[str, float]
+    seconds: Mapping[str, float]
     sketches: tuple[Sketch, ...]
     derived: tuple[Derived, ...]
     unrolled: int
@@ -73,66 +117,42 @@ def run(program: Program, config: FuseConfig) -> Outcome:
 
     Raises:
         AdapterError: an adapter weight holds NaN or infinity.
+        ValueError: what `debugging` reads from the environment cannot be done.
     """
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - start
-
-    with timed("effects"):
-        effects = find_effects(program.graph, program.root)
-    with timed("values"):
-        values = Values(program, effects)
-    with timed("projections"):
-        projections = find_projections(program, values, effects)
-    with timed("magnitudes"):
-        derived = rewrite_magnitudes(program, values, effects, projections)
-        if derived:
-            effects = find_effects(program.graph, program.root)
-            values = Values(program, effects)
-            projections = find_projections(program, values, effects)
-    with timed("paths"):
-        regions = find_regions(program.graph)
-        paths, refused = find_paths(program, values, effects, projections, regions)
-    with timed("unlike"):
-        unlike = find_unlike(program, values, projections, paths, refused)
-    with timed("decide"):
-        decisions = decide(program, values, projections, paths, config)
-    with timed("group"):
-        grouping = group(program, values, projections, decisions, regions, config)
-    ups = [path.up.weight for path in decisions.paths]
-    if program.trains(ups):
-        config = replace(config, fold_scale=False)  # a scaled copy would go stale with the next step
-    if config.accumulate == "unrolled" or any(up.tensor.requires_grad for up in ups):
-        # Unrolled, the zeros of a block-diagonal matrix would be loads and products. Its columns are strided, too, and
-        # torch's fused optimizers write past strided parameters on a CPU (2.13): whoever trains it must find it dense.
-        config = replace(config, up="per_projection")
-    writer = Writer(program, values, config)
-    with timed("write"):
-        writer.write(grouping)
-    replaced = writer.replaced
-    with timed("rotary"):
-        if not program.trains(ups):
-            rotations = [*find_rotations(program, values, effects, writer.unrolled)]
-            replaced = [*replaced, *write_rotations(program, rotations)]
-    with timed("clean"):
-        clean(program.graph, [*replaced, *writer.slices], effects.alone)
-    with timed("strides"):
-        alive = set(program.graph.nodes)
-        soften(program, [node for node in writer.slices if node in alive])
-        for node, label in writer.labels.items():
-            if node in alive:
-                program.rename(node, label)
+    context = Context(program, config)
+    seconds = _run_all(context)
+    written = context[Written]
     return Outcome(
-        tuple(writer.packs),
-        tuple(path.up.weight.name for path in decisions.paths),
-        tuple(dict.fromkeys((*refused, *unlike, *decisions.declines, *grouping.declines))),
-        tuple(sorted(values.eval_only)),
+        tuple(written.packs),
+        tuple(path.up.weight.name for path in context[Decisions].paths),
+        tuple(dict.fromkeys(context.declines)),
+        context[Values].eval_dropouts(),
         seconds,
-        tuple(writer.sketches),
-        derived,
-        max((unrolled.rank for unrolled in writer.unrolled), default=0),
+        tuple(written.sketches),
+        tuple(context[Magnitudes]),
+        max((unrolled.rank for unrolled in written.unrolled), default=0),
     )
+
+
+def _run_all(context: Context) -> dict[str, float]:
+    """Run the passes; the seconds that each took."""
+    seconds: dict[str, float] = defaultdict(float)
+    left_out, dump = names_left_out(PASSES), open_dump()
+
+    def run_one(step: Pass) -> None:
+        for kind in step.needs:
+            if kind not in context:
+                run_one(_GIVING[kind])  # again: a rewrite made it forgotten
+        start = time.perf_counter()
+        fact = step.empty() if step.name in left_out else step.run(context)
+        seconds[step.name] += time.perf_counter() - start
+        if fact is not None:
+            context.keep(fact)
+
+    if dump:
+        dump.write(0, "given", context.program.graph)
+    for position, step in enumerate(PASSES, 1):
+        run_one(step)
+        if dump and step.rewrites:
+            dump.write(position, step.name, context.program.graph)
+    return dict(seconds)

@@ -24,7 +24,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("flora_fx", "passes", "export", "tests", "pyproject.toml")
 WATCHED = (
-    "passes/pipeline.py",
+    "passes/[a-z]*.py",
     "passes/*/[a-z]*.py",
     "flora_fx/storage/pack.py",
     "flora_fx/storage/module.py",
@@ -75,7 +75,23 @@ def core(name: str, *bugs: tuple[str, str, str], first: Sequence[str]) -> list[M
 MUTATIONS = [
     *passes(
         "pipeline",
-        ("a B that trains is folded", "if program.trains(ups):", "if False:"),
+        ("an optional pass cannot be left out", "step.empty() if step.name in left_out else step.run", "step.run"),
+        ("declines are told twice", "tuple(dict.fromkeys(context.declines))", "tuple(context.declines)"),
+        first=["tests/test_pipeline.py", "tests/variants/test_structures.py", "tests/test_reasons.py"],
+    ),
+    *passes(
+        "context",
+        ("what a rewrite made untrue is believed", "            del self._facts[kind]\n", "            pass\n"),
+        first=["tests/variants/test_magnitudes.py"],
+    ),
+    *passes(
+        "debugging",
+        ("a graph that did not change is written", "if code != self._last:", "if True:"),
+        first=["tests/test_pipeline.py"],
+    ),
+    *passes(
+        "plan/forms",
+        ("a B that trains is folded", "    if trains:\n", "    if False:\n"),
         ("a B that trains is block-diagonal", " or any(up.tensor.requires_grad for up in ups):", ":"),
         first=[GRAPHS, "tests/training/test_backend_numbers.py"],
     ),
@@ -97,7 +113,7 @@ MUTATIONS = [
     *passes(
         "plan/decide",
         ("a wrong dtype is accepted", "if path.up.dtype == path.down.dtype and computed == {wanted}:", "if True:"),
-        ("a shared weight is packed", "len(readers[id(weight.tensor)]) != 1:", "False:"),
+        ("a shared weight is packed", "len(used_by[id(weight.tensor)]) != 1:", "False:"),
         ("overlapping memory is packed", "if weight is not None and id(weight.tensor) in overlapping:", "if False:"),
         ("a low-rank value of another dtype", " or not _is_sole_way(path.down.node, path.up.node)", ""),
         ("NaN is accepted", "if not bool(torch.isfinite(tensor.detach()).all()):", "if False:"),
@@ -111,7 +127,7 @@ MUTATIONS = [
     *passes(
         "plan/group",
         ("an add that branched off is forgotten", "if node in self.started or (", "if False and ("),
-        ("a value of its own is widened away", "if len(readers) != 1 or self.order", "if not readers or self.order"),
+        ("a value of its own is widened away", "if len(found) != 1 or self.order", "if not found or self.order"),
         ("z is not there yet", "(self.order[path.low] < start and", "(True and"),
         ("the bias of an up-projection is lost", "            and path.up.bias is None\n", ""),
         first=["tests/test_guards.py", GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
@@ -125,7 +141,11 @@ MUTATIONS = [
             "            (rows[index] + (index >= len(bases)), rows[index + 1] + (index >= len(bases))),",
         ),
         ("biases dropped", "weights.like) if slices else None", "weights.like) if not slices else None"),
-        ("two matrices in one cell", "return _layers(writes, lambda write: (write.base.node,", "return [writes] or (("),
+        (
+            "two matrices in one cell",
+            "return _layers(placements, lambda placement: (placement.base.node, ",
+            "return [placements] or (",
+        ),
         ("folded scale forgotten", "path.scale if config.fold_scale else 1.0", "1.0"),
         ("B's that train beside each other", "single=trained)", "single=False)"),
         first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
@@ -133,7 +153,7 @@ MUTATIONS = [
     *passes(
         "rewrite/magnitudes",
         ("a sign is forgotten", "scaled = (factor[0] * sign, factor[1] * sign)", "scaled = factor"),
-        ("another reader is not asked", "            readers <= total.inner\n            and (", "            ("),
+        ("another reader is not asked", "            reading <= total.inner\n            and (", "            ("),
         ("another bias is taken", "if biases and not (own and", "if biases and not ("),
         ("what trains is stored", "if self.program.trains(weights.values()) or not all(", "if not all("),
         first=["tests/variants/test_magnitudes.py"],
@@ -163,17 +183,17 @@ MUTATIONS = [
         ("forgotten scale", "self.parts(inner, scale * number,", "self.parts(inner, scale,"),
         ("forgotten scale between", "            scale *= number\n", ""),
         ("forgotten minus", "sign = -float(alpha) if kind", "sign = float(alpha) if kind"),
-        ("another reader is not asked", "if len(readers) > 1:", "if False:"),
+        ("another reader is not asked", "if len(names) > 1:", "if False:"),
         ("active dropout", "if part.dropout is not None:", "if False:"),
         (
             "a changed copy is not told of",
-            "self.values.transparent(node) or self.values.no_op(node)",
-            "self.values.transparent(node)",
+            "self.values.inner(node) or self.values.no_op(node)",
+            "self.values.inner(node)",
         ),
         ("a path written twice", "absorbed.update(n for part in parts for n in part.chain)", "pass"),
         ("a scale per feature", "len(shape) > len(of) or shape[-1] != 1:", "len(shape) > len(of):"),
-        ("the adapter is the target", "found.sort(key=", "found.sort(reverse=True, key="),
-        ("a broadcast target", "if not self.same_rows(target, parts):", "if False:"),
+        ("the adapter is what is added to", "found.sort(key=", "found.sort(reverse=True, key="),
+        ("a broadcast value", "if not self.same_rows(onto, parts):", "if False:"),
         first=[GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
@@ -188,7 +208,7 @@ MUTATIONS = [
         "rewrite/strides",
         ("views of slices", "user.target = WITHOUT_STRIDES[operation(user)]", "pass"),
         ("outputs that are slices", 'return user.op == "output" or kind in STRICT', "return kind in STRICT"),
-        ("slices changed in place", " or node in written(user, program.root)", ""),
+        ("slices changed in place", " or node in changed_by(user, program.root)", ""),
         first=["tests/test_guards.py", GRAPHS, "tests/test_declines.py"],
     ),
     *passes(
@@ -205,26 +225,39 @@ MUTATIONS = [
     *passes(
         "analysis/values",
         (
-            "active dropout is a no-op",
-            "if type(module) is nn.Dropout and (not module.training or module.p == 0):",
-            "if type(module) is nn.Dropout:",
-        ),
-        ("a cast is a no-op", "same = before.dtype == after.dtype and before.device == after.device", "same = True"),
-        (
             "what changes later stands for its equal",
             "key = None if node in self.effects.changed else self._key(node)",
             "key = self._key(node)",
         ),
         ("before and after a change", "if not self.effects.touched.isdisjoint(node.all_input_nodes):", "if False:"),
         (
-            "any reshape keeps the rows",
-            "return bool(before) and bool(after) and same_sizes(before[-1:], after[-1:])",
-            "return True",
-        ),
-        (
             "two random numbers are one",
             "if torch.Tag.nondeterministic_seeded in kind.tags or kind in DROPOUTS:",
             "if False:",
+        ),
+        first=[GRAPHS, "tests/test_declines.py"],
+    ),
+    *passes(
+        "analysis/no_ops",
+        (
+            "active dropout is a no-op",
+            "if type(module) is nn.Dropout and (not module.training or module.p == 0):",
+            "if type(module) is nn.Dropout:",
+        ),
+        ("a cast is a no-op", "same = before.dtype == after.dtype and before.device == after.device", "same = True"),
+        first=[GRAPHS, "tests/test_declines.py"],
+    ),
+    *passes(
+        "analysis/operations",
+        ("a permutation is a transpose", "return tuple(order) in ((1, 0), (-1, -2))", "return True"),
+        first=["tests/test_declines.py", GRAPHS],
+    ),
+    *passes(
+        "analysis/reshapes",
+        (
+            "any reshape keeps the rows",
+            "return bool(before) and bool(after) and same_sizes(before[-1:], after[-1:])",
+            "return True",
         ),
         first=[GRAPHS, "tests/test_declines.py"],
     ),
@@ -249,8 +282,8 @@ MUTATIONS = [
         ("neighbours for halves", "pairs = (half, 2) if rotation.neighbours else (2, half)", "pairs = (half, 2)"),
         (
             "forgotten scale",
-            "program.product_and_sum(y, z, up, unrolled.scale)",
-            "program.product_and_sum(y, z, up, 1.0)",
+            "build.product_and_sum(y, z, up, unrolled.scale)",
+            "build.product_and_sum(y, z, up, 1.0)",
         ),
         first=["tests/test_rotary.py"],
     ),
@@ -258,41 +291,71 @@ MUTATIONS = [
         "rewrite/write",
         (
             "swapped slices",
-            "found.update(zip(segment, slices, strict=True))",
-            "found.update(zip(segment, slices[::-1]))",
+            "self.written.slice_last(value, features_of(segment), pieces), strict=True))",
+            "self.written.slice_last(value, features_of(segment), pieces)[::-1]))",
         ),
-        (
-            "forgotten scale",
-            "return self.program.accumulate(y, z, up, scale)",
-            "return self.program.accumulate(y, z, up, 1.0)",
-        ),
-        ("forgotten scale of columns", "if columns.scale.constant != 1.0:", "if False:"),
-        ("an adapter's bias dropped", "if path.up.bias is None:", "if True:"),
-        (
-            "a factor dropped",
-            "low = self.times(self.now(path.low), (*path.numbers, *path.factors))",
-            "low = self.times(self.now(path.low), path.numbers)",
-        ),
-        (
-            "a factor of an adapter's bias dropped",
-            "weight_node(path.up.bias), (*path.numbers, *path.factors))",
-            "weight_node(path.up.bias), ())",
-        ),
-        ("a transposed member", "rows = [(*piece.rows, piece.transposed)", "rows = [(*piece.rows, False)"),
-        ("an old value", "        while node in self._now:\n", "        while False:\n"),
         first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
     ),
     *passes(
         "rewrite/write",
-        ("a symbol dropped", "low = self.times(low, block.scale.numbers)", "pass"),
-        ("a symbol of columns dropped", "low = self.times(low, columns.scale.numbers)", "pass"),
-        (
-            "multiplied for divided",
-            "self.program.ops.div if factor.divides else",
-            "self.program.ops.mul if factor.divides else",
-        ),
         ("a symbol behind its use", "            before.prepend(node)\n", "            pass\n"),
         first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *passes(
+        "rewrite/rows",
+        ("forgotten scale of columns", "if columns.scale.constant != 1.0:", "if False:"),
+        ("a transposed member", "rows = [(*piece.rows, piece.transposed)", "rows = [(*piece.rows, False)"),
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+    ),
+    *passes(
+        "rewrite/rows",
+        ("a symbol of columns dropped", "low = self.written.multiply(low, columns.scale.numbers)", "pass"),
+        first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *passes(
+        "rewrite/accumulations",
+        (
+            "forgotten scale",
+            "return self.build.accumulate(y, z, up, scale)",
+            "return self.build.accumulate(y, z, up, 1.0)",
+        ),
+        ("an adapter's bias dropped", "if path.up.bias is None:", "if True:"),
+        (
+            "a factor dropped",
+            "self.written.successor(path.low), (*path.numbers, *path.factors))",
+            "self.written.successor(path.low), path.numbers)",
+        ),
+        (
+            "a factor of an adapter's bias dropped",
+            "read_weight(path.up.bias), (*path.numbers, *path.factors))",
+            "read_weight(path.up.bias), ())",
+        ),
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+    ),
+    *passes(
+        "rewrite/accumulations",
+        ("a symbol dropped", "low = self.written.multiply(low, block.scale.numbers)", "pass"),
+        first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *passes(
+        "rewrite/written",
+        ("an old value", "        while node in self._successors:\n", "        while False:\n"),
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+    ),
+    *passes(
+        "rewrite/written",
+        ("multiplied for divided", "build.ops.div if factor.divides else", "build.ops.mul if factor.divides else"),
+        first=["tests/training/test_symbolic_scales.py"],
+    ),
+    *passes(
+        "rewrite/labels",
+        ("new nodes keep the names that they were made with", "context.program.rename(node, label)", "pass"),
+        first=["tests/test_pipeline.py"],
+    ),
+    *passes(
+        "rewrite/drawing",
+        ("accumulations are not counted", " + (len(layout.blocks) if together else len(group.accumulated))", ""),
+        first=["tests/test_report.py", "tests/test_pipeline.py"],
     ),
     *passes(
         "plan/group",

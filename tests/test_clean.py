@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from flora_fx.passes.rewrite.clean import clean
+from flora_fx.passes.rewrite.clean import erase_unread
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def test_an_operand_with_effects_stays_unless_nobody_sees_them(target: Any) -> N
         plain = graph.call_function(aten.neg.default, (effect,))
         top = graph.call_function(aten.neg.default, (plain,))
         graph.output(x)
-        clean(graph, [top], [effect] if alone else [])
+        erase_unread(graph, [top], [effect] if alone else [])
         return [node.target for node in graph.nodes if node.op == "call_function"]
 
     assert left(alone=False) == [target]

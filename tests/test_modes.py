@@ -11,7 +11,10 @@ from torch import Tensor, fx, nn
 import flora_fx
 from flora_fx import Reason
 from flora_fx.backend import flora, last_report
+from flora_fx.graph.program import open_program
 from flora_fx.passes.analysis.modes import find_regions
+from flora_fx.passes.analysis.mutation import find_effects
+from flora_fx.passes.context import Context
 from tests.adapters import D_IN, FORMS, Adapted
 
 Form = Callable[[Adapted, Tensor], Tensor]
@@ -147,6 +150,7 @@ def test_regions_are_counted_and_and_is_no_switch_nor_a_write() -> None:
         return graph
 
     torch.compile(function, backend=backend, fullgraph=True)(torch.ones(2, requires_grad=True), torch.ones(2) > 0)
-    regions = find_regions(seen[0].graph)
+    context = Context(open_program(seen[0]), flora_fx.FuseConfig())
+    regions = find_regions(context)
     assert sorted(set(regions.values())) == [0, 1, 2]
-    assert not flora_fx.passes.analysis.mutation.find_effects(seen[0].graph, seen[0]).touched
+    assert not find_effects(context).touched

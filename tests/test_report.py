@@ -52,7 +52,9 @@ def test_the_json_holds_everything(report: flora_fx.FusionReport) -> None:
     pack = next(pack for pack in data["packs"] if pack["name"] == "layers_0_qvk")
     assert [piece["role"] for piece in pack["slices"]] == ["base", "base", "base", "down", "down"]
     assert [piece["rows"] for piece in pack["slices"]] == [[0, 10], [10, 18], [18, 24], [24, 27], [27, 32]]
-    passes = "effects values projections magnitudes paths unlike decide group write rotary clean strides"
+    passes = (
+        "effects modes values projections magnitudes paths unlike decide forms group write rotary clean strides labels"
+    )
     assert set(data["seconds"]) == set(passes.split())
     assert data["unrolled"] == 0
 

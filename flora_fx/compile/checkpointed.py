@@ -59,12 +59,12 @@ class BodyView(GraphModuleView):
         weight = self._outer.weight(operand)
         return weight and replace(weight, node=node)
 
-    def packed_weight(self, pack: Pack, like: Tensor) -> Node:
+    def read_pack(self, pack: Pack, like: Tensor) -> Node:
         last = [*self._inputs, *(inside for inside, _ in self._lifted)][-1]
-        outside = self._outer.packed_weight(pack, like)
+        outside = self._outer.read_pack(pack, like)
         with self.graph.inserting_after(last):
             inside = self.graph.placeholder(outside.name)
-        inside.meta[self.values_key] = self._outer.value(outside)
+        self.examples.give(inside, self._outer.value(outside))
         self._lifted.append((inside, outside))
         return inside
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from flora_fx.graph.builder import Builder
 from flora_fx.graph.program import GraphModuleView
 from flora_fx.internals import SET_GRAD_ENABLED, FakeTensor
 from flora_fx.ir import Pack, Weight
@@ -35,50 +36,21 @@ __all__ = ["LiftedView", "PackedCall"]
 log = logging.getLogger(__name__)
 
 
-class LiftedView(GraphModuleView):
-    """A graph of Dynamo's, for the passes; its packs become inputs behind those that it has.
+class RowBuilder(Builder):
+    """On a CPU, lets one row go through a pack as `matrix_vector`, for a compiler that makes loops of its own.
 
-    Attributes:
-        records: whether gradients are recorded in the graph, or in a part of it.
-
-    Args:
-        root: the graph module, which `finish` changes.
-        generates: whether the compiler behind makes loops of its own: then, on a CPU, one row goes through a pack as
-            `matrix_vector` (Inductor's loop streams weights at 26 to 32 GB/s where MKL's GEMM with one row gives 8 to
-            11; AMD EPYC, 2 cores, float32, torch 2.13).
+    Inductor's loop streams weights at 26 to 32 GB/s where MKL's GEMM with one row gives 8 to 11 (AMD EPYC, 2 cores,
+    float32, torch 2.13).
     """
 
-    derives = False  # PEFT's layers with such values come in graphs of a piece each
-    copies = False  # who calls a compiled graph watches where its parameters are, not their versions
-
-    def __init__(self, root: fx.GraphModule, *, generates: bool = True) -> None:
-        super().__init__(root)
-        self._generates = generates
-        # Dynamo compiles anew where gradients are recorded and were not, unless the graph itself begins to.
-        self.records = torch.is_grad_enabled() or any(n.target is SET_GRAD_ENABLED for n in root.graph.nodes)
-        self._lifted: list[Node] = []
-
-    def packed_weight(self, pack: Pack, like: Tensor) -> Node:
-        last = [*self._inputs, *self._lifted][-1]
-        with self.graph.inserting_after(last):
-            node = self.graph.placeholder(f"flora_{pack.name}")
-        node._dynamo_source = None
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node.meta[self.values_key] = self.fake(pack.shape, like)
-        self._lifted.append(node)
-        return node
-
-    def trains(self, weights: Iterable[Weight]) -> bool:
-        return self.records and super().trains(weights)
-
     def linear(self, x: Node, weight: Node, bias: Node | None) -> Node:
-        if self._generates and self._is_one_row(x):
+        if self._is_one_row(x):
             return self.call(matrix_vector, x, weight, bias)
         return super().linear(x, weight, bias)
 
-    def widened(self, x: Node, others: Sequence[Node], weight: Node, bias: Node | None) -> Node:
-        if not (self._generates and self._is_one_row(x)):
-            return super().widened(x, others, weight, bias)
+    def widened_linear(self, x: Node, others: Sequence[Node], weight: Node, bias: Node | None) -> Node:
+        if not self._is_one_row(x):
+            return super().widened_linear(x, others, weight, bias)
         # Each part of the row by its own columns: nothing has to be written beside anything first.
         edges = [0, *running(self.value(part).shape[-1] for part in (x, *others))]
         columns = [self.call(torch.ops.aten.slice.Tensor, weight, 1, *edge) for edge in pairwise(edges)]
@@ -88,10 +60,10 @@ class LiftedView(GraphModuleView):
         return y
 
     def accumulate(self, y: Node, z: Node, up: Node, scale: float) -> Node:
-        if not (self._generates and self._is_one_row(z)):
+        if not self._is_one_row(z):
             return super().accumulate(y, z, up, scale)
         delta = self.call(self.ops.mul, self.linear(z, up, None), scale)
-        return self.call(self.ops.add, y, self.shaped_like(delta, y))
+        return self.call(self.ops.add, y, self.reshape_to(delta, y))
 
     def _is_one_row(self, x: Node) -> bool:
         """One row, computed in full precision: not where autocast makes a linear compute in half."""
@@ -100,6 +72,42 @@ class LiftedView(GraphModuleView):
             return False
         same = before is None or before.dtype == value.dtype
         return same and all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
+
+
+class LiftedView(GraphModuleView):
+    """A graph of Dynamo's, for the passes; its packs become inputs behind those that it has.
+
+    Attributes:
+        records: whether gradients are recorded in the graph, or in a part of it.
+
+    Args:
+        root: the graph module, which `finish` changes.
+        generates: whether the compiler behind makes loops of its own, as `RowBuilder` expects.
+    """
+
+    derives = False  # PEFT's layers with such values come in graphs of a piece each
+    copies = False  # who calls a compiled graph watches where its parameters are, not their versions
+
+    def __init__(self, root: fx.GraphModule, *, generates: bool = True) -> None:
+        super().__init__(root)
+        if generates:
+            self.build = RowBuilder(self.graph, self.examples, self.build.ops)
+        # Dynamo compiles anew where gradients are recorded and were not, unless the graph itself begins to.
+        self.records = torch.is_grad_enabled() or any(n.target is SET_GRAD_ENABLED for n in root.graph.nodes)
+        self._lifted: list[Node] = []
+
+    def read_pack(self, pack: Pack, like: Tensor) -> Node:
+        last = [*self._inputs, *self._lifted][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"flora_{pack.name}")
+        node._dynamo_source = None
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        self.examples.give(node, self.examples.like(pack.shape, like))
+        self._lifted.append(node)
+        return node
+
+    def trains(self, weights: Iterable[Weight]) -> bool:
+        return self.records and super().trains(weights)
 
     def finish(self, fusion: Fusion) -> fx.GraphModule:
         """The graph module that was opened, with the rewritten graph."""
@@ -117,7 +125,7 @@ class LiftedView(GraphModuleView):
                 self.graph.erase_node(node)
         return kept
 
-    def examples(self, inputs: Sequence[Any], kept: Sequence[int]) -> list[Any]:
+    def example_inputs(self, inputs: Sequence[Any], kept: Sequence[int]) -> list[Any]:
         """Example inputs of the rewritten graph, for the compiler behind."""
         return [*(inputs[index] for index in kept), *(self.value(node) for node in self._lifted)]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 
-__all__ = ["Sketch", "SketchWrite", "draw"]
+__all__ = ["Sketch", "SketchPath", "draw"]
 
 INK, PAPER, MUTED = "#1f2933", "#ffffff", "#7b8794"
 BASE, DOWN, UP = "#3e7cb1", "#e07a3f", "#4f9d69"
@@ -22,7 +22,7 @@ BOX = 118
 
 
 @dataclass(frozen=True)
-class SketchWrite:
+class SketchPath:
     """One path: the indices of its base and down-projection, its up-projection's name, its scale.
 
     The down-projection is None where it stands in another group.
@@ -42,8 +42,8 @@ class Sketch:
         name: of the pack, or of the projection where there is none.
         reads: the value that is read.
         bases, downs: (name, rows) in the order they are stored.
-        writes: the paths that are accumulated.
-        columns: the paths that widen the group.
+        accumulated: the paths that are GEMMs of their own.
+        widened: the paths that are further columns of their base.
         gemms: GEMM launches after: packs and accumulations.
         apart: how many downs, from the first on, are no rows under the bases.
     """
@@ -52,8 +52,8 @@ class Sketch:
     reads: str
     bases: tuple[tuple[str, int], ...]
     downs: tuple[tuple[str, int], ...]
-    writes: tuple[SketchWrite, ...]
-    columns: tuple[SketchWrite, ...]
+    accumulated: tuple[SketchPath, ...]
+    widened: tuple[SketchPath, ...]
     gemms: int
     apart: int
 
@@ -88,8 +88,8 @@ def _anonymous(sketch: Sketch, pattern: Callable[[str], str]) -> Sketch:
         "x",
         tuple((_leaf(name), rows) for name, rows in sketch.bases),
         tuple((_leaf(name), rows) for name, rows in sketch.downs),
-        tuple(replace(path, up=_leaf(path.up)) for path in sketch.writes),
-        tuple(replace(path, up=_leaf(path.up)) for path in sketch.columns),
+        tuple(replace(path, up=_leaf(path.up)) for path in sketch.accumulated),
+        tuple(replace(path, up=_leaf(path.up)) for path in sketch.widened),
         sketch.gemms,
         sketch.apart,
     )
@@ -107,10 +107,10 @@ def _leaf(name: str) -> str:
 
 
 def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
-    written = (*sketch.writes, *sketch.columns)
+    written = (*sketch.accumulated, *sketch.widened)
     paths = {base: [path for path in written if path.base == base] for base in range(len(sketch.bases))}
     lines = sum(1 + len(found) for found in paths.values())
-    height = max(lines * LINE, _stack_height(sketch), 108 if sketch.writes else 0) + 58
+    height = max(lines * LINE, _stack_height(sketch), 108 if sketch.accumulated else 0) + 58
     gemms = len(sketch.bases) + len(sketch.downs) + len(written)
     before = f"{gemms} GEMM{'' if gemms == 1 else 's'}, {2 * len(written)} elementwise"
     times = f" ×{count}" if count > 1 else ""
@@ -125,7 +125,7 @@ def _panel(sketch: Sketch, count: int) -> tuple[int, str]:
     return height, "".join(parts)
 
 
-def _before(sketch: Sketch, paths: dict[int, list[SketchWrite]], top: int, height: int) -> list[str]:
+def _before(sketch: Sketch, paths: dict[int, list[SketchPath]], top: int, height: int) -> list[str]:
     parts, y = [], top
     middle = (top + height - 12) / 2
     parts.append(_circle(62, middle, "x"))
@@ -161,9 +161,9 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
     stacks = [stack for stack in (first, _slices(apart, DOWN, "A")) if stack]
     total = sum(len(stack) * 26 for stack in stacks) + 14 * (len(stacks) - 1)
     y = middle - total / 2
-    parts = [_circle(642, middle, "x, z" if sketch.columns else "x", wide=bool(sketch.columns))]
-    parts.append(_wire(668 if sketch.columns else 656, middle, 690, middle))
-    parts += [_box(862, y + 26 * column.base, 112, UP, f"B {column.up}", radius=0) for column in sketch.columns]
+    parts = [_circle(642, middle, "x, z" if sketch.widened else "x", wide=bool(sketch.widened))]
+    parts.append(_wire(668 if sketch.widened else 656, middle, 690, middle))
+    parts += [_box(862, y + 26 * column.base, 112, UP, f"B {column.up}", radius=0) for column in sketch.widened]
     for stack in stacks:
         top_of_stack = y
         for color, label in stack:
@@ -174,8 +174,8 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
             f'stroke="{INK}" stroke-width="1.6"/>'
         )
         y += 14
-    right = 974 if sketch.columns else 860
-    if sketch.writes:
+    right = 974 if sketch.widened else 860
+    if sketch.accumulated:
         size = 74
         left, upper = 916, middle - size / 2
         parts.append(_wire(860, middle, left, middle))
@@ -183,11 +183,11 @@ def _after(sketch: Sketch, top: int, height: int) -> list[str]:
             f'<rect x="{left}" y="{upper}" width="{size}" height="{size}" rx="4" fill="#e4e7eb" stroke="{INK}" '
             'stroke-width="1.6"/>'
         )
-        rows = list(dict.fromkeys(w.base for w in sketch.writes))
-        columns = list(dict.fromkeys(w.down for w in sketch.writes))
+        rows = list(dict.fromkeys(w.base for w in sketch.accumulated))
+        columns = list(dict.fromkeys(w.down for w in sketch.accumulated))
         high, wide = size / len(rows), size / len(columns)
-        for write in sketch.writes:
-            x, y = left + columns.index(write.down) * wide, upper + rows.index(write.base) * high
+        for path in sketch.accumulated:
+            x, y = left + columns.index(path.down) * wide, upper + rows.index(path.base) * high
             parts.append(f'<rect x="{x + 2}" y="{y + 2}" width="{wide - 4}" height="{high - 4}" rx="2" fill="{UP}"/>')
         parts.append(_text(left + size / 2, upper - 7, "y + s·Bz", MUTED, 12, anchor="middle"))
         parts.append(_wire(left + size, middle, 1030, middle))

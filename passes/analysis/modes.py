@@ -8,18 +8,24 @@ region, between the same two switches. Dynamo writes such switches into its grap
 
 from __future__ import annotations
 
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-__all__ = ["find_regions"]
+from flora_fx.passes.context import Context
+
+__all__ = ["Regions", "find_regions"]
 
 SWITCHES = ("_enter_", "_exit_", "_set_", "set_", "_saved_tensors_hooks_")
 
 
-def find_regions(graph: Graph) -> dict[Node, int]:
+class Regions(dict[Node, int]):
     """For each node, how many switches stand before it."""
-    regions: dict[Node, int] = {}
+
+
+def find_regions(context: Context) -> Regions:
+    """Count the switches."""
+    regions = Regions()
     current = 0
-    for node in graph.nodes:
+    for node in context.program.graph.nodes:
         current += _is_switch(node)
         regions[node] = current
     return regions

@@ -14,31 +14,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from flora_fx.internals import OpOverload
 from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
-from flora_fx.passes.rewrite.clean import ASSERTS
+from flora_fx.passes.context import Context
 
-__all__ = [
-    "IN_PLACE",
-    "IN_PLACE_ADDS",
-    "IN_PLACE_DIVIDES",
-    "IN_PLACE_MULTIPLIES",
-    "IN_PLACE_SUBTRACTS",
-    "Effects",
-    "find_effects",
-    "may_alias",
-    "written",
-]
+from .operations import ASSERTS, IN_PLACE
+
+__all__ = ["Effects", "changed_by", "find_effects", "may_alias"]
 
 aten = torch.ops.aten
 
-IN_PLACE_ADDS = {operator.iadd, aten.add_.Tensor, "add_"}
-IN_PLACE_SUBTRACTS = {operator.isub, aten.sub_.Tensor, "sub_"}
-IN_PLACE_MULTIPLIES = {operator.imul, aten.mul_.Tensor, "mul_"}
-IN_PLACE_DIVIDES = {operator.itruediv, aten.div_.Tensor, "div_"}
-IN_PLACE = IN_PLACE_ADDS | IN_PLACE_SUBTRACTS | IN_PLACE_MULTIPLIES | IN_PLACE_DIVIDES
 # Results that never share memory with an operand. Whatever is not known to be here is taken for a possible view.
 FRESH = {
     accumulate,
@@ -132,8 +119,9 @@ class Effects:
         self.changed = frozenset(node for nodes in alone.values() for node in nodes)
 
 
-def find_effects(graph: Graph, root: nn.Module) -> Effects:
-    """Walk the graph once for writes and layout readers, and from each to all that may share its memory."""
+def find_effects(context: Context) -> Effects:
+    """Walk the graph once for changes and layout readers, and from each to all that may share its memory."""
+    graph, root = context.program.graph, context.program.root
     seeds: set[Node] = set()
     alone: dict[Node, list[Node]] = {}
     for node in graph.nodes:
@@ -142,7 +130,7 @@ def find_effects(graph: Graph, root: nn.Module) -> Effects:
         elif changed := _changed_alone(node, root):
             alone[node] = changed
         else:
-            seeds.update(written(node, root))
+            seeds.update(changed_by(node, root))
     touched: set[Node] = set()
     pending = list(seeds)
     while pending:
@@ -184,7 +172,7 @@ def _is_fresh_operator(node: Node) -> bool:
     return not silent and all(result.alias_info is None for result in target._schema.returns)
 
 
-def written(node: Node, root: nn.Module) -> list[Node]:
+def changed_by(node: Node, root: nn.Module) -> list[Node]:
     """The nodes whose values a node changes."""
     out = node.kwargs.get("out")
     changed = [out] if isinstance(out, Node) else []
@@ -235,7 +223,7 @@ def _aliased(node: Node, root: nn.Module) -> list[Node]:
     """The operands that a node's result may share memory with."""
     if node.op in ("placeholder", "get_attr"):
         return []
-    if changed := written(node, root):
+    if changed := changed_by(node, root):
         return changed  # it returns what it has changed, or nothing
     if node.op == "call_module":
         fresh = isinstance(root.get_submodule(str(node.target)), nn.Linear | nn.LayerNorm | nn.Conv1d | nn.Conv2d)

@@ -1,6 +1,6 @@
 """Find the low-rank paths: what an adapter adds to a value.
 
-    z = down(x), or activation(down(x)), or v * down(x) with a vector v;  y' = target + scale · up(z)
+    z = down(x), or activation(down(x)), or v * down(x) with a vector v;  y' = onto + scale · up(z)
 
 Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), be it a constant
 or a symbolic number (Dynamo's, of a float that changes), either order of the operands, several adapters summed, minus
@@ -9,51 +9,42 @@ for plus, and reshapes, no-op casts and eval dropout anywhere.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from flora_fx.graph.program import Program, same_sizes
-from flora_fx.internals import GELU
+from flora_fx.graph.examples import same_sizes
+from flora_fx.graph.program import Program
 from flora_fx.ir import Decline, Factor, LowRankPath, Projection, Reason
+from flora_fx.passes.context import Context
 
-from .mutation import (
+from .modes import Regions
+from .mutation import Effects
+from .operations import (
+    ACTIVATION_MODULES,
+    ACTIVATIONS,
+    ADDS,
+    DIVIDES,
+    DROPOUTS,
     IN_PLACE,
-    IN_PLACE_ADDS,
-    IN_PLACE_DIVIDES,
-    IN_PLACE_MULTIPLIES,
-    IN_PLACE_SUBTRACTS,
-    Effects,
+    MULTIPLIES,
+    NEGATES,
+    SUBTRACTS,
+    is_number,
+    operation,
+    readers,
 )
-from .values import DROPOUTS, Values, operation
+from .projections import Projections
+from .reshapes import leading_dimensions_given_by
+from .values import Values
 
-__all__ = ["find_paths", "is_low_rank", "is_number", "live_users", "operands"]
+__all__ = ["Paths", "find_paths", "is_low_rank", "operands"]
 
-aten = torch.ops.aten
-
-ADDS = {operator.add, torch.add, aten.add.Tensor, "add", "__add__"} | IN_PLACE_ADDS
-SUBTRACTS = {operator.sub, torch.sub, aten.sub.Tensor, "sub", "__sub__"} | IN_PLACE_SUBTRACTS
-MULTIPLIES = {operator.mul, torch.mul, aten.mul.Tensor, aten.mul.Scalar, "mul", "__mul__"} | IN_PLACE_MULTIPLIES
-DIVIDES = {operator.truediv, torch.div, aten.div.Tensor, aten.div.Scalar, "div", "__truediv__"} | IN_PLACE_DIVIDES
-NEGATES = {operator.neg, torch.neg, aten.neg.default, "neg", "__neg__"}
-ACTIVATIONS = {
-    *(torch.relu, F.relu, aten.relu.default, "relu"),
-    *(F.silu, aten.silu.default),
-    *(F.gelu, GELU, aten.gelu.default),
-    *(torch.tanh, F.tanh, aten.tanh.default, "tanh"),
-    *(torch.sigmoid, F.sigmoid, aten.sigmoid.default, "sigmoid"),
-}
-ACTIVATION_MODULES = {nn.ReLU, nn.SiLU, nn.GELU, nn.Tanh, nn.Sigmoid}
 CHANGED = "is changed in place, or may share memory with what is, or its memory layout is read"
-NO_READERS = {aten._assert_tensor_metadata.default}
 
 
 @dataclass(frozen=True)
@@ -78,40 +69,35 @@ class _Unscalable(Exception):  # noqa: N818 - carries a decline, is not an error
         )
 
 
-def live_users(node: Node) -> list[Node]:
-    """The users that read a value; asserts about its metadata do not count."""
-    return [user for user in node.users if operation(user) not in NO_READERS]
+class Paths(tuple[LowRankPath, ...]):
+    """All low-rank paths, in the order of their adds."""
 
 
-def find_paths(
-    program: Program,
-    values: Values,
-    effects: Effects,
-    projections: tuple[Projection, ...],
-    regions: dict[Node, int],
-) -> tuple[tuple[LowRankPath, ...], tuple[Decline, ...]]:
-    """All low-rank paths, in the order of their adds, and those that must stay as they are."""
-    finder = _Finder(program, values, {p.node: p for p in projections}, regions)
+def find_paths(context: Context) -> Paths:
+    """Find the paths; decline those that must stay as they are."""
+    effects = context[Effects]
+    finder = _Finder(context.program, context[Values], context[Projections].by_node(), context[Regions])
     paths: list[LowRankPath] = []
     declines: list[Decline] = []
     absorbed: set[Node] = set()
     # From the last add to the first, so that a sum of several adapters is met at its root.
-    for node in reversed(program.graph.nodes):
+    for node in reversed(context.program.graph.nodes):
         if node in absorbed:
             continue
         ways, unscalable = finder.at_add(node)
         declines.extend(unscalable)
         refusals: list[Decline] = []
-        for target, parts in ways:
-            refused = finder.refuse(node, target, parts, effects)
+        for onto, parts in ways:
+            refused = finder.refuse(node, onto, parts, effects)
             if refused is None:
                 absorbed.update(n for part in parts for n in part.chain)
-                paths.extend(finder.path(part, target, node) for part in parts)
+                paths.extend(finder.path(part, onto, node) for part in parts)
                 break
             refusals.append(refused)
         else:
             declines.extend(refusals)
-    return tuple(reversed(paths)), tuple(reversed(declines))
+    context.declines.extend(reversed(declines))
+    return Paths(reversed(paths))
 
 
 class _Finder:
@@ -129,34 +115,34 @@ class _Finder:
         found = set(self.by_node)
         for node in self.program.graph.nodes:
             if operation(node) in MULTIPLIES | DIVIDES | NEGATES:
-                operands = [n for n in node.all_input_nodes if self.values.rows(n) in found]
+                operands = [n for n in node.all_input_nodes if self.values.earliest_rows(n) in found]
                 if len(operands) == 1:
-                    found.add(self.values.rows(node))
+                    found.add(self.values.earliest_rows(node))
         return found
 
-    def path(self, part: _Part, target: Node, add: Node) -> LowRankPath:
+    def path(self, part: _Part, onto: Node, add: Node) -> LowRankPath:
         """A part as a path; its numbers that are known from the start may be used anywhere."""
-        given = [self.values.is_number(f.node) and self.values.is_given(f.node) for f in part.factors]
+        given = [self.program.is_number(f.node) and self.values.is_given(f.node) for f in part.factors]
         numbers = tuple(f for f, ahead in zip(part.factors, given, strict=True) if ahead)
         factors = tuple(f for f, ahead in zip(part.factors, given, strict=True) if not ahead)
-        return LowRankPath(part.down, part.up, part.low, part.scale, numbers, factors, target, add)
+        return LowRankPath(part.down, part.up, part.low, part.scale, numbers, factors, onto, add)
 
     def at_add(self, node: Node) -> tuple[list[tuple[Node, list[_Part]]], list[Decline]]:
-        """(target, what is added to it) where one operand of an add is a sum of low-rank paths, and what is none.
+        """(onto, what is added to it) where one operand of an add is a sum of low-rank paths, and what is none.
 
-        Of two paths added to each other one has to be the target, and either will do: the adapter is added first, not
+        Of two paths added to each other one has to be the onto, and either will do: the adapter is added first, not
         two bases behind each other.
         """
         found: list[tuple[Node, list[_Part]]] = []
         declines: list[Decline] = []
-        for target, added, sign, alpha in self.operands(node):
+        for onto, added, sign, alpha in self.operands(node):
             try:
                 parts = self.parts(added, sign, alpha, ())
             except _Unscalable as refusal:
                 declines.append(refusal.decline)
                 continue
             if parts is not None:
-                found.append((target, parts))
+                found.append((onto, parts))
         found.sort(key=lambda way: not all(is_low_rank(part.down, part.up) for part in way[1]))
         return found, declines
 
@@ -164,11 +150,11 @@ class _Finder:
         """As `operands`, and where what is added is multiplied by a symbolic number."""
         alpha = node.kwargs.get("alpha")
         if isinstance(alpha, Node) and operation(node) in ADDS | SUBTRACTS and len(node.args) == 2:
-            target, added = node.args
-            if isinstance(target, Node) and isinstance(added, Node) and self.values.is_number(alpha):
-                yield target, added, -1.0 if operation(node) in SUBTRACTS else 1.0, (Factor(alpha),)
-        for target, added, sign in operands(node):
-            yield target, added, sign, ()
+            onto, added = node.args
+            if isinstance(onto, Node) and isinstance(added, Node) and self.program.is_number(alpha):
+                yield onto, added, -1.0 if operation(node) in SUBTRACTS else 1.0, (Factor(alpha),)
+        for onto, added, sign in operands(node):
+            yield onto, added, sign, ()
 
     def parts(
         self, node: Node, scale: float, factors: tuple[Factor, ...], chain: tuple[Node, ...]
@@ -179,7 +165,7 @@ class _Finder:
             part = self.below(self.by_node[node], scale, factors, chain)
             return None if part is None else [part]
         # Where a no-op's value is changed in place the path is declined for it: that has to be found to be said.
-        if (inner := self.values.transparent(node) or self.values.no_op(node)) is not None:
+        if (inner := self.values.inner(node) or self.values.no_op(node)) is not None:
             return self.parts(inner, scale, factors, chain)
         if (product := self.product(node)) is not None:
             inner, number, factor = product
@@ -189,7 +175,7 @@ class _Finder:
             if all(is_low_rank(part.down, part.up) for part in found):
                 raise _Unscalable(node, factor.node)
             return None
-        if operation(node) in ADDS | SUBTRACTS and all(self.values.is_number(factor.node) for factor in factors):
+        if operation(node) in ADDS | SUBTRACTS and all(self.program.is_number(factor.node) for factor in factors):
             for first, second, sign, alpha in self.operands(node):
                 # A value with many readers is a residual stream, with all layers behind it: look there last.
                 signed = sorted(((first, 1.0, ()), (second, sign, alpha)), key=lambda operand: len(operand[0].users))
@@ -203,14 +189,14 @@ class _Finder:
         """The down-projection that an up-projection reads, through scales, then through one activation."""
         node = up.operand
         while True:
-            source = self.values.rows(node)
+            source = self.values.earliest_rows(node)
             if source in self.by_node:
                 down = self.by_node[source]
                 if down.out_features != up.in_features:
                     return None
                 return _Part(down, up, source, scale, factors, chain, self.active_dropout(down.reads))
             if self.is_activation(source):
-                below = self.by_node.get(self.values.rows(source.all_input_nodes[0]))
+                below = self.by_node.get(self.values.earliest_rows(source.all_input_nodes[0]))
                 if below is None or below.out_features != up.in_features or not is_low_rank(below, up):
                     return None
                 return _Part(below, up, source, scale, factors, chain, self.active_dropout(below.reads))
@@ -220,7 +206,7 @@ class _Finder:
             node, number, factor = product
             scale *= number
             if factor is not None:
-                below = self.by_node.get(self.values.rows(node))
+                below = self.by_node.get(self.values.earliest_rows(node))
                 if below is not None and not is_low_rank(below, up):
                     below = None
                 if below is not None and below.out_features == up.in_features == self.vector(factor.node):
@@ -239,7 +225,7 @@ class _Finder:
         """The node itself where it is a dropout of the adapter's own; those that do nothing were seen through."""
         if operation(node) not in DROPOUTS and not self.is_dropout_module(node):
             return None
-        return node if len(live_users(node)) == 1 else None  # what others read too is one mask for all
+        return node if len(readers(node)) == 1 else None  # what others read too is one mask for all
 
     def is_activation(self, node: Node) -> bool:
         """An elementwise function of one value."""
@@ -263,7 +249,7 @@ class _Finder:
             return None
         first, second = args
         if kind in DIVIDES:
-            by_symbol = isinstance(first, Node) and isinstance(second, Node) and self.values.is_number(second)
+            by_symbol = isinstance(first, Node) and isinstance(second, Node) and self.program.is_number(second)
             return (first, 1.0, Factor(second, divides=True)) if by_symbol else None  # type: ignore[return-value,arg-type]
         if isinstance(first, Node) and is_number(second):
             return first, float(second), None  # type: ignore[arg-type]
@@ -272,19 +258,19 @@ class _Finder:
         if not isinstance(first, Node) or not isinstance(second, Node):
             return None
         for value, factor in ((first, second), (second, first)):
-            if self.values.is_number(factor):
+            if self.program.is_number(factor):
                 return value, 1.0, Factor(factor)
-        leads = [self.values.rows(operand) in self.scaled for operand in (first, second)]
+        leads = [self.values.earliest_rows(operand) in self.scaled for operand in (first, second)]
         if leads == [True, False]:
             return first, 1.0, Factor(second)
         return (second, 1.0, Factor(first)) if leads == [False, True] else None
 
     def per_token(self, factor: Node, value: Node) -> bool:
         """Whether a factor multiplies all features of a token alike, in the value's dtype and shape."""
-        if self.values.is_number(factor):
+        if self.program.is_number(factor):
             return True
-        shape, of = self.values.shape(factor), self.values.shape(value)
-        dtype, wanted = self.values.dtype(factor), self.values.dtype(value)
+        shape, of = self.program.shape(factor), self.program.shape(value)
+        dtype, wanted = self.program.dtype(factor), self.program.dtype(value)
         if shape is None or (wanted is None and dtype is None):
             return False
         if len(shape) == 0:
@@ -296,17 +282,17 @@ class _Finder:
 
     def vector(self, factor: Node) -> int | None:
         """The length of a vector, which multiplies all tokens alike and changes no shape; None for other factors."""
-        shape = self.values.shape(factor)
+        shape = self.program.shape(factor)
         return shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
 
     def reaches_down(self, factor: Node, part: _Part) -> bool:
         """Whether a factor found behind the up-projection fits the down-projection's output as well."""
-        if len(self.values.shape(factor) or ()) < 2:
+        if len(self.program.shape(factor) or ()) < 2:
             return True
-        low, high = self.values.shape(part.down.node), self.values.shape(part.chain[0])
+        low, high = self.program.shape(part.down.node), self.program.shape(part.chain[0])
         return low is not None and high is not None and same_sizes(low[:-1], high[:-1])
 
-    def refuse(self, add: Node, target: Node, parts: list[_Part], effects: Effects) -> Decline | None:
+    def refuse(self, add: Node, onto: Node, parts: list[_Part], effects: Effects) -> Decline | None:
         """Why the paths that end in an add must stay as they are; None if they need not."""
         for part in parts:
             if obstacle := part.down.obstacle or part.up.obstacle:
@@ -323,31 +309,31 @@ class _Finder:
                 detail = f"a factor has one number per token, in another shape than {part.down.node.name}"
                 return Decline(Reason.SCALE_NOT_SCALAR, add.name, detail)
             for inner in part.chain:
-                readers = [user.name for user in live_users(inner)]
-                if len(readers) > 1:
-                    detail = f"{inner.name} is also read elsewhere (readers: {', '.join(readers)})"
+                names = [user.name for user in readers(inner)]
+                if len(names) > 1:
+                    detail = f"{inner.name} is also read elsewhere (readers: {', '.join(names)})"
                     return Decline(Reason.OTHER_READER, add.name, detail)
                 if inner in effects.touched:
                     return Decline(Reason.MUTATED, add.name, f"{inner.name} {CHANGED}")
-        for touched in (target, add):
+        for touched in (onto, add):
             if touched in effects.touched:
                 return Decline(Reason.MUTATED, add.name, f"{touched.name} {CHANGED}")
-        if not self.same_rows(target, parts):
-            shapes = self.values.shape(target), self.values.shape(parts[0].chain[0])
+        if not self.same_rows(onto, parts):
+            shapes = self.program.shape(onto), self.program.shape(parts[0].chain[0])
             known = None not in shapes and all(isinstance(size, int) for shape in shapes for size in shape or ())
             has = "has another shape than" if known else "is not known to have the shape of"
-            detail = f"{target.name} {has} what is added to it"
+            detail = f"{onto.name} {has} what is added to it"
             return Decline(Reason.SHAPE_UNKNOWN, add.name, detail)
         return None
 
-    def same_rows(self, target: Node, parts: list[_Part]) -> bool:
-        """Whether the target has a path's shape, so that no operand is broadcast."""
+    def same_rows(self, onto: Node, parts: list[_Part]) -> bool:
+        """Whether the onto has a path's shape, so that no operand is broadcast."""
         added = parts[0].chain[0]
-        if self.values.shape(target) is not None and self.values.shape(added) is not None:
-            return self.values.same_shape(target, added)
-        if target not in self.shapeless or added not in self.shapeless:
+        if self.program.shape(onto) is not None and self.program.shape(added) is not None:
+            return self.program.same_shape(onto, added)
+        if onto not in self.shapeless or added not in self.shapeless:
             return False
-        (leading, features), (other, _) = self.shapeless[target], self.shapeless[added]
+        (leading, features), (other, _) = self.shapeless[onto], self.shapeless[added]
         return leading is other and {features} == {part.up.out_features for part in parts}
 
     @cached_property
@@ -358,19 +344,19 @@ class _Finder:
         """
         known: dict[Node, tuple[Node, int | None]] = {}
         for node in self.program.graph.nodes:
-            source, rows = self.values.source(node), self.values.rows(node)
+            source, rows = self.values.earliest(node), self.values.earliest_rows(node)
             leading, features = known.get(source, (source, None)), known.get(rows, (rows, None))[1]
             operands = [known[operand] for operand in node.all_input_nodes]
             product = self.product(node)
             if source in self.by_node:
                 projection = self.by_node[source]
                 leading, features = known[projection.operand], projection.out_features
-            elif (restored := self.values.restores(node)) is not None:
+            elif (restored := leading_dimensions_given_by(self.values, node)) is not None:
                 leading = (restored, None)
             elif product is not None:
                 features = known[product[0]][1]
                 factor = product[2]
-                if factor is None or self.values.shape(factor.node) in ((), (features,)):
+                if factor is None or self.program.shape(factor.node) in ((), (features,)):
                     leading = known[product[0]]
             elif operation(node) in ADDS and len({operand[0] for operand in operands}) == 1:
                 leading = operands[0]
@@ -385,19 +371,15 @@ def is_low_rank(down: Projection, up: Projection) -> bool:
 
 
 def operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
-    """(target, added, factor of added) in both orders, where both are allowed."""
+    """(onto, added, factor of added) in both orders, where both are allowed."""
     kind = operation(node)
     if kind not in ADDS | SUBTRACTS or len(node.args) != 2:
         return
-    target, added = node.args
+    onto, added = node.args
     alpha: Any = node.kwargs.get("alpha", 1)
-    if not isinstance(target, Node) or not isinstance(added, Node) or not is_number(alpha):
+    if not isinstance(onto, Node) or not isinstance(added, Node) or not is_number(alpha):
         return
     sign = -float(alpha) if kind in SUBTRACTS else float(alpha)
-    yield target, added, sign
+    yield onto, added, sign
     if sign == 1 and kind not in IN_PLACE:
-        yield added, target, 1.0
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+        yield added, onto, 1.0

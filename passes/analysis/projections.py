@@ -20,11 +20,13 @@ from torch.fx import Node
 from flora_fx.graph.program import Program
 from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, Projection, Reason, Weight
+from flora_fx.passes.context import Context
 
 from .mutation import Effects
-from .values import CASTS, Values, operation
+from .operations import CASTS, operation
+from .values import Values
 
-__all__ = ["find_projections"]
+__all__ = ["ADDMMS", "LINEARS", "MATMULS", "Projections", "find_projections"]
 
 aten = torch.ops.aten
 
@@ -44,25 +46,35 @@ MATMULS = {
 }
 
 
-def find_projections(program: Program, values: Values, effects: Effects) -> tuple[Projection, ...]:
+class Projections(tuple[Projection, ...]):
     """All linear nodes whose weights are parameters, in graph order."""
+
+    def by_node(self) -> dict[Node, Projection]:
+        """The projections, each under its node."""
+        return {projection.node: projection for projection in self}
+
+
+def find_projections(context: Context) -> Projections:
+    """Look at every node of the graph."""
+    program, values, effects = context.program, context[Values], context[Effects]
     found = []
     for node in program.graph.nodes:
         parts = _parts(program, values, node)
         if parts is not None:
             operand, weight, bias = parts
-            operand = _before_autocast(values, node, operand)
+            operand = _before_autocast(program, values, node, operand)
             obstacle = _obstacle(node, operand, weight, bias, effects)
-            found.append(Projection(node, values.rows(operand), operand, weight, bias, obstacle=obstacle))
-    return tuple(found)
+            reads = values.earliest_rows(operand)
+            found.append(Projection(node, reads, operand, weight, bias, obstacle=obstacle))
+    return Projections(found)
 
 
-def _before_autocast(values: Values, node: Node, operand: Node) -> Node:
+def _before_autocast(program: Program, values: Values, node: Node, operand: Node) -> Node:
     """Autocast undoes a widening: ``linear(to(x, float32), W)`` in bfloat16 reads x, if that is bfloat16."""
-    source = values.source(operand)
-    if operation(source) in CASTS and values.dtype(source) != values.dtype(node):
+    source = values.earliest(operand)
+    if operation(source) in CASTS and program.dtype(source) != program.dtype(node):
         narrow = source.all_input_nodes[0]
-        dtypes = [values.dtype(found) for found in (narrow, node, source)]
+        dtypes = [program.dtype(found) for found in (narrow, node, source)]
         if None not in dtypes and dtypes[0] == dtypes[1] and torch.promote_types(dtypes[0], dtypes[2]) == dtypes[2]:  # type: ignore[arg-type]
             return narrow
     return operand
@@ -126,7 +138,7 @@ def _with_bias(
         return None
     if b is None:
         return x, weight, None
-    bias = program.weight(values.source(b)) if isinstance(b, Node) else None
+    bias = program.weight(values.earliest(b)) if isinstance(b, Node) else None
     if bias is None or tuple(bias.tensor.shape) != (weight.matrix.shape[0],):
         return None
     return x, weight, bias

@@ -19,13 +19,15 @@ from torch.fx import Node
 
 from flora_fx.graph.program import Program
 from flora_fx.internals import OpOverload
-from flora_fx.ir import Decline, LowRankPath, Projection, Reason
+from flora_fx.ir import Decline, Reason
+from flora_fx.passes.context import Context
 
-from .paths import ADDS, MULTIPLIES, SUBTRACTS
-from .projections import LINEARS, MATMULS
-from .values import Values, dependencies, operation
+from .operations import ADDS, MULTIPLIES, SUBTRACTS, WEIGHT_VIEWS, dependencies, operation
+from .paths import Paths
+from .projections import LINEARS, MATMULS, Projections
+from .values import Values
 
-__all__ = ["find_unlike"]
+__all__ = ["decline_unlike"]
 
 aten = torch.ops.aten
 
@@ -42,19 +44,15 @@ SHOWN = 4
 """Operations that a decline names."""
 
 
-def find_unlike(
-    program: Program,
-    values: Values,
-    projections: tuple[Projection, ...],
-    paths: Iterable[LowRankPath],
-    refused: Iterable[Decline],
-) -> tuple[Decline, ...]:
-    """A decline for each adapter that is neither among the paths nor among those refused."""
-    known = {path.write.name for path in paths} | {decline.node for decline in refused}
-    finder = _Finder(program, values, {p.node: p.operand for p in projections}, known)
+def decline_unlike(context: Context) -> None:
+    """Decline each adapter that is neither among the paths nor refused as one."""
+    program = context.program
+    known = {path.add.name for path in context[Paths]} | {decline.node for decline in context.declines}
+    operands = {projection.node: projection.operand for projection in context[Projections]}
+    finder = _Finder(program, context[Values], operands, known)
     added = [decline for node in program.graph.nodes if (decline := finder.at_add(node))]
     inside = [decline for node in program.graph.nodes if (decline := finder.at_layer(node))]
-    return (*added, *dict.fromkeys(inside))
+    context.declines.extend((*added, *dict.fromkeys(inside)))
 
 
 class _Finder:
@@ -73,13 +71,13 @@ class _Finder:
             return None
         for target, added in (operands, operands[::-1]):
             layer = self.layer(target)
-            steps = layer and self.between(added, self.values.rows(self.reads(layer)))
+            steps = layer and self.between(added, self.values.earliest_rows(self.reads(layer)))
             if layer is None or not steps or not _is_adapter([layer, *steps], self.names):
                 continue
             self.told.update(steps)
             if self.known.isdisjoint(step.name for step in steps):
                 self.known.add(node.name)
-                shown = [step for step in reversed(steps) if not self.values.is_weight_view(step)]
+                shown = [step for step in reversed(steps) if operation(step) not in WEIGHT_VIEWS]
                 names = list(dict.fromkeys(map(_name, shown)))
                 more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
                 detail = f"added to {layer.name}, it is made of {', '.join(names[:SHOWN])}{more}; it stays as it is"
@@ -104,11 +102,11 @@ class _Finder:
     def layer(self, node: Node) -> Node | None:
         """The layer that a value is the output of, through no-ops, weights that scale it and earlier adapters."""
         for _ in range(FARTHEST):
-            node = self.values.rows(node)
+            node = self.values.earliest_rows(node)
             if node in self.operands or self.is_layer(node):
                 return node
             if operation(node) in MULTIPLIES:
-                scales = [n for n in node.all_input_nodes if n in self.of_weights or self.values.is_number(n)]
+                scales = [n for n in node.all_input_nodes if n in self.of_weights or self.program.is_number(n)]
                 computed = [operand for operand in node.all_input_nodes if operand not in scales]
             else:
                 computed = node.all_input_nodes[:1] if operation(node) in ADDS else []
@@ -135,9 +133,9 @@ class _Finder:
         from_read = False
         while pending:
             current = pending.pop(0)
-            if self.values.rows(current) is reads:
+            if self.values.earliest_rows(current) is reads:
                 from_read = True
-            elif self.program.weight(current) is None and not self.values.is_number(current):
+            elif self.program.weight(current) is None and not self.program.is_number(current):
                 if current.op in ("placeholder", "get_attr") or len(steps) == FARTHEST:
                     return None
                 steps.append(current)

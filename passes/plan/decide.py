@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError
 from flora_fx.graph.program import Program
 from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.passes.analysis.paths import ADDS, NO_READERS, live_users
-from flora_fx.passes.analysis.values import CASTS, Values, operation
+from flora_fx.passes.analysis.operations import ADDS, ASSERTS, CASTS, WEIGHT_VIEWS, operation, readers
+from flora_fx.passes.analysis.paths import Paths
+from flora_fx.passes.analysis.projections import Projections
+from flora_fx.passes.analysis.values import Values
+from flora_fx.passes.context import Context
 
-__all__ = ["Decisions", "adapted", "decide"]
+__all__ = ["Decisions", "adapted_projection", "decide"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,38 +36,30 @@ class Decisions:
     Attributes:
         paths: the paths to write.
         downs: the down-projections to pack, those of `paths` among them.
-        declines: what is refused.
         shared: the nodes of projections whose weight or bias something else uses too, and how.
     """
 
     paths: tuple[LowRankPath, ...]
     downs: tuple[Projection, ...]
-    declines: tuple[Decline, ...]
     shared: Mapping[Node, str]
 
 
-def decide(
-    program: Program,
-    values: Values,
-    projections: tuple[Projection, ...],
-    paths: tuple[LowRankPath, ...],
-    config: FuseConfig,
-) -> Decisions:
+def decide(context: Context) -> Decisions:
     """Accept or decline each path.
 
     Raises:
         AdapterError: an adapter weight holds NaN or infinity.
     """
-    by_node = {p.node: p for p in projections}
+    program, values, projections = context.program, context[Values], context[Projections]
+    by_node = projections.by_node()
     shared = _shared(program, values, projections)
     accepted: list[LowRankPath] = []
     downs: dict[Node, Projection] = {}
-    declines: list[Decline] = []
-    for path in paths:
+    for path in context[Paths]:
         _require_finite(path)
-        base = adapted(values, by_node, path.target)
-        wanted = values.dtype(path.target) or (base.dtype if base else None)
-        computed = {values.dtype(part.node) or part.dtype for part in (path.up, path.down)}
+        base = adapted_projection(values, by_node, path.onto)
+        wanted = program.dtype(path.onto) or (base.dtype if base else None)
+        computed = {program.dtype(part.node) or part.dtype for part in (path.up, path.down)}
         if path.up.dtype == path.down.dtype and computed == {wanted}:
             accepted.append(path)
             downs.setdefault(path.down.node, path.down)
@@ -75,60 +69,60 @@ def decide(
         may_cast = program.copies and not trains and base and base.dtype == wanted
         if base and may_cast and shared.keys().isdisjoint((base.node, path.down.node)):
             cast = _without_cast(values, path, base)
-        if cast is not None and config.allow_cast:
+        if cast is not None and context.config.allow_cast:
             accepted.append(cast)
             downs.setdefault(cast.down.node, cast.down)
             continue
         downs.setdefault(path.down.node, path.down)
         remedy = "convert one of them" if cast is None else "convert one of them, or pass FuseConfig(allow_cast=True)"
-        detail = f"{_difference(values, path, wanted)}; {remedy}"
-        declines.append(Decline(Reason.DTYPE_DIFFERS, path.write.name, detail))
-    return Decisions(tuple(accepted), tuple(downs.values()), tuple(declines), shared)
+        detail = f"{_difference(program, path, wanted)}; {remedy}"
+        context.declines.append(Decline(Reason.DTYPE_DIFFERS, path.add.name, detail))
+    return Decisions(tuple(accepted), tuple(downs.values()), shared)
 
 
-def _difference(values: Values, path: LowRankPath, wanted: torch.dtype | None) -> str:
+def _difference(program: Program, path: LowRankPath, wanted: torch.dtype | None) -> str:
     """Two dtypes of a path that differ."""
     up, down = path.up, path.down
     if up.dtype != down.dtype:
         return f"{up.weight.name} is {_name(up.dtype)} and {down.weight.name} is {_name(down.dtype)}"
     for part in (up, down):
-        computed = values.dtype(part.node) or part.dtype
+        computed = program.dtype(part.node) or part.dtype
         if up.dtype == wanted != computed:
-            return f"{part.node.name} computes in {_name(computed)} and {path.target.name} is {_name(wanted)}"
-    return f"{up.weight.name} is {_name(up.dtype)} and {path.target.name} is {_name(wanted)}"
+            return f"{part.node.name} computes in {_name(computed)} and {path.onto.name} is {_name(wanted)}"
+    return f"{up.weight.name} is {_name(up.dtype)} and {path.onto.name} is {_name(wanted)}"
 
 
 def _name(dtype: torch.dtype | None) -> str:
     return "of unknown dtype" if dtype is None else str(dtype).removeprefix("torch.")
 
 
-def adapted(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
+def adapted_projection(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
     """The projection that a target is the output of, through reshapes and earlier adapters."""
-    node = values.rows(node)
+    node = values.earliest_rows(node)
     while node not in by_node and operation(node) in ADDS and isinstance(node.args[0], Node):
-        node = values.rows(node.args[0])
+        node = values.earliest_rows(node.args[0])
     return by_node.get(node)
 
 
 def _without_cast(values: Values, path: LowRankPath, base: Projection) -> LowRankPath | None:
     """The path reading the value before it was cast to the adapter's dtype, if that is what its base reads."""
     read = path.down.reads
-    if operation(read) not in CASTS or values.rows(read.all_input_nodes[0]) is not base.reads:
+    if operation(read) not in CASTS or values.earliest_rows(read.all_input_nodes[0]) is not base.reads:
         return None
     if path.factors or path.up.bias or path.down.bias or not _is_sole_way(path.down.node, path.up.node):
         return None
-    down = replace(path.down, reads=base.reads, operand=base.operand, like=base.weight)
-    return replace(path, down=down, up=replace(path.up, like=base.weight))
+    down = replace(path.down, reads=base.reads, operand=base.operand, cast_to=base.weight)
+    return replace(path, down=down, up=replace(path.up, cast_to=base.weight))
 
 
 def _is_sole_way(down: Node, up: Node) -> bool:
     """Whether nothing but the up-projection reads, or restates, the dtype of what stands between the two."""
     node = down
     while node is not up:
-        readers = live_users(node)
-        if len(readers) != 1 or operation(node) in CASTS:
+        found = readers(node)
+        if len(found) != 1 or operation(node) in CASTS:
             return False
-        node = readers[0]
+        node = found[0]
     return True
 
 
@@ -146,11 +140,11 @@ def _require_finite(path: LowRankPath) -> None:
 
 def _shared(program: Program, values: Values, projections: Iterable[Projection]) -> dict[Node, str]:
     """Projections with a weight or bias that another node reads, or that overlaps another parameter in memory."""
-    readers: dict[int, set[Node]] = defaultdict(set)
+    used_by: dict[int, set[Node]] = defaultdict(set)
     tensors: dict[int, Tensor] = {}
     for node in program.graph.nodes:
         for tensor in _read_by(program, values, node):
-            readers[id(tensor)].add(node)
+            used_by[id(tensor)].add(node)
             tensors[id(tensor)] = tensor
     overlapping = _overlapping(tensors.values())
 
@@ -159,7 +153,7 @@ def _shared(program: Program, values: Values, projections: Iterable[Projection])
         for weight in (projection.bias, projection.weight):
             if weight is not None and id(weight.tensor) in overlapping:
                 found[projection.node] = f"{weight.name} shares memory with another parameter"
-            if weight is not None and len(readers[id(weight.tensor)]) != 1:
+            if weight is not None and len(used_by[id(weight.tensor)]) != 1:
                 found[projection.node] = f"{weight.name} is also used elsewhere"
     return found
 
@@ -169,10 +163,10 @@ def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:
     if node.op == "call_module":
         module = program.attribute(str(node.target))
         yield from (*module.parameters(), *module.buffers())
-    elif node.op in ("call_function", "call_method", "output") and operation(node) not in NO_READERS:
+    elif node.op in ("call_function", "call_method", "output") and operation(node) not in ASSERTS:
         for operand in node.all_input_nodes:
-            weight = values.weight(operand) or program.weight(values.source(operand))
-            if weight is not None and not (values.is_weight_view(node) and values.weight(node) is not None):
+            weight = values.weight(operand) or program.weight(values.earliest(operand))
+            if weight is not None and not (operation(node) in WEIGHT_VIEWS and values.weight(node) is not None):
                 yield weight.tensor
 
 

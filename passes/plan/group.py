@@ -1,14 +1,14 @@
 """Group what reads one value.
 
     q = linear(x, W_q)   k = linear(x, W_k)   z_q = linear(x, A_q)        Group(x, bases=(q, k), downs=(z_q,),
-    q' = q + s·linear(z_q, B_q)                                                 writes=(q' onto q by z_q and B_q,))
+    q' = q + s·linear(z_q, B_q)                                                 accumulated=(q' onto q by z_q and B_q,))
 
 A path is written inside its group when all of it depends on the group's read alone: its down-projection and the
 projection it is added to are members, its scale is a number. It widens the group of the projection that it is added to
 when its low-rank value z is there before that group is computed, and nothing wants the projection's value without it:
 
     o = linear(u, W_o)                                    Group(u, bases=(o,), downs=(),
-    o' = o + s·linear(z, B)                                     widenings=(o' onto o by z and B,))
+    o' = o + s·linear(z, B)                                     widened=(o' onto o by z and B,))
 
 With ``layout="ahead"`` the down-projections of a group run before its bases, so its own paths may widen it, too.
 
@@ -29,22 +29,25 @@ from torch.fx import Node
 from flora_fx.config import FuseConfig
 from flora_fx.graph.program import Program
 from flora_fx.ir import Decline, LowRankPath, Projection, Reason
-from flora_fx.passes.analysis.paths import live_users
-from flora_fx.passes.analysis.values import RESHAPES, Values, operation
+from flora_fx.passes.analysis.modes import Regions
+from flora_fx.passes.analysis.operations import RESHAPES, operation, readers
+from flora_fx.passes.analysis.projections import Projections
+from flora_fx.passes.analysis.values import Values
+from flora_fx.passes.context import Context
 
-from .decide import Decisions, adapted
+from .decide import Decisions, adapted_projection
 
-__all__ = ["Group", "Grouping", "Write", "group"]
+__all__ = ["Group", "Grouping", "Placement", "form_groups"]
 
 
 @dataclass(frozen=True, eq=False)
-class Write:
-    """A path that is written with a group: onto the output of one of its bases.
+class Placement:
+    """A path in a group: added to the output of one of its bases.
 
     Attributes:
         base: the projection whose output it is added to.
         path: the path.
-        chain: the nodes between the projection and the add's target (reshapes, no-ops, earlier adds), in graph order.
+        chain: the reshapes between the projection and the value that the path is added to, in graph order.
     """
 
     base: Projection
@@ -59,35 +62,30 @@ class Group:
     Attributes:
         reads: the value.
         bases, downs: the projections.
-        writes: the paths that are accumulated, each from a down-projection of the group onto one of its bases.
-        widenings: the paths that are further columns, each from a value that is there before the group's bases.
+        accumulated: the paths that are GEMMs of their own, each from a down-projection of the group onto one of its
+            bases.
+        widened: the paths that are further columns, each from a value that is there before the group's bases.
     """
 
     reads: Node
     bases: tuple[Projection, ...]
     downs: tuple[Projection, ...]
-    writes: tuple[Write, ...] = ()
-    widenings: tuple[Write, ...] = ()
+    accumulated: tuple[Placement, ...] = ()
+    widened: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
 class Grouping:
-    """The groups, the paths to write one by one, and what could not join its group."""
+    """The groups, and the paths to write one by one."""
 
     groups: tuple[Group, ...]
     singles: tuple[LowRankPath, ...]
-    declines: tuple[Decline, ...]
 
 
-def group(
-    program: Program,
-    values: Values,
-    projections: tuple[Projection, ...],
-    decisions: Decisions,
-    regions: dict[Node, int],
-    config: FuseConfig,
-) -> Grouping:
+def form_groups(context: Context) -> Grouping:
     """Sort projections into groups and paths into groups or singles."""
+    program, values, projections = context.program, context[Values], context[Projections]
+    decisions, regions, config = context[Decisions], context[Regions], context.config
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     ups = {path.up.node for path in decisions.paths}
     downs = {down.node: down for down in decisions.downs}
@@ -97,13 +95,12 @@ def group(
             member = downs.get(projection.node, projection)
             key = (member.reads, regions[member.node], member.dtype, member.weight.tensor.device)
             buckets[key].append(member)
-    declines: list[Decline] = []
     groups: list[Group] = []
     home: dict[Node, int] = {}
     for (reads, *_), members in buckets.items():
         if any(m.node in downs for m in members) or (config.pack_base and len(members) > 1):
-            declines.extend(m.obstacle for m in members if m.obstacle is not None)
-            declines.extend(kept_out for m in members if (kept_out := _shared(m, decisions)) is not None)
+            context.declines.extend(m.obstacle for m in members if m.obstacle is not None)
+            context.declines.extend(kept_out for m in members if (kept_out := _shared(m, decisions)) is not None)
         private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
         private.sort(key=lambda m: order[m.node])
         for member in private:
@@ -112,13 +109,13 @@ def group(
         groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs)))
     placer = _Placer(program, values, decisions, groups, home, order, regions)
     groups, singles = placer.place(config)
-    kept = tuple(g for g in groups if g.widenings or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
+    kept = tuple(g for g in groups if g.widened or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
     joined = {down.node for group in kept if group.bases for down in group.downs}
     others = {p.node: p for p in projections if p.node not in ups and p.node not in downs}
     for path in _without_company(decisions, joined):
-        own = adapted(values, others, path.target)
-        declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
-    return Grouping(kept, tuple(singles), tuple(declines))
+        own = adapted_projection(values, others, path.onto)
+        context.declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
+    return Grouping(kept, tuple(singles))
 
 
 class _Tip(NamedTuple):
@@ -156,12 +153,12 @@ class _Placer:
     def place(self, config: FuseConfig) -> tuple[list[Group], list[LowRankPath]]:
         """The groups with their paths, and the paths that stand alone."""
         widen, ahead = config.write == "widened", config.layout == "ahead"
-        inside: dict[int, list[Write]] = defaultdict(list)
-        columns: dict[int, list[Write]] = defaultdict(list)
+        inside: dict[int, list[Placement]] = defaultdict(list)
+        columns: dict[int, list[Placement]] = defaultdict(list)
         singles: list[LowRankPath] = []
-        for add, same in groupby(self.decisions.paths, key=lambda path: path.write):
+        for add, same in groupby(self.decisions.paths, key=lambda path: path.add):
             parts = tuple(same)
-            tip = self.tip_under(parts[0].target)
+            tip = self.tip_under(parts[0].onto)
             if tip is not None and widen and self.may_widen(parts, tip, add, ahead=ahead):
                 chosen = columns
             elif tip is not None and all(self.is_inside(part, tip) for part in parts):
@@ -169,28 +166,28 @@ class _Placer:
             else:
                 singles.extend(parts)
                 continue
-            chosen[tip.group].extend(Write(tip.base, part, tip.chain) for part in parts)
+            chosen[tip.group].extend(Placement(tip.base, part, tip.chain) for part in parts)
             self.started.add(tip.node)
             self.at[add] = tip._replace(node=add)
         placed = [
-            replace(group, writes=tuple(inside[index]), widenings=tuple(columns[index]))
+            replace(group, accumulated=tuple(inside[index]), widened=tuple(columns[index]))
             for index, group in enumerate(self.groups)
         ]
         return placed, singles
 
-    def tip_under(self, target: Node) -> _Tip | None:
-        """The base that a target is the output of, if no other add has branched off from it."""
+    def tip_under(self, onto: Node) -> _Tip | None:
+        """The base that a value is the output of, if no other add has branched off from it."""
         chain: list[Node] = []
-        node = target
+        node = onto
         while node not in self.at:
-            operand = self.values.transparent(node)
+            operand = self.values.inner(node)
             if operand is None:
                 return None
             if operation(node) in RESHAPES:
                 chain.append(node)
             node = operand
         tip = self.at[node]
-        if node in self.started or (node is not tip.base.node and len(live_users(node)) != 1):
+        if node in self.started or (node is not tip.base.node and len(readers(node)) != 1):
             return None
         return tip._replace(chain=(*tip.chain, *reversed(chain)))
 
@@ -203,10 +200,10 @@ class _Placer:
         """Whether nothing reads a base's value but what leads to an add."""
         node = base
         while node is not add:
-            readers = live_users(node)
-            if len(readers) != 1 or self.order[readers[0]] > self.order[add]:
+            found = readers(node)
+            if len(found) != 1 or self.order[found[0]] > self.order[add]:
                 return False
-            node = readers[0]
+            node = found[0]
         return True
 
     def may_widen(self, paths: tuple[LowRankPath, ...], tip: _Tip, add: Node, *, ahead: bool) -> bool:
@@ -226,7 +223,7 @@ class _Placer:
         own = {path for path in paths if ahead and self.is_inside(path, tip)}
         return all(
             (path in own or (self.order[path.low] < start and self.home.get(path.down.node) != tip.group))
-            and self.regions[path.low] == self.regions[path.write] == self.regions[tip.base.node]
+            and self.regions[path.low] == self.regions[path.add] == self.regions[tip.base.node]
             and path.up.node not in self.decisions.shared
             and path.up.dtype == tip.base.dtype
             and path.up.weight.tensor.device == tip.base.weight.tensor.device
@@ -238,8 +235,8 @@ class _Placer:
 
     def is_flat(self, path: LowRankPath, tip: _Tip, group: Group) -> bool:
         """Whether no reshape stands anywhere between a group's read and a path's add."""
-        same = self.values.source
-        direct = path.target is tip.base.node and same(tip.base.operand) is same(group.reads)
+        same = self.values.earliest
+        direct = path.onto is tip.base.node and same(tip.base.operand) is same(group.reads)
         return direct and same(path.up.operand) is same(path.low)
 
 
@@ -268,10 +265,10 @@ def _alone(path: LowRankPath, others: Iterable[Projection], decisions: Decisions
         company = f"{other.weight.name} reads what {down.weight.name} reads"
         if (kept_out := other.obstacle or _shared(other, decisions)) is not None:
             detail = f"{company}, but stays out of the pack ({other.node.name}): {own}"
-            return Decline(kept_out.reason, path.write.name, detail)
+            return Decline(kept_out.reason, path.add.name, detail)
         if regions[other.node] != regions[down.node]:
-            return Decline(Reason.OTHER_MODE, path.write.name, f"{company}, but in another mode: {own}")
+            return Decline(Reason.OTHER_MODE, path.add.name, f"{company}, but in another mode: {own}")
         if other.dtype != down.dtype:
-            return Decline(Reason.DTYPE_DIFFERS, path.write.name, f"{company}, but in another dtype: {own}")
+            return Decline(Reason.DTYPE_DIFFERS, path.add.name, f"{company}, but in another dtype: {own}")
     detail = f"no projection shares what {down.weight.name} reads ({down.reads.name}): it stays a GEMM of its own"
-    return Decline(Reason.READS_ANOTHER_VALUE, path.write.name, detail)
+    return Decline(Reason.READS_ANOTHER_VALUE, path.add.name, detail)

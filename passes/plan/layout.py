@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate as running
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch.fx import Node
@@ -24,9 +26,22 @@ from torch.fx import Node
 from flora_fx.config import FuseConfig
 from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Slice
 
-from .group import Group, Write
+from .group import Group, Placement
 
-__all__ = ["Block", "Columns", "Layout", "Scale", "bias_pack", "lay_out", "rows_pack", "up_pack", "up_slice"]
+__all__ = [
+    "Block",
+    "Columns",
+    "Layout",
+    "Scale",
+    "bias_pack",
+    "features_of",
+    "lay_out",
+    "offsets",
+    "ranges",
+    "rows_pack",
+    "up_pack",
+    "up_slice",
+]
 
 
 ALIGNED = 16
@@ -48,13 +63,13 @@ class Block:
         segment: the index of the segment.
         scale: the paths' common scale.
         columns: the range of down-projections (indices into the layout's) that it multiplies with.
-        writes: the paths.
+        placements: the paths.
     """
 
     segment: int
     scale: Scale
     columns: tuple[int, int]
-    writes: tuple[Write, ...]
+    placements: tuple[Placement, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +81,13 @@ class Columns:
             into the layout's) whose values stand there.
         scale: what it is multiplied by.
         rank: how many columns.
-        writes: the paths, each with the first of its columns among these.
+        placements: the paths, each with the first of its columns among these.
     """
 
     low: Node | tuple[int, int]
     scale: Scale
     rank: int
-    writes: tuple[tuple[Write, int], ...]
+    placements: tuple[tuple[Placement, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +112,21 @@ class Layout:
     def bases(self) -> tuple[Projection, ...]:
         return tuple(base for segment in self.segments for base in segment)
 
+    @property
+    def downs_apart(self) -> tuple[Projection, ...]:
+        """The down-projections in a pack of their own."""
+        return self.downs[: self.apart]
+
+    @property
+    def downs_among(self) -> tuple[Projection, ...]:
+        """The down-projections that stand among the rows of the bases, or with each other where there is no base."""
+        return self.downs[self.apart :]
+
+    @property
+    def downs_of_blocks(self) -> tuple[Projection, ...]:
+        """The down-projections whose columns the blocks count."""
+        return self.downs_apart or self.downs
+
 
 def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
     """Order bases by the scales written onto them, downs by the block that reads them.
@@ -106,27 +136,27 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
         config: the forms to write.
         stack: whether up-projections of one value may share a weight where each has its own otherwise.
     """
-    by_base: dict[Projection, list[Write]] = {base: [] for base in group.bases}
-    for write in group.writes:
-        by_base[write.base].append(write)
+    by_base: dict[Projection, list[Placement]] = {base: [] for base in group.bases}
+    for placement in group.accumulated:
+        by_base[placement.base].append(placement)
     segments: dict[object, list[Projection]] = {}
-    for base, writes in by_base.items():
-        scales = tuple(dict.fromkeys(_scale(w, config) for w in writes))
-        sources = tuple((w.path.down.node, _scale(w, config)) for w in writes)
-        together: object = scales if config.up == "block_diagonal" else sources if stack else ()
+    for base, placements in by_base.items():
+        scales = tuple(dict.fromkeys(_scale(p, config) for p in placements))
+        low_values = tuple((p.path.down.node, _scale(p, config)) for p in placements)
+        together: object = scales if config.up == "block_diagonal" else low_values if stack else ()
         segments.setdefault(together or base, []).append(base)
     # Written segments first, so that what is accumulated onto is one range.
     ordered = sorted(segments.values(), key=lambda bases: not by_base[bases[0]])
-    wanted: list[tuple[int, Scale, list[Write]]] = []
+    wanted: list[tuple[int, Scale, list[Placement]]] = []
     for index, bases in enumerate(ordered):
-        for scale in dict.fromkeys(_scale(w, config) for w in by_base[bases[0]]):
-            same = [w for b in bases for w in by_base[b] if _scale(w, config) == scale]
+        for scale in dict.fromkeys(_scale(p, config) for p in by_base[bases[0]]):
+            same = [p for b in bases for p in by_base[b] if _scale(p, config) == scale]
             wanted.extend((index, scale, cells) for cells in _one_per_cell(same))
-    used = (w.path.down for _, _, writes in wanted for w in writes)
-    own_writes = _own(group)
-    ranges = list(dict.fromkeys(sorted((_scale(w, config) for w in own_writes), key=lambda scale: scale.constant)))
-    ahead = sorted(own_writes, key=lambda w: ranges.index(_scale(w, config)))  # one range a scale
-    own = tuple(_unique(used, (w.path.down for w in ahead)))
+    used = (p.path.down for _, _, placements in wanted for p in placements)
+    widened = _own(group)
+    scales_ahead = list(dict.fromkeys(sorted((_scale(p, config) for p in widened), key=lambda scale: scale.constant)))
+    ahead = sorted(widened, key=lambda p: scales_ahead.index(_scale(p, config)))  # one range a scale
+    own = tuple(_unique(used, (p.path.down for p in ahead)))
     downs = tuple(_unique(own, group.downs))
     apart = {
         "joined": 0,
@@ -135,40 +165,42 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
     }[config.layout]
     position = {down.node: index for index, down in enumerate(downs)}
     blocks = []
-    for index, scale, writes in wanted:
+    for index, scale, placements in wanted:
         # Two up-projections beside each other are strided, and a pack of them gives no gradients.
-        trained = any(w.path.up.weight.tensor.requires_grad for w in writes)
-        for run in _runs({position[w.path.down.node] for w in writes}, single=trained):
-            inside = tuple(w for w in writes if run[0] <= position[w.path.down.node] < run[1])
+        trained = any(p.path.up.weight.tensor.requires_grad for p in placements)
+        for run in _runs({position[p.path.down.node] for p in placements}, single=trained):
+            inside = tuple(p for p in placements if run[0] <= position[p.path.down.node] < run[1])
             blocks.append(Block(index, scale, run, inside))
     columns = (*_columns_of_own(ahead, downs, config), *_columns_of_others(group, config))
     return Layout(tuple(tuple(s) for s in ordered), downs, apart, tuple(blocks), columns)
 
 
-def _own(group: Group) -> list[Write]:
+def _own(group: Group) -> list[Placement]:
     """The widenings from the group's own down-projections."""
     own = {down.node for down in group.downs}
-    return [write for write in group.widenings if write.path.low in own]
+    return [placement for placement in group.widened if placement.path.low in own]
 
 
-def _columns_of_own(writes: Sequence[Write], downs: Sequence[Projection], config: FuseConfig) -> Iterator[Columns]:
+def _columns_of_own(
+    placements: Sequence[Placement], downs: Sequence[Projection], config: FuseConfig
+) -> Iterator[Columns]:
     position = {down.node: index for index, down in enumerate(downs)}
-    edges = _offsets(down.out_features for down in downs)
-    for scale in dict.fromkeys(_scale(w, config) for w in writes):
-        for cells in _one_per_cell([w for w in writes if _scale(w, config) == scale]):
-            for run in _runs({position[w.path.down.node] for w in cells}):
-                inside = [(w, position[w.path.down.node]) for w in cells]
-                placed = tuple((w, edges[at] - edges[run[0]]) for w, at in inside if run[0] <= at < run[1])
+    edges = offsets(down.out_features for down in downs)
+    for scale in dict.fromkeys(_scale(p, config) for p in placements):
+        for cells in _one_per_cell([p for p in placements if _scale(p, config) == scale]):
+            for run in _runs({position[p.path.down.node] for p in cells}):
+                inside = [(p, position[p.path.down.node]) for p in cells]
+                placed = tuple((p, edges[at] - edges[run[0]]) for p, at in inside if run[0] <= at < run[1])
                 yield Columns(run, scale, edges[run[1]] - edges[run[0]], placed)
 
 
 def _columns_of_others(group: Group, config: FuseConfig) -> Iterator[Columns]:
     own = _own(group)
-    writes = [write for write in group.widenings if write not in own]
-    for low, scale in dict.fromkeys((w.path.low, _scale(w, config)) for w in writes):
-        same = [w for w in writes if w.path.low is low and _scale(w, config) == scale]
-        for cells in _layers(same, lambda write: write.base.node):
-            yield Columns(low, scale, cells[0].path.up.in_features, tuple((write, 0) for write in cells))
+    placements = [placement for placement in group.widened if placement not in own]
+    for low, scale in dict.fromkeys((p.path.low, _scale(p, config)) for p in placements):
+        same = [p for p in placements if p.path.low is low and _scale(p, config) == scale]
+        for cells in _layers(same, lambda placement: placement.base.node):
+            yield Columns(low, scale, cells[0].path.up.in_features, tuple((placement, 0) for placement in cells))
 
 
 def rows_pack(
@@ -184,9 +216,9 @@ def rows_pack(
     anywhere (3097 and 3142 features cost 8% more than 3104 and 3152; AMD EPYC, 2 cores, float32, torch 2.13).
     """
     members = (*bases, *downs)
-    rows = _offsets(member.out_features for member in members)
+    rows = offsets(member.out_features for member in members)
     width = members[0].in_features
-    edges = [width + offset for offset in _offsets(beside.rank for beside in columns)]
+    edges = [width + offset for offset in offsets(beside.rank for beside in columns)]
     slices = tuple(
         Slice(
             member.weight.source,
@@ -194,20 +226,20 @@ def rows_pack(
             (rows[index], rows[index + 1]),
             (0, width) if columns else None,
             transposed=member.weight.transposed,
-            cast=member.like is not None,
+            cast=member.cast_to is not None,
             label=member.weight.label,
         )
         for index, member in enumerate(members)
     )
     row_of = {member.node: row for member, row in zip(members, rows, strict=False)}
     beside_them = tuple(
-        up_slice(write.path, row_of[write.base.node], edge + first, config)
+        up_slice(placement.path, row_of[placement.base.node], edge + first, config)
         for beside, edge in zip(columns, edges, strict=False)
-        for write, first in beside.writes
+        for placement, first in beside.placements
     )
-    like = members[0].like or members[0].weight
     height = rows[-1] if not (bases and downs) else -(-rows[-1] // ALIGNED) * ALIGNED
-    return Pack(name, (height, edges[-1]), (*slices, *beside_them), members[0].reads.name, like.source)
+    first = members[0]
+    return Pack(name, (height, edges[-1]), (*slices, *beside_them), first.reads.name, first.stored_like.source)
 
 
 def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack | None:
@@ -223,12 +255,12 @@ def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack |
 def up_pack(name: str, layout: Layout, block: Block, config: FuseConfig) -> Pack:
     """The up-projections of a block as one matrix [rows of the segment, columns of its downs]."""
     bases, downs = layout.segments[block.segment], layout.downs[slice(*block.columns)]
-    rows, columns = _offsets(b.out_features for b in bases), _offsets(d.out_features for d in downs)
+    rows, columns = offsets(b.out_features for b in bases), offsets(d.out_features for d in downs)
     row_of = {base.node: row for base, row in zip(bases, rows, strict=False)}
     column_of = {down.node: column for down, column in zip(downs, columns, strict=False)}
-    slices = tuple(up_slice(w.path, row_of[w.base.node], column_of[w.path.down.node], config) for w in block.writes)
-    like = block.writes[0].path.up.like or block.writes[0].path.up.weight
-    return Pack(name, (rows[-1], columns[-1]), slices, ", ".join(d.node.name for d in downs), like.source)
+    slices = tuple(up_slice(p.path, row_of[p.base.node], column_of[p.path.down.node], config) for p in block.placements)
+    first = block.placements[0].path.up
+    return Pack(name, (rows[-1], columns[-1]), slices, ", ".join(d.node.name for d in downs), first.stored_like.source)
 
 
 def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Slice:
@@ -240,29 +272,29 @@ def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Sl
         (column, column + path.up.in_features),
         path.up.weight.transposed,
         path.scale if config.fold_scale else 1.0,
-        path.up.like is not None,
+        path.up.cast_to is not None,
         path.up.weight.label,
     )
 
 
-def _scale(write: Write, config: FuseConfig) -> Scale:
+def _scale(placement: Placement, config: FuseConfig) -> Scale:
     """The scale that is to be applied: no constant where it is folded into the weights."""
-    return Scale(1.0 if config.fold_scale else write.path.scale, write.path.numbers)
+    return Scale(1.0 if config.fold_scale else placement.path.scale, placement.path.numbers)
 
 
-def _one_per_cell(writes: list[Write]) -> list[list[Write]]:
+def _one_per_cell(placements: list[Placement]) -> list[list[Placement]]:
     """Two up-projections between the same base and down-projection cannot stand in one matrix."""
-    return _layers(writes, lambda write: (write.base.node, write.path.down.node))
+    return _layers(placements, lambda placement: (placement.base.node, placement.path.down.node))
 
 
-def _layers(writes: list[Write], cell: Callable[[Write], Hashable]) -> list[list[Write]]:
-    """Writes in as few matrices as hold each cell once."""
-    layers: list[list[Write]] = []
-    for write in writes:
-        layer = next((found for found in layers if cell(write) not in map(cell, found)), None)
+def _layers(placements: list[Placement], cell: Callable[[Placement], Hashable]) -> list[list[Placement]]:
+    """Paths in as few matrices as hold each cell once."""
+    layers: list[list[Placement]] = []
+    for placement in placements:
+        layer = next((found for found in layers if cell(placement) not in map(cell, found)), None)
         if layer is None:
             layers.append(layer := [])
-        layer.append(write)
+        layer.append(placement)
     return layers
 
 
@@ -281,9 +313,16 @@ def _runs(positions: set[int], *, single: bool = False) -> list[tuple[int, int]]
     return runs
 
 
-def _offsets(sizes: Iterable[int]) -> list[int]:
+def features_of(members: Iterable[Projection]) -> int:
+    """The output features of several projections together."""
+    return sum(member.out_features for member in members)
+
+
+def offsets(sizes: Iterable[int]) -> list[int]:
     """Running sums, the total last."""
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + size)
-    return offsets
+    return list(running(sizes, initial=0))
+
+
+def ranges(sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """The ranges that pieces of these sizes take up, one behind the other."""
+    return list(pairwise(offsets(sizes)))

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-import torch
 from torch.fx import Graph, Node
 
-__all__ = ["clean"]
+from flora_fx.passes.analysis.mutation import Effects
+from flora_fx.passes.analysis.operations import ASSERTS
+from flora_fx.passes.context import Context
 
-ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
+from .rotary import Rotations
+from .written import Written
+
+__all__ = ["clean", "erase_unread"]
 
 
-def clean(graph: Graph, nodes: Iterable[Node], alone: Collection[Node]) -> None:
+def clean(context: Context) -> None:
+    """Erase what the rewrites replaced, and slices that turned out to be needed by nobody."""
+    written, rotations = context[Written], context[Rotations]
+    replaced = [*written.replaced, *(rotation.node for rotation in rotations), *written.slices]
+    erase_unread(context.program.graph, replaced, context[Effects].alone)
+
+
+def erase_unread(graph: Graph, nodes: Iterable[Node], alone: Collection[Node]) -> None:
     """Erase the given nodes if nothing reads them, then their operands likewise, unless those have effects.
 
     Args:

@@ -22,26 +22,30 @@ from torch.fx import Node
 from flora_fx.graph.program import Program
 from flora_fx.internals import OpOverload
 from flora_fx.ir import Derived, Projection, Weight
-from flora_fx.passes.analysis.modes import find_regions
-from flora_fx.passes.analysis.mutation import IN_PLACE_ADDS, Effects
-from flora_fx.passes.analysis.paths import (
+from flora_fx.passes.analysis.modes import Regions
+from flora_fx.passes.analysis.mutation import Effects
+from flora_fx.passes.analysis.operations import (
     ADDS,
     DIVIDES,
+    IN_PLACE_ADDS,
     MULTIPLIES,
     NEGATES,
     SUBTRACTS,
-    is_low_rank,
+    TORCHS_OWN,
+    dependencies,
     is_number,
-    live_users,
-    operands,
+    operation,
+    readers,
 )
-from flora_fx.passes.analysis.projections import ADDMMS, LINEARS
-from flora_fx.passes.analysis.values import TORCHS_OWN, Values, dependencies, operation
+from flora_fx.passes.analysis.paths import is_low_rank, operands
+from flora_fx.passes.analysis.projections import ADDMMS, LINEARS, Projections
+from flora_fx.passes.analysis.values import Values
+from flora_fx.passes.context import Context
 from flora_fx.passes.plan.names import Names
 
-from .clean import clean
+from .clean import erase_unread
 
-__all__ = ["rewrite_magnitudes"]
+__all__ = ["Magnitudes", "rewrite_magnitudes"]
 
 aten = torch.ops.aten
 
@@ -52,13 +56,16 @@ FARTHEST = 32
 """Operations from one such sum to its terms."""
 
 
-def rewrite_magnitudes(
-    program: Program, values: Values, effects: Effects, projections: tuple[Projection, ...]
-) -> tuple[Derived, ...]:
-    """Rewrite what there is; the values that are stored for it."""
+class Magnitudes(tuple[Derived, ...]):
+    """The vectors that are stored: the m of each sum that was rewritten."""
+
+
+def rewrite_magnitudes(context: Context) -> Magnitudes:
+    """Rewrite what there is."""
+    program, effects = context.program, context[Effects]
     if not program.derives:
-        return ()
-    finder = _Finder(program, values, effects, projections)
+        return Magnitudes()
+    finder = _Finder(program, context[Values], effects, context[Projections].by_node(), context[Regions])
     names = Names()
     found: list[Derived] = []
     alive = set(program.graph.nodes)
@@ -70,7 +77,9 @@ def rewrite_magnitudes(
             found.append(derived)
             _write(program, parts, derived, effects)
             alive = set(program.graph.nodes)
-    return tuple(found)
+    if found:
+        context.forget(Effects, Regions, Values, Projections)
+    return Magnitudes(found)
 
 
 @dataclass(eq=False)
@@ -111,13 +120,20 @@ class _Parts:
 
 
 class _Finder:
-    def __init__(self, program: Program, values: Values, effects: Effects, projections: tuple[Projection, ...]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        values: Values,
+        effects: Effects,
+        by_node: dict[Node, Projection],
+        regions: dict[Node, int],
+    ) -> None:
         self.program = program
         self.values = values
         self.effects = effects
-        self.by_node = {p.node: p for p in projections}
-        self.regions = find_regions(program.graph)
-        self.constant = _constants(program, self.regions)
+        self.by_node = by_node
+        self.regions = regions
+        self.constant = _constants(program, regions)
 
     def at_add(self, node: Node) -> _Parts | None:
         """The parts of a sum that ends in an add; None if it is of another form."""
@@ -125,7 +141,8 @@ class _Finder:
         if not self.expand(node, ONE, total) or total.magnitude is None:
             return None
         met = [self.by_node[term] for term in total.terms if term in self.by_node]
-        ups = [p for p in met if (down := self.by_node.get(self.values.rows(p.operand))) and is_low_rank(down, p)]
+        downs = {p: self.by_node.get(self.values.earliest_rows(p.operand)) for p in met}
+        ups = [up for up, down in downs.items() if down is not None and is_low_rank(down, up)]
         if len(met) != 2 or len(ups) != 1:
             return None
         (up,) = ups
@@ -145,7 +162,7 @@ class _Finder:
     def expand(self, node: Node, factor: Factor, total: _Sum) -> bool:
         """Add a value, times a factor, to the terms; False where it is no sum of few terms."""
         entry = node
-        while node not in self.by_node and (operand := self.values.transparent(node)) is not None:
+        while node not in self.by_node and (operand := self.values.inner(node)) is not None:
             total.inner.add(node)
             node = operand
         if len(total.inner) > FARTHEST:
@@ -185,7 +202,7 @@ class _Finder:
             inner = None if value.kwargs else self.factor(args[0], total)
             sign = 1.0 if kind in ADDS else -1.0
             return inner and (inner[0] + sign * float(args[1]), inner[1])  # type: ignore[arg-type]
-        value = self.values.source(value)
+        value = self.values.earliest(value)
         if total.magnitude not in (None, value):
             return None
         total.magnitude = value
@@ -194,17 +211,17 @@ class _Finder:
     def may_rewrite(self, parts: _Parts, total: _Sum) -> bool:
         """Whether nothing else reads what is rewritten, and shapes, dtypes and modes agree."""
         base, nodes = parts.base.node, {parts.y, parts.delta, *total.inner}
-        readers = {user for node in (base, *total.inner - {parts.top}) for user in live_users(node)}
-        same = {self.values.dtype(node) for node in (*nodes, parts.magnitude)}
+        reading = {user for node in (base, *total.inner - {parts.top}) for user in readers(node)}
+        same = {self.program.dtype(node) for node in (*nodes, parts.magnitude)}
         return (
-            readers <= total.inner
+            reading <= total.inner
             and (parts.bias is None or (operation(base) in LINEARS | ADDMMS and not base.kwargs))
             and self.effects.touched.isdisjoint({*nodes, parts.magnitude})
             and len(same) == 1
             and None not in same
             and len({self.regions[node] for node in nodes}) == 1
-            and all(self.values.same_shape(node, parts.top) for node in (parts.y, parts.delta, *total.steps))
-            and math.prod(self.values.shape(parts.magnitude) or ()) == parts.base.out_features
+            and all(self.program.same_shape(node, parts.top) for node in (parts.y, parts.delta, *total.steps))
+            and math.prod(self.program.shape(parts.magnitude) or ()) == parts.base.out_features
         )
 
     def derived(self, parts: _Parts, names: Names) -> Derived | None:
@@ -262,24 +279,24 @@ def _constants(program: Program, regions: dict[Node, int]) -> set[Node]:
 
 
 def _write(program: Program, parts: _Parts, derived: Derived, effects: Effects) -> None:
-    top, base = parts.top, parts.base
-    program.origin = top
+    build, top, base = program.build, parts.top, parts.base
+    build.origin = top
     with program.graph.inserting_before(top):
-        magnitude = program.derived_value(derived, base.weight.tensor)
+        magnitude = program.read_derived(derived, base.weight.tensor)
         y, delta = parts.y, parts.delta
         if parts.bias is not None:
-            y = program.shaped_like(_without_bias(program, base), delta)
+            y = build.reshape_to(_without_bias(program, base), delta)
         if parts.scale != 1.0:
-            delta = program.call(aten.mul.Tensor, delta, parts.scale)
-        y = program.call(aten.add.Tensor, y, delta)
-        result = program.call(aten.mul.Tensor, y, magnitude)
+            delta = build.call(aten.mul.Tensor, delta, parts.scale)
+        y = build.call(aten.add.Tensor, y, delta)
+        result = build.call(aten.mul.Tensor, y, magnitude)
         if parts.bias is not None:
-            result = program.call(aten.add.Tensor, result, program.weight_node(parts.bias))
+            result = build.call(aten.add.Tensor, result, program.read_weight(parts.bias))
     top.replace_all_uses_with(result)
-    clean(program.graph, [top], effects.alone)
+    erase_unread(program.graph, [top], effects.alone)
 
 
 def _without_bias(program: Program, base: Projection) -> Node:
     if operation(base.node) in LINEARS:
-        return program.call(base.node.target, *base.node.args[:2])
-    return program.call(aten.mm.default, *base.node.args[1:3])
+        return program.build.call(base.node.target, *base.node.args[:2])
+    return program.build.call(aten.mm.default, *base.node.args[1:3])

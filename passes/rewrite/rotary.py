@@ -21,11 +21,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from flora_fx.graph.program import Program, same_sizes
+from flora_fx.graph.examples import same_sizes
+from flora_fx.graph.program import Program
 from flora_fx.passes.analysis.mutation import Effects
-from flora_fx.passes.analysis.values import CASTS, RESHAPES, Values, operation
+from flora_fx.passes.analysis.operations import CASTS, RESHAPES, operation
+from flora_fx.passes.analysis.values import Values
+from flora_fx.passes.context import Context
+from flora_fx.passes.plan.forms import Forms
 
-__all__ = ["Rotation", "Unrolled", "find_rotations", "write_rotations"]
+from .written import Unrolled, Written
+
+__all__ = ["Rotation", "Rotations", "find_rotations", "rewrite_rotations"]
 
 aten = torch.ops.aten
 
@@ -44,18 +50,6 @@ SPLITS = {
     "split",
 }
 MOVES = {torch.transpose, torch.permute, aten.transpose.int, aten.permute.default, "transpose", "permute"}
-
-
-@dataclass(frozen=True)
-class Unrolled:
-    """``node = y + scale · z @ upᵀ``, written as a product and a sum."""
-
-    node: Node
-    y: Node
-    z: Node
-    up: Node
-    scale: float
-    rank: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +76,23 @@ class Rotation:
     half: int
     signs: tuple[int, int]
     neighbours: bool
+
+
+class Rotations(tuple[Rotation, ...]):
+    """The rotations that were written."""
+
+
+def rewrite_rotations(context: Context) -> Rotations:
+    """Write the rotations of what was written as a product and a sum; not where that trains."""
+    if context[Forms].trains:
+        return Rotations()
+    program, unrolled = context.program, context[Written].unrolled
+    rotations = Rotations(find_rotations(program, context[Values], context[Effects], unrolled))
+    for rotation in rotations:
+        program.build.origin = rotation.node
+        with program.graph.inserting_before(rotation.node):
+            rotation.node.replace_all_uses_with(_write(program, rotation))
+    return rotations
 
 
 def find_rotations(program: Program, values: Values, effects: Effects, sums: Sequence[Unrolled]) -> Iterator[Rotation]:
@@ -169,13 +180,13 @@ def _rotation(
             return None
         if (inner := values.no_op(value)) is not None:
             value = inner
-        elif operation(value) in RESHAPES and (value is heads or values.transparent(value) is not None):
+        elif operation(value) in RESHAPES and (value is heads or values.inner(value) is not None):
             value = value.all_input_nodes[0]
         elif features is None and (cut := _span(program, value)) is not None:
             value, features = cut[0], cut[1:]
         else:
             return None
-    shape, whole = values.shape(heads), values.shape(value)
+    shape, whole = program.shape(heads), program.shape(value)
     if shape is None or whole is None or len(shape) < 3:
         return None
     first, last = features or (0, whole[-1])
@@ -185,60 +196,52 @@ def _rotation(
     return Rotation(node, known[value], (first, last), heads, tuple(reversed(moves)), *place)
 
 
-def write_rotations(program: Program, rotations: Sequence[Rotation]) -> list[Node]:
-    """Write them; the nodes that nothing should read any more."""
-    for rotation in rotations:
-        program.origin = rotation.node
-        with program.graph.inserting_before(rotation.node):
-            rotation.node.replace_all_uses_with(_written(program, rotation))
-    return [rotation.node for rotation in rotations]
-
-
-def _written(program: Program, rotation: Rotation) -> Node:
-    unrolled, half = rotation.sum, rotation.half
-    *leading, heads, width = program.sizes(rotation.heads)
+def _write(program: Program, rotation: Rotation) -> Node:
+    build, unrolled, half = program.build, rotation.sum, rotation.half
+    *leading, heads, width = build.sizes(rotation.heads)
     rank = unrolled.rank
 
     def swapped(value: Node, across: int, sizes: list[int | Node], dim: int) -> Node:
         """The features of a value in these sizes, with halves or neighbours in one dimension swapped."""
         first, last = rotation.features
         if last - first != program.value(value).shape[across]:
-            value = program.call(aten.slice.Tensor, value, across, first, last)
-        value = program.call(program.ops.reshape, value, sizes)
+            value = build.call(aten.slice.Tensor, value, across, first, last)
+        value = build.call(build.ops.reshape, value, sizes)
         if 2 * half != width:
-            value = program.call(aten.slice.Tensor, value, dim, rotation.start, rotation.start + 2 * half)
+            value = build.call(aten.slice.Tensor, value, dim, rotation.start, rotation.start + 2 * half)
         before, after = sizes[:dim], sizes[dim + 1 :]
         pairs = (half, 2) if rotation.neighbours else (2, half)
-        value = program.call(program.ops.reshape, value, [*before, *pairs, *after])
-        value = program.call(aten.flip.default, value, [dim + rotation.neighbours])
-        return program.call(program.ops.reshape, value, [*before, 2 * half, *after])
+        value = build.call(build.ops.reshape, value, [*before, *pairs, *after])
+        value = build.call(aten.flip.default, value, [dim + rotation.neighbours])
+        return build.call(build.ops.reshape, value, [*before, 2 * half, *after])
 
     y = swapped(unrolled.y, -1, [*leading, heads, width], len(leading) + 1)
     up = swapped(unrolled.up, 0, [heads, width, rank], 1)
-    z = program.call(program.ops.reshape, unrolled.z, [*leading, 1, 1, rank])
-    value = program.product_and_sum(y, z, up, unrolled.scale)
+    z = build.call(build.ops.reshape, unrolled.z, [*leading, 1, 1, rank])
+    value = build.product_and_sum(y, z, up, unrolled.scale)
     value = _signed(program, value, rotation)
     for move in rotation.moves:
         operand = move.all_input_nodes[0]
         value = program.graph.node_copy(move, lambda n, a=operand, b=value: b if n is a else n)  # type: ignore[misc]
-        program.annotate(value)
+        build.annotate(value)
     return value
 
 
 def _signed(program: Program, value: Node, rotation: Rotation) -> Node:
+    build = program.build
     first, second = rotation.signs
     if first == second == 1:
         return value
-    negative = program.call(aten.neg.default, value)
+    negative = build.call(aten.neg.default, value)
     if first == second:
         return negative
     device = program.value(value).device
-    place = program.call(aten.arange.default, 2 * rotation.half, device=device)
+    place = build.call(aten.arange.default, 2 * rotation.half, device=device)
     if rotation.neighbours:
-        in_first = program.call(aten.eq.Scalar, program.call(aten.remainder.Scalar, place, 2), 0)
+        in_first = build.call(aten.eq.Scalar, build.call(aten.remainder.Scalar, place, 2), 0)
     else:
-        in_first = program.call(aten.lt.Scalar, place, rotation.half)
-    return program.call(aten.where.self, in_first, *((value, negative) if first > 0 else (negative, value)))
+        in_first = build.call(aten.lt.Scalar, place, rotation.half)
+    return build.call(aten.where.self, in_first, *((value, negative) if first > 0 else (negative, value)))
 
 
 def _rank(program: Program, node: Node) -> int | None:

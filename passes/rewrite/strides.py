@@ -1,4 +1,4 @@
-"""Let readers of a packed value cope with its strides.
+"""Make readers of a packed value independent of its strides.
 
 q = split(p)[0]            a slice of p: not contiguous
 view(q, …)                 -> reshape(q, …)            a view may be impossible, a reshape never is
@@ -8,7 +8,6 @@ q += v                     -> clone(q, contiguous)     autograd lets no part of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,8 +15,11 @@ from torch.fx import Node
 
 from flora_fx.graph.program import Program
 from flora_fx.internals import HigherOrderOperator, OpOverload
-from flora_fx.passes.analysis.mutation import may_alias, written
-from flora_fx.passes.analysis.values import TORCHS_OWN, operation
+from flora_fx.passes.analysis.mutation import changed_by, may_alias
+from flora_fx.passes.analysis.operations import TORCHS_OWN, operation
+from flora_fx.passes.context import Context
+
+from .written import Written
 
 __all__ = ["soften"]
 
@@ -32,24 +34,28 @@ WITHOUT_STRIDES: dict[Any, Any] = {
 STRICT = {aten.view_as_complex.default, torch.view_as_complex, aten.view.dtype}
 
 
-def soften(program: Program, slices: Iterable[Node]) -> None:
+def soften(context: Context) -> None:
     """Make every reader of a slice, and of a view of it, independent of its strides."""
-    for slice_ in slices:
+    program = context.program
+    there = set(program.graph.nodes)
+    for slice_ in context[Written].slices:
+        if slice_ not in there:
+            continue
         pending, seen, strict = [slice_], {slice_}, False
         while pending:
             node = pending.pop()
             for user in list(node.users):
-                strict = strict or _counts_on_layout(program, user) or node in written(user, program.root)
+                strict = strict or _counts_on_layout(program, user) or node in changed_by(user, program.root)
                 if operation(user) in WITHOUT_STRIDES and not (user.op == "call_method" and _views_dtype(user)):
                     user.target = WITHOUT_STRIDES[operation(user)]
                 if user not in seen and user.op != "output" and may_alias(user, program.root):
                     seen.add(user)
                     pending.append(user)
         if strict:
-            program.origin = slice_
+            program.build.origin = slice_
             users = list(slice_.users)
             with program.graph.inserting_after(slice_):
-                dense = program.contiguous(slice_)
+                dense = program.build.contiguous(slice_)
             for user in users:
                 user.replace_input_with(slice_, dense)
 

@@ -18,8 +18,7 @@ from torch.fx import Node
 import flora_fx
 from flora_fx import FuseConfig, FusionReport
 from flora_fx.ir import Role
-from flora_fx.passes.analysis.paths import ADDS, SUBTRACTS
-from flora_fx.passes.analysis.values import operation
+from flora_fx.passes.analysis.operations import ADDS, SUBTRACTS, operation
 
 from .captures import CAPTURES, SHAPELESS, written
 from .programs import Change, Down, Map, Model, Program, Up, Use, View, trace_shapes
