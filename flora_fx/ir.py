@@ -1,7 +1,7 @@
 """The vocabulary of the passes: what is looked for, what is decided, what is written.
 
 A *projection* is a linear node. A *low-rank path* reads a value, goes down through one projection and up through
-another, and is added into a target value. A *pack* stores projections that read one value as one weight; a *slice* is
+another, and is added onto a third value. A *pack* stores projections that read one value as one weight; a *slice* is
 the part of a pack that one parameter owns. A *decline* is a refusal with its reason.
 """
 
@@ -61,10 +61,10 @@ class Weight:
     Attributes:
         source: its fully qualified name in the graph module or exported program, or the index of the graph input that
             brings it (Dynamo).
-        tensor: the live tensor.
+        tensor: the parameter or buffer itself, not a copy.
         node: the node that reads it in the graph; None while it is hidden in a module that the graph calls.
         transposed: stored as [in, out] (transformers' Conv1D) instead of [out, in].
-        label: its name for readers, where the source is none.
+        label: its name for readers, where the source is no name.
         manager: who fills its memory anew for each forward (FSDP), so that it must not move.
     """
 
@@ -127,7 +127,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Factor:
-    """What a path is multiplied by and no constant: a tensor with at most one number per token, or a symbolic number.
+    """What a path is multiplied by and no constant: a symbolic number, or a tensor with at most one number per token.
 
     Attributes:
         node: its value.

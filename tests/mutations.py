@@ -166,7 +166,7 @@ MUTATIONS = [
         ("a missed in-place method", "if in_place_name or in_place_operator", "if in_place_operator"),
         ("a missed in-place flag", " or in_place_flag or kind is operator.setitem", " or kind is operator.setitem"),
         ("a missed item assignment", " or in_place_flag or kind is operator.setitem", " or in_place_flag"),
-        ("a silent view", "silent = target.overloadpacket in VIEWS_IN_SILENCE", "silent = False"),
+        ("a silent view", "silent = kind.overloadpacket in VIEWS_IN_SILENCE", "silent = False"),
         ("a missed out=", "changed = [out] if isinstance(out, Node) else []", "changed = []"),
         ("memory shared upwards", "        pending.extend(_aliased(node, root))\n", ""),
         ("a target that others read", "if fresh and len(_readers(into)) == 1 else []", "if fresh else []"),
@@ -409,7 +409,7 @@ MUTATIONS = [
         ("stale copies are not refreshed", "self.retie(arguments, moved + stale)", "self.retie(arguments, moved)"),
         (
             "gradients are missing",
-            "return any(tensor.requires_grad for tensor in self._live(self._untrained, arguments))",
+            "return any(tensor.requires_grad for tensor in self._present(self._untrained, arguments))",
             "return False",
         ),
         ("training mode is not noticed", "if self.get_submodule(name).training:", "if False:"),

@@ -161,18 +161,18 @@ class FusedGraphModule(fx.GraphModule):
         self._loses_gradients = False
 
     @staticmethod
-    def _live(places: list[tuple[Any, Any]], arguments: Any) -> list[Tensor]:
+    def _present(places: list[tuple[Any, Any]], arguments: Any) -> list[Tensor]:
         return [(arguments if holder is None else holder)[key] for holder, key in places]
 
     def _wants_gradients(self, arguments: Any) -> bool:
-        return any(tensor.requires_grad for tensor in self._live(self._untrained, arguments))
+        return any(tensor.requires_grad for tensor in self._present(self._untrained, arguments))
 
     def _look(self, arguments: Any) -> list[int]:
         """All stamps at once: this runs before every call, so it does nothing else."""
         if arguments is None and any(holder is None for holder, _ in self._places):
             return []
-        seen = [tensor.data_ptr() for tensor in self._live(self._places, arguments)]
-        return seen + [version(tensor) for tensor in self._live(self._copied, arguments)]
+        seen = [tensor.data_ptr() for tensor in self._present(self._places, arguments)]
+        return seen + [version(tensor) for tensor in self._present(self._copied, arguments)]
 
     def check(self, arguments: tuple[Any, ...]) -> None:
         """Tie anew what was moved since the last call; refuse what this graph cannot do.
@@ -279,7 +279,7 @@ def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> Non
 def _after_forward(module: FusedGraphModule, arguments: tuple[Any, ...], outputs: Any) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         tensors = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-        guard_backward(tensors, module._live(module._untrained, arguments))
+        guard_backward(tensors, module._present(module._untrained, arguments))
 
 
 def _revive(plain: fx.GraphModule, fusion: Fusion) -> FusedGraphModule:

@@ -129,7 +129,7 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
 
     Args:
         pack: what goes where.
-        resolve: gives the live tensor of a slice's source.
+        resolve: gives the parameter that a slice's source names, as it is now.
 
     Returns:
         the packed weight, `pack.shape`, dtype and device of the base members.
@@ -184,10 +184,10 @@ def derive(derived: Derived, resolve: Resolve) -> Tensor:
 
     Args:
         derived: what is computed.
-        resolve: gives the live tensor of a source.
+        resolve: gives the parameter that a source names, as it is now.
 
     Returns:
-        the value, in the dtype and on the device of the parameter that it is like.
+        the value, with the dtype and device of the parameter that ``derived.like`` names.
     """
     lead = resolve(derived.like)
     pairs = zip(derived.sources, derived.given, strict=True)

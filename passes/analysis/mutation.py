@@ -1,9 +1,9 @@
 """Which values are changed in place, or have their memory layout read: those are left as they are.
 
-y = linear(x, W); y += z        harmless where y is fresh and read by nothing else: the same as y + z; what is equal
-                                to y is computed for itself, for y will not be what it was
+y = linear(x, W); y += z        the same as y + z where nothing else reads y and its memory is its own; but no node may
+                                stand for y that equals it, since y changes
 v = x.view(…); v.add_(1)        touches x, v and every other view of x
-as_strided(y, …)                reads y's layout, which a slice of a pack does not have
+as_strided(y, …)                reads y's memory layout, which a slice of a pack does not have
 """
 
 from __future__ import annotations
@@ -82,14 +82,14 @@ SAME_VALUES = {
     *(aten.view.default, aten.reshape.default, torch.reshape, "view", "reshape"),
     *(aten.to.dtype, "to"),
 }
-"""What shows a value in another form, be it a view of it or a copy."""
+"""What shows a value in another shape or dtype, be it a view of it or a copy."""
 # What returns its operands or views of them, though its schema does not say so.
 VIEWS_IN_SILENCE = {
     *(aten.dropout, aten.alpha_dropout, aten.feature_dropout, aten.feature_alpha_dropout),
     *(aten.atleast_1d, aten.atleast_2d, aten.atleast_3d, aten.broadcast_tensors, aten.cartesian_prod),
     *(aten.einsum, aten.meshgrid, aten.sum_to_size, aten.type_as),
 }
-# What shows its first operand in the form of others.
+# What gives its first operand the shape or dtype of another.
 LIKE_ANOTHER = {
     *("expand_as", "reshape_as", "to", "type_as", "view_as"),
     *(aten.expand_as.default, aten.reshape_as.default, aten.to.other, aten.type_as.default, aten.view_as.default),
@@ -109,8 +109,8 @@ class Effects:
 
     Attributes:
         touched: nodes that a rewrite must not touch.
-        alone: operations in place that nobody sees but through their result.
-        changed: what those change; none of it may stand for an equal value.
+        alone: operations in place whose change nobody sees but through their result.
+        changed: the values that these change: none of them may stand for an equal one.
     """
 
     def __init__(self, touched: set[Node], alone: dict[Node, list[Node]]) -> None:
@@ -144,16 +144,16 @@ def find_effects(context: Context) -> Effects:
 
 
 def _changed_alone(node: Node, root: nn.Module) -> list[Node]:
-    """What an in-place operation changes where that is fresh and read by nothing else; nothing otherwise."""
+    """What an in-place operation changes, where nobody else sees the change; nothing otherwise."""
     if _kind(node) not in IN_PLACE or not isinstance(node.args[0], Node):
         return []
-    into, forms = node.args[0], []
+    into, shown = node.args[0], []
     while _kind(into) in SAME_VALUES and len(_readers(into)) == 1:
-        forms.append(into)
+        shown.append(into)
         into = into.all_input_nodes[0]
     computed = bool(into.all_input_nodes)  # what reads nothing may be a tensor that somebody keeps
     fresh = computed and (not _aliased(into, root) or bool(_changed_alone(into, root)))
-    return [*forms, into] if fresh and len(_readers(into)) == 1 else []
+    return [*shown, into] if fresh and len(_readers(into)) == 1 else []
 
 
 def _readers(node: Node) -> list[Node]:
@@ -165,11 +165,11 @@ def _kind(node: Node) -> Any:
 
 
 def _is_fresh_operator(node: Node) -> bool:
-    target = node.target
-    if not isinstance(target, OpOverload) or target._schema.is_mutable:
+    kind = node.target
+    if not isinstance(kind, OpOverload) or kind._schema.is_mutable:
         return False
-    silent = target.overloadpacket in VIEWS_IN_SILENCE
-    return not silent and all(result.alias_info is None for result in target._schema.returns)
+    silent = kind.overloadpacket in VIEWS_IN_SILENCE
+    return not silent and all(result.alias_info is None for result in kind._schema.returns)
 
 
 def changed_by(node: Node, root: nn.Module) -> list[Node]:

@@ -2,9 +2,10 @@
 
     z = down(x), or activation(down(x)), or v * down(x) with a vector v;  y' = onto + scale · up(z)
 
-Every order of the scale is taken (between or after the two GEMMs, as ``alpha`` of the add, left out), be it a constant
-or a symbolic number (Dynamo's, of a float that changes), either order of the operands, several adapters summed, minus
-for plus, and reshapes, no-op casts and eval dropout anywhere.
+The scale may stand between the two GEMMs, behind them, or be the ``alpha`` of the add; it may be left out. It is a
+constant or a symbolic number (Dynamo's, of a float that changes). The operands of the add may stand in either order,
+several adapters may be summed or subtracted, and reshapes, casts that change nothing and dropout in eval mode may stand
+anywhere.
 """
 
 from __future__ import annotations
@@ -121,17 +122,17 @@ class _Finder:
         return found
 
     def path(self, part: _Part, onto: Node, add: Node) -> LowRankPath:
-        """A part as a path; its numbers that are known from the start may be used anywhere."""
+        """A part as a path; its numbers that are known before anything is computed may be used anywhere."""
         given = [self.program.is_number(f.node) and self.values.is_given(f.node) for f in part.factors]
         numbers = tuple(f for f, ahead in zip(part.factors, given, strict=True) if ahead)
         factors = tuple(f for f, ahead in zip(part.factors, given, strict=True) if not ahead)
         return LowRankPath(part.down, part.up, part.low, part.scale, numbers, factors, onto, add)
 
     def at_add(self, node: Node) -> tuple[list[tuple[Node, list[_Part]]], list[Decline]]:
-        """(onto, what is added to it) where one operand of an add is a sum of low-rank paths, and what is none.
+        """The ways to see an add as low-rank paths added onto a value, and the declines of paths with another scale.
 
-        Of two paths added to each other one has to be the onto, and either will do: the adapter is added first, not
-        two bases behind each other.
+        Where two low-rank paths are added to each other, either may be the value: the way in which what is added looks
+        like an adapter comes first.
         """
         found: list[tuple[Node, list[_Part]]] = []
         declines: list[Decline] = []
@@ -147,7 +148,7 @@ class _Finder:
         return found, declines
 
     def operands(self, node: Node) -> Iterator[tuple[Node, Node, float, tuple[Factor, ...]]]:
-        """As `operands`, and where what is added is multiplied by a symbolic number."""
+        """As the function `operands`, and also where the add multiplies by a symbolic ``alpha``."""
         alpha = node.kwargs.get("alpha")
         if isinstance(alpha, Node) and operation(node) in ADDS | SUBTRACTS and len(node.args) == 2:
             onto, added = node.args
@@ -327,7 +328,7 @@ class _Finder:
         return None
 
     def same_rows(self, onto: Node, parts: list[_Part]) -> bool:
-        """Whether the onto has a path's shape, so that no operand is broadcast."""
+        """Whether the value that is added to has the paths' shape, so that neither operand is broadcast."""
         added = parts[0].chain[0]
         if self.program.shape(onto) is not None and self.program.shape(added) is not None:
             return self.program.same_shape(onto, added)
@@ -371,7 +372,7 @@ def is_low_rank(down: Projection, up: Projection) -> bool:
 
 
 def operands(node: Node) -> Iterator[tuple[Node, Node, float]]:
-    """(onto, added, factor of added) in both orders, where both are allowed."""
+    """The ways to read an add as (value added to, value added, constant factor of what is added)."""
     kind = operation(node)
     if kind not in ADDS | SUBTRACTS or len(node.args) != 2:
         return

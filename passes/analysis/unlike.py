@@ -1,7 +1,7 @@
-"""Name the adapters that are no low-rank path, so that whoever reads the report knows why they stay.
+"""Name the adapters that are no low-rank path, so that readers of the report know why they stay.
 
     y = conv(x, W) + s·conv(conv(x, A), B)          y = linear(x, W) + s·linear(x, (A * E) @ B)
-    y = linear(x, baddbmm(W, B, A))                 one that is added to the weight, anew at each call
+    y = linear(x, baddbmm(W, B, A))                 this one is added to the weight, at each call
 
 What is added to the output of a layer, and depends on nothing but what that layer reads and on weights, may be an
 adapter, or a branch of the network. PEFT's names tell: it keeps the layer as ``q_proj.base_layer`` and what is its own
@@ -69,8 +69,8 @@ class _Finder:
         operands = [operand for operand in node.args[:2] if isinstance(operand, Node)]
         if operation(node) not in ADDS | SUBTRACTS or len(operands) != 2 or node.name in self.known:
             return None
-        for target, added in (operands, operands[::-1]):
-            layer = self.layer(target)
+        for onto, added in (operands, operands[::-1]):
+            layer = self.layer(onto)
             steps = layer and self.between(added, self.values.earliest_rows(self.reads(layer)))
             if layer is None or not steps or not _is_adapter([layer, *steps], self.names):
                 continue
@@ -85,7 +85,7 @@ class _Finder:
         return None
 
     def at_layer(self, node: Node) -> Decline | None:
-        """A decline where an adapter makes a layer's weight anew at each call, and not within what was told."""
+        """A decline where an adapter makes a layer's weight anew at each call, unless the layer is part of one told."""
         if operation(node) not in LINEARS | MATMULS or node in self.operands or node in self.told:
             return None
         read, matrix = (*node.args, None, None)[:2]

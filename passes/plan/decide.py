@@ -1,7 +1,7 @@
 """Decide which paths may be written, and which weights may be stored anew.
 
-accepted    a path whose weights, target and result have one dtype
-down only   adapters of another dtype than their base: their A's pack among themselves, the rest stays
+accepted    a path whose weights, result and value added to have one dtype
+down only   adapters of another dtype than their base: their A's form packs of their own, the rest stays as it is
 cast        the same with allow_cast: as accepted, with copies of A and B in the base's dtype
 private     a weight that one projection alone reads: only such a weight may move into a pack
 """
@@ -97,7 +97,7 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def adapted_projection(values: Values, by_node: dict[Node, Projection], node: Node) -> Projection | None:
-    """The projection that a target is the output of, through reshapes and earlier adapters."""
+    """The projection that a value is the output of, through reshapes and earlier adapters."""
     node = values.earliest_rows(node)
     while node not in by_node and operation(node) in ADDS and isinstance(node.args[0], Node):
         node = values.earliest_rows(node.args[0])
@@ -116,7 +116,7 @@ def _without_cast(values: Values, path: LowRankPath, base: Projection) -> LowRan
 
 
 def _is_sole_way(down: Node, up: Node) -> bool:
-    """Whether nothing but the up-projection reads, or restates, the dtype of what stands between the two."""
+    """Whether what stands between the two is read by the up-projection alone, and cast by nothing."""
     node = down
     while node is not up:
         found = readers(node)
@@ -159,7 +159,7 @@ def _shared(program: Program, values: Values, projections: Iterable[Projection])
 
 
 def _read_by(program: Program, values: Values, node: Node) -> Iterator[Tensor]:
-    """The parameters that a node computes with: not those it only shows in another form."""
+    """The parameters that a node computes with, but for those it only shows in another shape, order or dtype."""
     if node.op == "call_module":
         module = program.attribute(str(node.target))
         yield from (*module.parameters(), *module.buffers())

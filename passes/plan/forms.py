@@ -1,4 +1,4 @@
-"""Settle in which forms the accepted paths are written: those asked for, as far as what trains allows.
+"""Settle in which forms the accepted paths are written: those asked for, where weights that train allow them.
 
 fold_scale    not where an up-projection trains: a scaled copy would go stale with the next step
 up            per projection where one requires gradients, and for ``"unrolled"``

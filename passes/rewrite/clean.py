@@ -17,7 +17,7 @@ __all__ = ["clean", "erase_unread"]
 
 
 def clean(context: Context) -> None:
-    """Erase what the rewrites replaced, and slices that turned out to be needed by nobody."""
+    """Erase what the rewrites replaced, and slices that nothing reads."""
     written, rotations = context[Written], context[Rotations]
     replaced = [*written.replaced, *(rotation.node for rotation in rotations), *written.slices]
     erase_unread(context.program.graph, replaced, context[Effects].alone)

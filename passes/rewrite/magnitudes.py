@@ -5,9 +5,9 @@ n = norm(W + s·B A)   m = v / n                         m is a stored vector, c
 y = linear(x, W, b)   u = linear(linear(x, A), B)       y = linear(x, W)   u = linear(linear(x, A), B)
 y' = y + ((m - 1)·(y - b) + m·u·s)                      y' = b + m·(y + s·u)
 
-However it is written: a sum whose terms, in whatever order, come to m·(W x) + s·m·(B A x) + b. Where nothing of it
-trains, m depends on what does not change from call to call, so the norm over all of W leaves the graph; whoever changes
-a weight has it computed anew. This runs before the paths are looked for, which find a LoRA then.
+A sum is taken in whatever order it is written, if its terms come to m·(W x) + s·m·(B A x) + b. Where no weight trains,
+m is the same at each call: the norm over all of W leaves the graph, and m is computed again only when a weight has
+changed. This pass runs before the paths are looked for, so that they find a LoRA.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Sum:
     Attributes:
         top: the add that it ends in.
         terms: what is summed up, each with its factor.
-        entries: the nodes that it comes in as, no-ops and reshapes of it or itself.
+        entries: for each term, the node that enters the sum: the term itself, or a no-op or reshape of it.
         magnitude: m, once it is met.
         inner: the nodes between the terms and the sum.
         steps: those that compute.
@@ -136,7 +136,7 @@ class _Finder:
         self.constant = _constants(program, regions)
 
     def at_add(self, node: Node) -> _Parts | None:
-        """The parts of a sum that ends in an add; None if it is of another form."""
+        """The parts of a sum that ends in an add; None if it is no weight-decomposed adapter."""
         total = _Sum(node)
         if not self.expand(node, ONE, total) or total.magnitude is None:
             return None
@@ -176,11 +176,11 @@ class _Finder:
         total.steps.add(node)
         kind, args = operation(node), node.args
         if kind in ADDS | SUBTRACTS:
-            target, added, sign = next(operands(node), (None, None, 1.0))
-            if target is None or added is None:
+            onto, added, sign = next(operands(node), (None, None, 1.0))
+            if onto is None or added is None:
                 return False
             scaled = (factor[0] * sign, factor[1] * sign)
-            return self.expand(target, factor, total) and self.expand(added, scaled, total)
+            return self.expand(onto, factor, total) and self.expand(added, scaled, total)
         if kind in NEGATES:
             return self.expand(node.all_input_nodes[0], (-factor[0], -factor[1]), total)
         if kind in MULTIPLIES | DIVIDES and len(args) == 2 and not node.kwargs:

@@ -1,4 +1,4 @@
-"""Let a rotary embedding read nothing shifted: a compiler joins what reads a value where it is written, and only that.
+"""Write rotary embeddings without shifted reads: a compiler joins a sum only with what reads it element by element.
 
 before                                          after
 q = y + s·B z                                   q = y + s·B z
