@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 
 import flora_fx
 from flora_fx import FuseConfig
+from flora_fx.graph.program import Program
+from flora_fx.passes import pipeline
+from flora_fx.passes.context import Context, Pass
 from flora_fx.passes.debugging import DUMP, LEAVE_OUT
 from flora_fx.passes.pipeline import PASSES
 from tests.adapters import D_IN, Siblings
@@ -66,6 +71,45 @@ def test_each_pass_needs_what_an_earlier_one_gives() -> None:
         assert step.gives not in given, step.name
         given |= {step.gives} - {None}  # type: ignore[arg-type]
     assert len({step.name for step in PASSES}) == len(PASSES)
+
+
+class Watched(Context):
+    """A context that remembers which facts were read."""
+
+    def __init__(self, program: Program, config: FuseConfig) -> None:
+        super().__init__(program, config)
+        self.read: set[type] = set()
+
+    def __getitem__(self, kind: type[Any]) -> Any:
+        self.read.add(kind)
+        return super().__getitem__(kind)
+
+
+@pytest.mark.parametrize("build", [Siblings, Decomposed, Rotated])
+def test_each_pass_does_what_its_entry_says(build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    def watch(step: Pass) -> Pass:
+        def run(context: Watched) -> Any:
+            context.read.clear()
+            before = str(context.program.graph)
+            fact = step.run(context)
+            assert context.read == set(step.needs), step.name
+            assert step.rewrites or str(context.program.graph) == before, step.name
+            assert type(fact) is (step.gives or type(None)), step.name
+            ran.append(step.name)
+            return fact
+
+        return replace(step, run=run)
+
+    ran: list[str] = []
+    watched = tuple(map(watch, PASSES))
+    monkeypatch.setattr(pipeline, "PASSES", watched)
+    monkeypatch.setattr(pipeline, "_GIVING", {step.gives: step for step in watched if step.gives})
+    monkeypatch.setattr(pipeline, "Context", Watched)
+    graph = captured(build(), torch.randn(2, 5, D_IN, dtype=torch.float64))
+    flora_fx.fuse(graph, config=FuseConfig(accumulate="unrolled"))
+    again = [name for name in ran if ran.count(name) > 1]
+    assert set(again) == ({"effects", "modes", "values", "projections"} if build is Decomposed else set())
+    assert set(ran) == {step.name for step in PASSES}
 
 
 def test_the_graph_is_written_down_whenever_a_pass_has_changed_it(
