@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import flora_fx
-from flora_fx import FuseConfig
+from flora_fx import FuseConfig, Reason
 from flora_fx.graph.program import Program
 from flora_fx.passes import pipeline
 from flora_fx.passes.context import Context, Pass
@@ -110,6 +110,22 @@ def test_each_pass_does_what_its_entry_says(build: Callable[[], nn.Module], monk
     again = [name for name in ran if ran.count(name) > 1]
     assert set(again) == ({"effects", "modes", "values", "projections"} if build is Decomposed else set())
     assert set(ran) == {step.name for step in PASSES}
+
+
+def test_what_stands_in_the_way_of_two_paths_is_told_once() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.w = nn.Linear(D_IN, 10), nn.Linear(D_IN, 8)
+            self.a, self.b, self.c = nn.Linear(D_IN, 3, bias=False), nn.Linear(3, 10), nn.Linear(3, 8)
+            self.a.weight = nn.Parameter(self.a.weight.detach().to_sparse(), requires_grad=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.a(x)
+            return self.v(x) + self.b(z), self.w(x) + self.c(z)
+
+    report = flora_fx.report(flora_fx.fuse(fx.symbolic_trace(Shared())))
+    assert [(decline.node, decline.reason) for decline in report.declines] == [("a", Reason.WEIGHT_NOT_DENSE)]
 
 
 def test_the_graph_is_written_down_whenever_a_pass_has_changed_it(
