@@ -562,14 +562,14 @@ def test_the_picture_shows_down_projections_of_their_own(tmp_path: Path) -> None
     assert "7 GEMMs, 4 elementwise  →  2 GEMMs" in texts
     assert {"W q", "A q_a", "B q_b", "x, z", "A q_a  [3]"} <= set(texts)
     assert "y + s·Bz" not in texts
-    assert [(sketch.apart, [column.down for column in sketch.columns]) for sketch in report.sketches] == [
+    assert [(sketch.apart, [path.down for path in sketch.widened]) for sketch in report.sketches] == [
         (2, [0, 1]),
         (1, [0]),
     ]
     report = flora_fx.report(flora_fx.fuse(captured(frozen(Free(own_and_others)), x), config=AHEAD))
     first, second = report.sketches
     assert ([name for name, _ in first.downs], first.apart) == (["a.weight", "c.weight"], 1)
-    assert [column.down for column in (*first.columns, *second.columns)] == [0, None]
+    assert [path.down for path in (*first.widened, *second.widened)] == [0, None]
 
 
 @pytest.mark.parametrize("capture", [traced, captured, exported])
