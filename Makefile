@@ -33,13 +33,14 @@ mutations: $(STAMP)
 compat: $(STAMP)
 	$(BIN)/python -m tests.compatibility.run
 
-# mypy needs one tree: passes/, export/ and benchmarks/ are mapped under flora_fx/ (see pyproject.toml).
+# mypy needs one tree: passes/ and export/ are mapped under flora_fx/ (see pyproject.toml).
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf $(VENV)/types && mkdir -p $(VENV)/types/flora_fx
-	ln -s $(CURDIR)/flora_fx/* $(CURDIR)/passes $(CURDIR)/export $(CURDIR)/benchmarks $(VENV)/types/flora_fx/
-	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p flora_fx
+	ln -s $(CURDIR)/flora_fx/* $(CURDIR)/passes $(CURDIR)/export $(VENV)/types/flora_fx/
+	ln -s $(CURDIR)/benchmarks $(VENV)/types/
+	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p flora_fx -p benchmarks
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks latency $(REDUCED) --runners eager,inductor,onnxruntime \

@@ -1,4 +1,4 @@
-"""The command line of the suites; ``flora-fx bench`` is ``python -m benchmarks latency``."""
+"""The command line of the suites."""
 
 from __future__ import annotations
 
@@ -53,8 +53,6 @@ def main(arguments: Sequence[str]) -> None:
     options = arguments_of.parse_args(arguments)
     command = f"python -m benchmarks {shlex.join(_repeatable(arguments))}"
     if options.suite == "page":
-        if not RECORD.is_dir():  # an installed package has no record, and nothing is to be written into it
-            arguments_of.error("the page is written from a checkout's record: run `python -m benchmarks page` in one")
         print(f"written to {write_page(chapters(RECORD))}")
         return
     if options.suite == "gpu":
@@ -354,7 +352,7 @@ def parser() -> argparse.ArgumentParser:
     output.add_argument(
         "--output",
         type=Path,
-        default=RECORD if RECORD.is_dir() else Path("flora-bench"),
+        default=RECORD,
         help="folder for JSON and pictures (%(default)s)",
     )
 

@@ -6,9 +6,11 @@ repair is one red line and exit code 1; an extra that is not installed is exit c
 
 import contextlib
 import json
+import os
+import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 import torch
 
 from flora_fx import __version__
+from flora_fx.checkout import checkout
 from flora_fx.checkpoint import Task
 from flora_fx.errors import CaptureError, FloraError, MissingExtraError, require
 
@@ -213,12 +216,11 @@ def build_app() -> "typer.Typer":
         help="Measure TTFT, TPOT and total latency beside every peer: `python -m benchmarks latency`.",
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
         add_help_option=False,  # the options, and the help on them, are those of the benchmarks
+        hidden=checkout() is None,
     )
     def _bench(context: typer.Context) -> None:
         with _user_errors():
-            from flora_fx.benchmarks.commands import main as benchmarks
-
-            benchmarks(["latency", *context.args])
+            raise typer.Exit(bench(context.args))
 
     return app
 
@@ -372,6 +374,27 @@ def _tokenizer(loaded: Any, model: str, adapter: str | None, tokenizer: str | No
             "the tokenizer that fits: --tokenizer"
         )
     return found
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Measure latency with a checkout's benchmarks, which are no part of the package.
+
+    Args:
+        arguments: of ``python -m benchmarks latency``.
+
+    Returns:
+        its exit code.
+
+    Raises:
+        FloraError: flora_fx runs from an installation.
+    """
+    folder = checkout()
+    if folder is None:
+        raise FloraError("the benchmarks are not installed: run `python -m benchmarks latency` in a checkout")
+    path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # -P: not a folder of that name where the user stands
+    command = [sys.executable, "-P", "-m", "benchmarks", "latency", *arguments]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 def _read_inputs(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -25,7 +25,7 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(1234)
     torch.set_num_threads(1)  # threads that wait for each other cost such models more than they bring
     # Whatever our own lines cause to be warned of is an error. (An ini option cannot name all modules of a package.)
-    warnings.filterwarnings("error", module=r"(flora_fx|passes|export)(\.|$)")
+    warnings.filterwarnings("error", module=r"(flora_fx|passes|export|benchmarks)(\.|$)")
     yield
     torch._dynamo.reset()
 
@@ -33,8 +33,8 @@ def _seed() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path | str]:
     """Exported graphs that several benchmarks' tests measure, written once: one of each kind that is written fast."""
-    from flora_fx.benchmarks.contenders.onnx_exports import write_graphs
-    from flora_fx.benchmarks.contenders.settings import Settings
+    from benchmarks.contenders.onnx_exports import write_graphs
+    from benchmarks.contenders.settings import Settings
 
     settings = Settings(shape="tiny", layers=1, rank=6, threads=1)
     steps: list[tuple[int, int]] = []

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from flora_fx.measuring.method import pinned
+
 from ..measure.isolated import Progress
-from ..measure.method import pinned
 from .data import Example
 from .run import scheduled, step
 from .tasks import LENGTH, PRETRAINING, SYMBOLS, VOCABULARY, example

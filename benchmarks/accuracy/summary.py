@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ..measure.method import interval
+from flora_fx.measuring.method import interval
+
 from .methods import FULL, LORA, Contestant
 
 __all__ = ["TARGET", "Interval", "Tried", "bootstrap", "chosen", "summary"]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..show.bars import INK, PALE, STYLE, require_figures, write
+from flora_fx.measuring.bars import INK, PALE, STYLE, require_figures, write
+
 from ..show.sheet import Sheet
 from .methods import FULL, LORA
 

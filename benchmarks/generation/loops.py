@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flora_fx.errors import require
 from flora_fx.export import Decoder, load
+from flora_fx.measuring.method import Clock, paired, take_turns
 
 from ..contenders.onnx_contenders import SPINNING, session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 from ..measure.isolated import Progress
-from ..measure.method import Clock, paired, take_turns
 
 __all__ = ["CHOICES", "LOOPS", "Job", "loops", "python", "related"]
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from flora_fx.measuring.method import bandwidth
+
 from ..contenders.settings import Settings
 from ..generation import loops as generation_loops
 from ..generation.loops import Job, loops, related
 from ..generation.swaps import Swaps, swap
 from ..latency import goals, latency
-from ..measure.method import bandwidth
 from ..training import training
 from .folder import Folder
 from .jobs import decoder_jobs, torch_job

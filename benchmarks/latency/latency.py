@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from flora_fx.errors import AdapterError
+from flora_fx.measuring.method import Clock, Timing, bandwidth, difference, paired, take_turns
 
 from ..contenders.contender import Contender
 from ..contenders.models import Adapted, ffba_of, weights_of
 from ..contenders.references import known
 from ..contenders.settings import Settings
 from ..contenders.torch_contenders import LIVE, RUNNERS, Form, TorchContender, available, make_contender
+from ..measure.compiled import compilations, was_compiled
 from ..measure.isolated import Progress, isolated
-from ..measure.method import Clock, Timing, bandwidth, compilations, difference, paired, take_turns, was_compiled
 from ..measure.tolerances import verdict
 from ..measure.trace import busy, trace
 

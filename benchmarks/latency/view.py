@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flora_fx.measuring.bars import draw_bars
+from flora_fx.measuring.method import Timing
+
 from ..contenders import ffba
-from ..measure.method import Timing
-from ..show.bars import draw_bars
 from ..show.sheet import Sheet
 
 __all__ = ["COLOURS", "cell", "draw", "sheets"]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .method import difference
+from flora_fx.measuring.method import difference
 
 __all__ = ["Reference", "error", "strengths", "verdict"]
 

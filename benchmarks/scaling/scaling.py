@@ -7,10 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from flora_fx.measuring.bars import INK, PALE, STYLE, require_figures, write
+
 from ..contenders.settings import Settings
 from ..latency.latency import measure as measure_latency
 from ..latency.view import COLOURS, cell
-from ..show.bars import INK, PALE, STYLE, require_figures, write
 from ..show.sheet import Sheet
 
 __all__ = ["AXES", "draw", "measure", "sheets"]

@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from flora_fx.measuring.environment import environment
 
-__all__ = ["RECORD", "environment", "save"]
+__all__ = ["RECORD", "save"]
 
 RECORD = Path(__file__).parent.parent / "results"
-"""Where the JSON of record lies, in a checkout."""
-
-_PACKAGES = ("transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "onnxruntime-genai-cuda")
-
-
-def environment(command: str) -> dict[str, Any]:
-    """Date, command, machine and versions.
-
-    Args:
-        command: what was typed.
-    """
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": command,
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _processor() -> str:
-    """The processor's name; `platform` knows only its architecture."""
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
+"""Where the JSON of record lies."""
 
 
 def save(name: str, result: dict[str, Any], folder: Path, command: str) -> Path:

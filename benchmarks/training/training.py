@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.errors import AdapterError
+from flora_fx.measuring.method import Timing, compare, difference
 
 from ..contenders import ffba
 from ..contenders.models import Adapted, adapters_of, ffba_of, make_model
 from ..contenders.settings import Settings
 from ..contenders.torch_contenders import RUNNERS, Form, available, built
 from ..latency.view import cell
+from ..measure.compiled import compilations, was_compiled
 from ..measure.isolated import Progress, isolated
 from ..measure.kept import once
 from ..measure.memory import live_bytes, peak_bytes
-from ..measure.method import Timing, compare, compilations, difference, was_compiled
 from ..show.sheet import Sheet
 
 __all__ = [

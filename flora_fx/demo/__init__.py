@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flora_fx.benchmarks.measure.method import pinned
-from flora_fx.benchmarks.show.bars import draw_bars
-from flora_fx.benchmarks.show.results import environment
 from flora_fx.checkpoint import load_model
 from flora_fx.demo.contenders import onnx_latency, torch_latency
 from flora_fx.demo.job import capture_and_fuse, export_all, write_texts
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import adapter_recipe, base_recipe, build_tokenizer, train_adapter, train_base
+from flora_fx.measuring.bars import draw_bars
+from flora_fx.measuring.environment import environment
+from flora_fx.measuring.method import pinned
 from flora_fx.progress import Bar, bars
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_fx.benchmarks.measure.method import Timing, compare
 from flora_fx.demo.step import CachedStep
+from flora_fx.measuring.method import Timing, compare
 
 __all__ = ["onnx_latency", "torch_latency"]
 

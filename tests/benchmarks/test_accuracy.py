@@ -13,18 +13,18 @@ import pytest
 import torch
 from torch import nn
 
-from flora_fx.benchmarks.accuracy import tasks as accuracy_tasks
-from flora_fx.benchmarks.accuracy import view as accuracy_view
-from flora_fx.benchmarks.accuracy.accuracy import Plan, measure
-from flora_fx.benchmarks.accuracy.data import SPLITS, Example, Splits, encode, read
-from flora_fx.benchmarks.accuracy.journal import Journal
-from flora_fx.benchmarks.accuracy.methods import FULL, LORA, METHODS, Contestant, adapted, contestants
-from flora_fx.benchmarks.accuracy.model import Pretraining, pretrained
-from flora_fx.benchmarks.accuracy.run import Outcome, Recipe, Run, exact_match, fine_tune, step
-from flora_fx.benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
-from flora_fx.benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
-from flora_fx.benchmarks.commands import chapters, main
-from flora_fx.benchmarks.show.page import write_page
+from benchmarks.accuracy import tasks as accuracy_tasks
+from benchmarks.accuracy import view as accuracy_view
+from benchmarks.accuracy.accuracy import Plan, measure
+from benchmarks.accuracy.data import SPLITS, Example, Splits, encode, read
+from benchmarks.accuracy.journal import Journal
+from benchmarks.accuracy.methods import FULL, LORA, METHODS, Contestant, adapted, contestants
+from benchmarks.accuracy.model import Pretraining, pretrained
+from benchmarks.accuracy.run import Outcome, Recipe, Run, exact_match, fine_tune, step
+from benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
+from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
+from benchmarks.commands import chapters, main
+from benchmarks.show.page import write_page
 from flora_fx.errors import AdapterError
 
 RECIPE = Recipe(steps=2, batch=4)
@@ -187,7 +187,7 @@ def test_rate_is_chosen_by_validation_and_the_test_is_never_looked_at(
             right = validation[run.rate] + run.seed
             journal.add(run, Outcome(12288, right, 100 - right + (5 if run.method == "block" else 0)))
 
-    monkeypatch.setattr("flora_fx.benchmarks.accuracy.accuracy.Pool.finish", outcome)
+    monkeypatch.setattr("benchmarks.accuracy.accuracy.Pool.finish", outcome)
     plan = Plan(
         methods=(LORA, "block"),
         tasks=("sort pairs",),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.generation import capacity
+from benchmarks.contenders.settings import Settings
+from benchmarks.generation import capacity
 
 
 def test_replicas_of_all_cores_and_of_one_each() -> None:

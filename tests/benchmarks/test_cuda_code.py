@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.kernels import kernels, pretend_cuda
-from flora_fx.benchmarks.kernels.launches import Count, cuda_launches
+from benchmarks.contenders.settings import Settings
+from benchmarks.kernels import kernels, pretend_cuda
+from benchmarks.kernels.launches import Count, cuda_launches
 from flora_fx.errors import require
 
 SETTINGS = Settings("tiny", rank=16, dtype="bfloat16")

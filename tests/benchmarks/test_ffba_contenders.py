@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders import ffba
-from flora_fx.benchmarks.contenders.models import PLACEMENTS, Adapted, adapters_of, ffba_of, make_model, weights_of
-from flora_fx.benchmarks.contenders.settings import PROJECTIONS, SHAPES, Settings
-from flora_fx.benchmarks.contenders.torch_contenders import RUNNERS
-from flora_fx.benchmarks.latency import latency
-from flora_fx.benchmarks.latency import view as latency_view
+from benchmarks.contenders import ffba
+from benchmarks.contenders.models import PLACEMENTS, Adapted, adapters_of, ffba_of, make_model, weights_of
+from benchmarks.contenders.settings import PROJECTIONS, SHAPES, Settings
+from benchmarks.contenders.torch_contenders import RUNNERS
+from benchmarks.latency import latency
+from benchmarks.latency import view as latency_view
 
 TINY = Settings(shape="tiny", rank=4, threads=1)
 NO_RANK = Settings(shape="tiny", rank=1, targets=("k_proj",), threads=1)  # 192 parameters for two layers

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.generation import generation
-from flora_fx.benchmarks.generation import loops as generation_loops
-from flora_fx.benchmarks.generation import swaps as generation_swaps
-from flora_fx.benchmarks.generation.loops import CHOICES, LOOPS, Job, loops, python, related
+from benchmarks.contenders.settings import Settings
+from benchmarks.generation import generation
+from benchmarks.generation import loops as generation_loops
+from benchmarks.generation import swaps as generation_swaps
+from benchmarks.generation.loops import CHOICES, LOOPS, Job, loops, python, related
 
 SETTINGS = Settings(shape="tiny", layers=1, rank=6, threads=1)
 

@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from flora_fx.benchmarks import commands
-from flora_fx.benchmarks.commands import chapters
-from flora_fx.benchmarks.contenders.onnx_exports import GRAPHS
-from flora_fx.benchmarks.contenders.torch_contenders import RUNNERS
-from flora_fx.benchmarks.gpu import PHASES, measuring, phase, preparing
-from flora_fx.benchmarks.gpu.folder import Folder
-from flora_fx.benchmarks.gpu.phase import Phase, provider_missing
-from flora_fx.benchmarks.gpu.plan import plan
-from flora_fx.benchmarks.gpu.section import Section
-from flora_fx.benchmarks.kernels import kernels
-from flora_fx.benchmarks.latency import goals
-from flora_fx.benchmarks.show.page import write_page
-from flora_fx.benchmarks.show.results import RECORD
-from flora_fx.benchmarks.training import training
+from benchmarks import commands
+from benchmarks.commands import chapters
+from benchmarks.contenders.onnx_exports import GRAPHS
+from benchmarks.contenders.torch_contenders import RUNNERS
+from benchmarks.gpu import PHASES, measuring, phase, preparing
+from benchmarks.gpu.folder import Folder
+from benchmarks.gpu.phase import Phase, provider_missing
+from benchmarks.gpu.plan import plan
+from benchmarks.gpu.section import Section
+from benchmarks.kernels import kernels
+from benchmarks.latency import goals
+from benchmarks.show.page import write_page
+from benchmarks.show.results import RECORD
+from benchmarks.training import training
 from flora_fx.errors import MissingExtraError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders import onnx_exports
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.kernels import kernels, launches
-from flora_fx.benchmarks.kernels.kernels import measure, sheets
+from benchmarks.contenders import onnx_exports
+from benchmarks.contenders.settings import Settings
+from benchmarks.kernels import kernels, launches
+from benchmarks.kernels.kernels import measure, sheets
 
 SETTINGS = Settings("tiny", layers=4, rank=4)
 PACKS, UPS = 4, 4  # q k v | o | gate up | down, each with one block-diagonal (or only) up-projection

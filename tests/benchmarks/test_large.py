@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.scaling import large
+from benchmarks.contenders.settings import Settings
+from benchmarks.scaling import large
 
 PER_LAYER = 7
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks.contenders.models import Adapted, make_model, weights_of
-from flora_fx.benchmarks.contenders.settings import SHAPES, Settings
-from flora_fx.benchmarks.contenders.step import CachedStep, empty_cache
-from flora_fx.benchmarks.contenders.torch_contenders import RUNNERS, Form, TorchContender, make_contender
-from flora_fx.benchmarks.latency import latency
-from flora_fx.benchmarks.latency import view as latency_view
-from flora_fx.benchmarks.scaling import scaling
+from benchmarks.contenders.models import Adapted, make_model, weights_of
+from benchmarks.contenders.settings import SHAPES, Settings
+from benchmarks.contenders.step import CachedStep, empty_cache
+from benchmarks.contenders.torch_contenders import RUNNERS, Form, TorchContender, make_contender
+from benchmarks.latency import latency
+from benchmarks.latency import view as latency_view
+from benchmarks.scaling import scaling
 
 TINY = Settings(shape="tiny", rank=4, threads=1)
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9]])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.measure.memory import live_bytes, peak_bytes, tracked
-from flora_fx.benchmarks.scaling import fusing
+from benchmarks.contenders.settings import Settings
+from benchmarks.measure.memory import live_bytes, peak_bytes, tracked
+from benchmarks.scaling import fusing
 
 KIB = 1024
 

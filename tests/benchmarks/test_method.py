@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.measure.isolated import isolated
-from flora_fx.benchmarks.measure.method import Timing, compare, difference, paired, was_compiled
-from flora_fx.benchmarks.show.bars import draw_bars
+from benchmarks.contenders.settings import Settings
+from benchmarks.measure.compiled import was_compiled
+from benchmarks.measure.isolated import isolated
+from flora_fx.measuring.bars import draw_bars
+from flora_fx.measuring.method import Timing, compare, difference, paired
 
 
 def test_compare_pairs_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks.contenders import onnx_contenders, onnx_exports
-from flora_fx.benchmarks.contenders.models import make_model
-from flora_fx.benchmarks.contenders.onnx_contenders import GrowingContender, SharedContender
-from flora_fx.benchmarks.contenders.onnx_exports import GRAPHS, count_nodes, write_graphs
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.latency import goals, latency
-from flora_fx.benchmarks.latency import view as latency_view
-from flora_fx.benchmarks.measure.method import difference
+from benchmarks.contenders import onnx_contenders, onnx_exports
+from benchmarks.contenders.models import make_model
+from benchmarks.contenders.onnx_contenders import GrowingContender, SharedContender
+from benchmarks.contenders.onnx_exports import GRAPHS, count_nodes, write_graphs
+from benchmarks.contenders.settings import Settings
+from benchmarks.latency import goals, latency
+from benchmarks.latency import view as latency_view
 from flora_fx.errors import ExportError
+from flora_fx.measuring.method import difference
 
 SETTINGS = Settings(shape="tiny", layers=1, rank=6, threads=1)
 PROMPT, NEW = 9, 3

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flora_fx.benchmarks.contenders import references
-from flora_fx.benchmarks.contenders.contender import Contender
-from flora_fx.benchmarks.contenders.models import Adapted, make_model
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.contenders.step import CachedStep, empty_cache
-from flora_fx.benchmarks.contenders.torch_contenders import TorchContender
-from flora_fx.benchmarks.latency import latency
-from flora_fx.benchmarks.measure.kept import once
-from flora_fx.benchmarks.measure.tolerances import Reference, verdict
+from benchmarks.contenders import references
+from benchmarks.contenders.contender import Contender
+from benchmarks.contenders.models import Adapted, make_model
+from benchmarks.contenders.settings import Settings
+from benchmarks.contenders.step import CachedStep, empty_cache
+from benchmarks.contenders.torch_contenders import TorchContender
+from benchmarks.latency import latency
+from benchmarks.measure.kept import once
+from benchmarks.measure.tolerances import Reference, verdict
 
 LAST = ".layers.1."
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders.models import Adapted
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.contenders.torch_contenders import RUNNERS, Form
-from flora_fx.benchmarks.measure.memory import live_bytes
-from flora_fx.benchmarks.training import training
-from flora_fx.benchmarks.training.training import Expected, Training, disagreement, reference, sample, sheets
+from benchmarks.contenders.models import Adapted
+from benchmarks.contenders.settings import Settings
+from benchmarks.contenders.torch_contenders import RUNNERS, Form
+from benchmarks.measure.memory import live_bytes
+from benchmarks.training import training
+from benchmarks.training.training import Expected, Training, disagreement, reference, sample, sheets
 
 SETTINGS = Settings("tiny", rank=4)
 TOKENS = torch.arange(12).reshape(1, 12) * 7 % 128

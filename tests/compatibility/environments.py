@@ -33,7 +33,7 @@ class Environment:
             those of constraints.txt.
         extras: of the package, to be installed with it.
         beside: what else the tests there need.
-        tests: paths and modules that pytest is given; those of the installed package are doctests.
+        tests: paths and modules that pytest is given; in the installed package and in benchmarks/ are doctests.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Environment:
     releases: str
     extras: tuple[str, ...] = ("test",)
     beside: tuple[str, ...] = ()
-    tests: tuple[str, ...] = ("tests", "flora_fx")
+    tests: tuple[str, ...] = ("tests", "flora_fx", "benchmarks")
 
 
 ENVIRONMENTS = (

@@ -230,6 +230,7 @@ def tested(
     Raises:
         RuntimeError: pytest itself came to grief.
     """
+    put_behind(python, source.folder)
     report = place / f"{one.name}.xml"
     report.unlink(missing_ok=True)
     # Python puts neither the current folder nor a script's in front of what is installed.
@@ -242,6 +243,17 @@ def tested(
     if code not in (0, 1) or not report.exists():
         raise RuntimeError(f"pytest ended with {code} in the environment {one.name}: {' '.join(command)}")
     return outcome(report, source.folder)
+
+
+def put_behind(python: Path, source: Path) -> None:
+    """Let a test's processes import ``benchmarks``, which no wheel holds, from the source, after all that is installed.
+
+    Args:
+        python: the environment's.
+        source: the copy.
+    """
+    site = _said(python, "import sysconfig; print(sysconfig.get_path('purelib'))")
+    Path(site, "flora_fx_source.pth").write_text(f"{source}\n", encoding="utf-8")
 
 
 def keep(name: str, found: Mapping[str, Any]) -> None:

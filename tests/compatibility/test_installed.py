@@ -30,7 +30,7 @@ def test_what_is_imported_is_what_was_installed() -> None:
 def test_the_wheel_holds_every_module_and_the_mark_of_its_types() -> None:
     source = Path(str(SOURCE))
     modules = [Path("flora_fx/py.typed"), *(path.relative_to(source) for path in (source / "flora_fx").rglob("*.py"))]
-    for folder in ("passes", "export", "benchmarks"):
+    for folder in ("passes", "export"):
         modules += [Path("flora_fx") / path.relative_to(source) for path in (source / folder).rglob("*.py")]
     assert len(modules) > 100
     assert [module for module in modules if not (SITE.parent / module).is_file()] == []
@@ -53,11 +53,14 @@ def test_torch_alone_fuses() -> None:
     torch.testing.assert_close(fused(x), model(x), rtol=1e-12, atol=1e-12)
 
 
-def test_the_page_of_figures_is_not_written_into_an_installation() -> None:
-    pytest.importorskip("rich")
-    before = [*SITE.parent.glob("*"), *SITE.glob("*"), *(SITE / "benchmarks").glob("*")]
-    command = [sys.executable, "-m", "flora_fx.benchmarks", "page"]
+def test_benchmarks_are_a_checkouts() -> None:
+    assert not (SITE / "benchmarks").exists()
+    assert not (SITE.parent / "benchmarks").exists()
+
+
+def test_bench_without_a_checkout_says_where_to_run_it() -> None:
+    pytest.importorskip("typer")
+    command = [sys.executable, "-m", "flora_fx.cli", "bench"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "run `python -m benchmarks page` in one" in done.stderr
-    assert [*SITE.parent.glob("*"), *SITE.glob("*"), *(SITE / "benchmarks").glob("*")] == before
+    assert done.returncode == 1
+    assert "run `python -m benchmarks latency` in a checkout" in done.stderr

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flora_fx.benchmarks.contenders.settings import Settings
+from benchmarks.contenders.settings import Settings
 
 __all__ = ["CUDA", "DEVICES", "PROVIDERS", "on_gpu", "settings", "tokens"]
 

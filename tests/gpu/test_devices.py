@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import flora_fx
+from benchmarks.contenders.models import make_model
+from benchmarks.latency.latency import Job, sample
 from flora_fx import FuseConfig
-from flora_fx.benchmarks.contenders.models import make_model
-from flora_fx.benchmarks.latency.latency import Job, sample
-from flora_fx.benchmarks.measure.method import Clock, bandwidth, compare, difference
+from flora_fx.measuring.method import Clock, bandwidth, compare, difference
 from tests.gpu.places import DEVICES, on_gpu, settings, tokens
 
 

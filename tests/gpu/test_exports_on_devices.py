@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from flora_fx.benchmarks.contenders.models import Adapted, adapters_of, make_model
+from benchmarks.contenders.models import Adapted, adapters_of, make_model
 from flora_fx.export import Decoder, ExportResult, export_onnx, load
 from flora_fx.export.check.differences import TOLERANCES, Differences, own_config, same_tokens
 from flora_fx.export.targets import TargetName

@@ -1,4 +1,4 @@
-"""How everything here is measured.
+"""How everything is measured.
 
 - Contenders run in one process and take turns: every round calls each of them once, in a new order. What drifts (other
   users of the machine, clocks, caches) hits all of them; only ratios within a round are compared.
@@ -7,8 +7,8 @@
   means other addresses for all weights, which alone moves a ratio by some percent, so each makes its contenders in an
   order of its own.
 - A ratio is refused, not printed, when a contender's outputs differ from a float64 reference by more than its dtype
-  explains (`tolerances`), when it was to be compiled and a profile shows that it was not, or when something was
-  compiled while the clock ran.
+  explains (see `benchmarks/measure/tolerances.py`), when it was to be compiled and a profile shows that it was not, or
+  when something was compiled while the clock ran.
 - On a GPU the time is between two CUDA events, and the L2 cache is overwritten before each call. On a CPU the turns do
   the same for models that exceed the last cache together.
 """
@@ -27,17 +27,16 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Call",
     "Clock",
     "Timing",
     "bandwidth",
     "compare",
-    "compilations",
     "difference",
     "interval",
     "paired",
     "pinned",
     "take_turns",
-    "was_compiled",
 ]
 
 Call = Callable[[], object]
@@ -199,27 +198,6 @@ def difference(output: Tensor, expected: Tensor) -> float:
     if output.shape != expected.shape:
         return float("inf")
     return (torch.linalg.vector_norm(output - expected) / torch.linalg.vector_norm(expected)).item()
-
-
-def was_compiled(call: Call) -> bool:
-    """Whether a call runs one compiled region and no model code beside it, as a profile of it shows.
-
-    Neither Dynamo's counters nor the callable's type tell: past its recompile limit a compiled function runs in eager
-    mode without a word.
-
-    >>> was_compiled(lambda: torch.nn.functional.linear(torch.ones(2, 3), torch.ones(4, 3)))
-    False
-    """
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
-    names = [event.key for event in profile.key_averages()]
-    regions = [name for name in names if name.startswith("Torch-Compiled Region")]
-    return len(regions) == 1 and "aten::linear" not in names
-
-
-def compilations() -> int:
-    """How many graphs Dynamo has compiled in this process."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def bandwidth(device: str, *, dtype: torch.dtype = torch.float32) -> float:

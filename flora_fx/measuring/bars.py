@@ -8,7 +8,7 @@ from typing import Any
 
 from flora_fx.errors import require
 
-from ..measure.method import Timing
+from .method import Timing
 
 __all__ = ["INK", "PALE", "STYLE", "draw_bars", "require_figures", "write"]
 
