@@ -6,14 +6,19 @@ print(flora_fx.report(fused))
 
 from __future__ import annotations
 
-from .capturing import capture
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .checkout import find_folders_beside
-from .config import FuseConfig
-from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
-from .fusing import fuse, report
-from .ir import Decline, Pack, Reason, Role, Slice
-from .reporting.fusion_report import FusionReport
-from .verifying import Verification, verify
+
+if TYPE_CHECKING:
+    from .capturing import capture
+    from .config import FuseConfig
+    from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
+    from .fusing import fuse, report
+    from .ir import Decline, Pack, Reason, Role, Slice
+    from .reporting.fusion_report import FusionReport
+    from .verifying import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -39,3 +44,37 @@ __all__ = [
     "report",
     "verify",
 ]
+
+_HOMES = {
+    "AdapterError": "errors",
+    "CaptureError": "errors",
+    "Decline": "ir",
+    "ExportError": "errors",
+    "FloraError": "errors",
+    "FuseConfig": "config",
+    "FusionReport": "reporting.fusion_report",
+    "MissingExtraError": "errors",
+    "Pack": "ir",
+    "Reason": "ir",
+    "Role": "ir",
+    "Slice": "ir",
+    "TieError": "errors",
+    "Verification": "verifying",
+    "capture": "capturing",
+    "fuse": "fusing",
+    "report": "fusing",
+    "verify": "verifying",
+}
+"""In which module each name is. That is imported when the name is first asked for: `flora-fx --help` needs no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

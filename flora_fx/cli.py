@@ -15,16 +15,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
-import torch
-
 from flora_fx import __version__
 from flora_fx.checkout import checkout
-from flora_fx.checkpoint import Task
 from flora_fx.errors import CaptureError, FloraError, MissingExtraError, require
+from flora_fx.tasks import Task
 
 # No `from __future__ import annotations` here: typer reads the annotations below, and typer itself is
-# imported only when the command line is built.
+# imported only when the command line is built, torch only when a command runs: help and version wait for neither.
 if TYPE_CHECKING:
+    import torch
     import typer
 
 __all__ = ["build_app", "main"]
@@ -146,6 +145,8 @@ def build_app() -> "typer.Typer":
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with _user_errors():
+            import torch
+
             options = {
                 "dtype": getattr(torch, dtype.value),
                 "overwrite": overwrite,
@@ -230,6 +231,8 @@ def build_app() -> "typer.Typer":
 
 def inspect(model: str, adapter: str, task: Task = "auto", inputs: Path | None = None) -> Any:
     """Capture and fuse a checkpoint on inputs from a file, or made up: which ones does not matter to what fuses."""
+    import torch
+
     import flora_fx
     from flora_fx.checkpoint import load_model
     from flora_fx.sample_inputs import sample_inputs
@@ -291,6 +294,8 @@ def generate(
     as_json: bool,
 ) -> None:
     """Continue the prompt; text appears token by token, JSON at the end. Options are those of ``Decoder.stream``."""
+    import torch
+
     from flora_fx.checkpoint import load_tokenizer
     from flora_fx.export import Decoder, load
 
@@ -397,7 +402,7 @@ def bench(arguments: Sequence[str]) -> int:
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
-def _read_inputs(path: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _read_inputs(path: Path, dtype: "torch.dtype") -> "dict[str, torch.Tensor]":
     """Tensors by name; floats in the dtype of the model."""
     safetensors = require("safetensors.torch", "hf")
     try:

@@ -13,7 +13,6 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +50,19 @@ def compiler(backend: str) -> Callable[..., Any]:
 
     found: Callable[..., Any] = lookup_backend(backend)
     return found
+
+
+def statically_known_true(condition: Any) -> bool:
+    """Whether a comparison of sizes holds for every size that a graph is for; False where that is not known.
+
+    Args:
+        condition: a bool, or torch's symbolic one.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental import symbolic_shapes  # brings sympy, a third of torch's own import
+
+    return symbolic_shapes.statically_known_true(condition)
 
 
 def inductor(mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

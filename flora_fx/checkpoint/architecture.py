@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from flora_fx.errors import AdapterError, require
+from flora_fx.tasks import Task
 
-from .tasks import AUTO_CLASSES, Task, classes_for
+from .tasks import AUTO_CLASSES, classes_for
 from .wording import all_lines
 
 __all__ = ["Choice", "choose", "read_config"]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.tasks import Task, check_task
+
 from .adapter_files import adapter_file, check_numbers, read_adapter
 from .architecture import choose, read_config
 from .attach import attach, check_places, whole_weights
@@ -15,7 +17,6 @@ from .base import fit_labels, load_base
 from .files import check_model_files
 from .places import ADAPTER_CONFIG, resolve
 from .skeleton import skeleton
-from .tasks import Task, check_task
 from .vocabulary import resize_vocabulary
 
 __all__ = ["load_model"]

@@ -1,42 +1,13 @@
-"""What models are for: the tasks that can be asked for, and the classes that transformers has for each."""
+"""The classes that transformers has for each task."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from typing import Any
 
 from flora_fx.errors import require
 
-__all__ = ["AUTO_CLASSES", "Task", "check_task", "classes_for"]
-
-Task = Literal[
-    "auto",
-    "causal-lm",
-    "seq2seq-lm",
-    "encoder",
-    "masked-lm",
-    "sequence-classification",
-    "token-classification",
-    "question-answering",
-    "multiple-choice",
-    "next-sentence-prediction",
-    "pretraining",
-    "image-text-to-text",
-    "image-classification",
-    "zero-shot-image-classification",
-    "video-classification",
-    "masked-image-modeling",
-    "image-segmentation",
-    "semantic-segmentation",
-    "object-detection",
-    "depth-estimation",
-    "document-question-answering",
-    "visual-question-answering",
-    "audio-classification",
-    "audio-frame-classification",
-    "audio-xvector",
-    "ctc",
-]
+__all__ = ["AUTO_CLASSES", "classes_for"]
 
 AUTO_CLASSES: dict[str, tuple[str, ...]] = {
     "causal-lm": ("CausalLM",),
@@ -66,15 +37,6 @@ AUTO_CLASSES: dict[str, tuple[str, ...]] = {
     "pretraining": ("PreTraining",),
 }
 """By task, how the names of transformers' auto classes end: ``AutoModelFor…``; ``AutoModel`` itself is the encoder."""
-
-
-def check_task(task: str) -> None:
-    """
-    Raises:
-        ValueError: no task that is known.
-    """
-    if task not in get_args(Task):
-        raise ValueError(f"task is {task!r}; it must be one of {', '.join(map(repr, get_args(Task)))}")
 
 
 def classes_for(config: Any, task: str) -> Iterator[Any]:
