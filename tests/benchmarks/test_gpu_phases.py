@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from benchmarks import commands
 from benchmarks.commands import chapters
 from benchmarks.contenders.onnx_exports import GRAPHS
 from benchmarks.contenders.torch_contenders import RUNNERS
-from benchmarks.gpu import PHASES, measuring, phase, preparing
+from benchmarks.gpu import PHASES, measuring, phase, preparing, section
 from benchmarks.gpu.folder import Folder
 from benchmarks.gpu.phase import Phase, provider_missing
 from benchmarks.gpu.plan import plan
@@ -28,6 +29,8 @@ from benchmarks.show.page import write_page
 from benchmarks.show.results import RECORD
 from benchmarks.training import training
 from flora_fx.errors import MissingExtraError
+
+from .forked import forking
 
 
 def _never(*_: Any) -> Iterator[dict[str, Any]]:
@@ -149,8 +152,13 @@ def test_plans_name_what_there_is(rehearse: bool, monkeypatch: pytest.MonkeyPatc
         assert asked.patience == 1
 
 
-def test_both_phases_are_rehearsed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_both_phases_are_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Every section runs to its end; what the first phase compiled and computed, the second one finds."""
+    monkeypatch.setattr(
+        section, "subprocess", forking(multiprocessing.get_context("forkserver"), "kernels graph, fused")
+    )
     assert PHASES["prepare"].run(tmp_path, rehearse=True) == 0, capfd.readouterr().out
     place = Folder(tmp_path)
     assert set(_statuses(tmp_path).values()) == {"done"}

@@ -94,6 +94,7 @@ def _double(value: int, progress) -> int:  # type: ignore[no-untyped-def]
     return 2 * value
 
 
+@pytest.mark.usefixtures("_spawned")
 def test_isolated_work_answers_reports_and_fails() -> None:
     ticks: list[tuple[int, int]] = []
     tick = lambda done, total: ticks.append((done, total))  # noqa: E731
