@@ -271,3 +271,13 @@ def edges() -> frozenset[tuple[Room, Room]]:
     modules = files()
     pairs = {(place(one.file)[1], place(modules[one.module])[1]) for one in imports() if own(one.module)}
     return frozenset(pair for pair in pairs if pair[0] is not pair[1])
+
+
+def house_of(room: Room) -> str:
+    """The name of the house that a room is in.
+
+    Args:
+        room: one of `HOUSES`.
+    """
+    [found] = [house.name for house in HOUSES if room in house.rooms]
+    return found
