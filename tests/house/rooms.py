@@ -60,6 +60,7 @@ class House:
 
 _FACE = ("__init__.py", "capturing.py", "fusing.py", "verifying.py", "backend.py")
 _PROGRAM = ("cli.py", "sample_inputs.py")
+_CONTEXT = ("context.py",)
 
 HOUSES = (
     House(
@@ -75,6 +76,7 @@ HOUSES = (
     House(
         "passes",
         (
+            Room("passes", "what a pass is, and what it works on", "passes: context", _CONTEXT),
             Room("passes/analysis", "what is found: values, projections, the paths beside them"),
             Room("passes/plan", "what is decided: who fuses, in which groups, at which columns"),
             Room("passes/rewrite", "what is written into the graph"),
