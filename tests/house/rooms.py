@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,7 +48,8 @@ class House:
         rooms: each imports only those before it.
         imports: names of the houses that it may import.
         needs: packages that it may import when it is imported itself.
-        extras: further ones that its functions may import; None for all, once `require` has found them.
+        extras: further ones that its functions may import, and files that are imported in functions alone; None for
+            all, once `require` has found them.
     """
 
     name: str
@@ -246,14 +247,15 @@ def broken(root: Path = ROOT) -> list[str]:
     Args:
         root: the checkout's folder.
     """
-    modules, found = files(root), []
-    for one in imports(root):
+    modules, there, found = files(root), list(imports(root)), []
+    waiting = _waiting(modules, there)
+    for one in there:
         house, room = place(one.file)
         if not own(one.module):
             package = one.module.partition(".")[0]
-            if one.when == "load" and package not in house.needs:
+            if one.when == "load" and one.file not in waiting and package not in house.needs:
                 found.append(f"{one}: at the top, {house.name} may import {', '.join(sorted(house.needs))} alone")
-            elif one.when == "call" and house.extras is not None and package not in house.needs | house.extras:
+            elif one.when != "types" and house.extras is not None and package not in house.needs | house.extras:
                 found.append(f"{one}: {house.name} takes extras through flora_fx.errors.require")
             continue
         if one.module not in modules:
@@ -264,6 +266,15 @@ def broken(root: Path = ROOT) -> list[str]:
             found.append(f"{one}: {target} comes after {room}")
         elif other is not house and other.name not in house.imports:
             found.append(f"{one}: {house.name} may not import {other.name}")
+    return found
+
+
+def _waiting(modules: dict[str, Path], there: Sequence[Import]) -> set[Path]:
+    """The files that are imported in functions alone, or by such files."""
+    mine = [one for one in there if one.module in modules]
+    found = {modules[one.module] for one in mine}
+    while loaded := {modules[one.module] for one in mine if one.when == "load" and one.file not in found} & found:
+        found -= loaded
     return found
 
 

@@ -64,6 +64,26 @@ def test_what_the_table_does_not_allow_is_told(tmp_path: Path, file: str, line: 
     assert found.endswith(told)
 
 
+def test_what_is_imported_in_a_function_alone_may_import_extras(tmp_path: Path) -> None:
+    for path in [
+        *files().values(),
+        Path("export/run/late.py"),
+        Path("export/run/later.py"),
+        Path("passes/plan/late.py"),
+    ]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "export/run/late.py").write_text("import onnx\nfrom . import later")
+    (tmp_path / "export/run/later.py").write_text("import numpy")
+    (tmp_path / "export/run/session.py").write_text("def run():\n    from . import late")
+    assert broken(tmp_path) == []
+    (tmp_path / "export/run/decoder.py").write_text("from . import later")
+    assert [one.partition(":")[0] for one in broken(tmp_path)] == ["export/run/later.py"]
+    (tmp_path / "passes/plan/late.py").write_text("import onnx")
+    (tmp_path / "flora_fx/fusing.py").write_text("def fuse():\n    from .passes.plan import late")
+    assert broken(tmp_path)[-1].endswith("passes takes extras through flora_fx.errors.require")
+
+
 def test_a_folder_without_a_room_is_told() -> None:
     with pytest.raises(LookupError, match=r"flora_fx/attic/old\.py stands in no room: give its folder one"):
         place(Path("flora_fx/attic/old.py"))
