@@ -257,7 +257,11 @@ MUTATIONS = [
     ),
     *passes(
         "analysis/operations",
-        ("a permutation is a transpose", "return tuple(order) in ((1, 0), (-1, -2))", "return True"),
+        (
+            "every reader is overlooked",
+            "return [user for user in node.users if operation(user) not in ASSERTS]",
+            "return []",
+        ),
         first=["tests/test_declines.py", GRAPHS],
     ),
     *passes(
