@@ -55,6 +55,11 @@ def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["served"] == expected[0].tolist()
 
 
+def test_generating_runs_as_it_stands() -> None:
+    found = run("generating.md")
+    assert torch.equal(found["tokens"], found["expected"])
+
+
 def test_the_figures_of_the_trust_page_are_those_of_the_records() -> None:
     page = " ".join((DOCS / "trust.md").read_text().split())
     tests = DOCS.parent / "tests"
