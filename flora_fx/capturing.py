@@ -14,6 +14,8 @@ import torch
 from torch import fx, nn
 
 from .errors import CaptureError
+from .ops import autocasts
+from .storage.module import PLAIN
 
 __all__ = ["CAPTURING", "capture"]
 
@@ -63,13 +65,16 @@ def capture(
         with CAPTURING, warnings.catch_warnings(), _explicit_signature(model, names, len(args)):
             warnings.simplefilter("ignore")  # tracing warns of the model's own deprecated calls
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            return program.module(check_guards=False)
+            graph = program.module(check_guards=False)
     except Exception as error:
         raise CaptureError(
             f"torch.export could not trace {type(model).__name__}: {error}\n"
             "Remedy: give it example inputs that the model itself accepts; if dynamic_shapes are given, check that "
             "each names an argument and a dimension that really varies."
         ) from error
+    devices = {"cpu", *(tensor.device.type for tensor in model.state_dict().values())}
+    graph.meta[PLAIN] = not any(map(autocasts, devices))
+    return graph
 
 
 def _register_caches(model: nn.Module) -> None:

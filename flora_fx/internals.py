@@ -5,6 +5,7 @@ Where a release moves one of these, this file changes and no other. `docs/compat
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "exporter",
     "guard_requires_grad",
     "inductor",
+    "is_export_check",
     "pytree",
     "statically_known_true",
 ]
@@ -92,3 +94,9 @@ def guard_requires_grad() -> None:
     """
     if torch.__version__ < "2.13":
         torch._dynamo.config.skip_tensor_guards_with_matching_dict_tags = False
+
+
+def is_export_check(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is what `torch.export` calls before a graph module: it refuses inputs of other sizes."""
+    module = sys.modules.get("torch.export._unlift")  # whoever made such a graph has loaded it
+    return module is not None and hook is getattr(module, "_check_input_constraints_pre_hook", None)

@@ -20,10 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .errors import TieError
+
 __all__ = [
+    "Kind",
     "accumulate",
     "accumulate_reference",
     "accumulate_unrolled",
+    "autocasts",
+    "hold",
     "matrix_vector",
     "packed_projection",
     "packed_projection_reference",
@@ -32,6 +37,9 @@ __all__ = [
 
 Rows = tuple[int, int, bool]
 """The place of a member in its pack: first row, the row after its last, and whether its transpose stands there."""
+
+Kind = tuple[torch.dtype, bool]
+"""A tensor's dtype, and whether it has no dimensions: such a number promotes no tensor."""
 
 
 def accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
@@ -54,8 +62,7 @@ def accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
         return handle_torch_function(accumulate, (y, z, up), y, z, up, scale)
     if y.dim() == 2 and z.dim() == 2:
         return torch.addmm(y, z, up.t(), alpha=scale)
-    rows = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), up.t(), alpha=scale)
-    return rows.view(y.shape)
+    return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.t(), alpha=scale).view(y.shape)
 
 
 def accumulate_reference(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
@@ -114,6 +121,66 @@ def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     """
     y = (x.unsqueeze(-2) * weight).sum(-1)
     return y if bias is None else y + bias
+
+
+def hold(
+    inputs: Sequence[Tensor],
+    kinds: Sequence[Kind],
+    weights: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    others: Sequence[Tensor],
+    default: torch.dtype,
+) -> None:
+    """Check that a captured graph is run as it was captured: the casts that did nothing then are not in it.
+
+    Args:
+        inputs: of floating-point or complex dtypes.
+        kinds: what each of them was.
+        weights: of floating-point or complex dtypes.
+        dtypes: what each of them had.
+        others: inputs and weights of other dtypes: they may have any that is no floating-point or complex one.
+        default: what `torch.get_default_dtype` was.
+
+    Raises:
+        TieError: a value has another dtype, a number is a tensor of several or the other way round, or autocast is on.
+
+    >>> hold([torch.ones(2, 3)], [(torch.float32, False)], [], [], [], torch.float32)
+    """
+    every = (*inputs, *weights, *others)
+    if has_torch_function(every):
+        handle_torch_function(hold, every, inputs, kinds, weights, dtypes, others, default)
+        return
+    found = [(value.dtype, value.dim() == 0) for value in inputs]
+    for own, kind in zip(found, kinds, strict=True) if found != kinds else ():
+        if own != kind:
+            raise TieError(f"an input of a captured graph is {_told(own)} and was {_told(kind)}. {_ANEW}")
+    own_dtypes = [weight.dtype for weight in weights]
+    if own_dtypes != dtypes:
+        own_dtype, dtype = next(pair for pair in zip(own_dtypes, dtypes, strict=True) if pair[0] != pair[1])
+        raise TieError(f"a weight of a captured graph is of {own_dtype} and was of {dtype}. {_ANEW}")
+    if any(value.is_floating_point() or value.is_complex() for value in others):
+        raise TieError(f"an input of a captured graph is of a floating-point dtype and was not. {_ANEW}")
+    if torch.get_default_dtype() != default:
+        raise TieError(f"torch's default dtype is {torch.get_default_dtype()} and was {default}. {_ANEW}")
+    for value in (*inputs[:1], *weights[:1]):
+        if autocasts(value.device.type):
+            raise TieError(f"autocast is on, and the graph was captured without. {_ANEW}")
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a kind of device, if there is one for it.
+
+    >>> autocasts("cpu"), autocasts("meta")
+    (False, False)
+    """
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+_ANEW = "Give it what it was captured with, or capture and fuse anew."
+
+
+def _told(kind: Kind) -> str:
+    return f"{'a number' if kind[1] else 'a tensor'} of {kind[0]}"
 
 
 def packed_projection(x: Tensor, pack: Tensor, bias: Tensor | None, rows: Sequence[Rows], *members: Tensor) -> Tensor:

@@ -29,9 +29,11 @@ from .plan.decide import Decisions, decide
 from .plan.forms import Forms, settle_forms
 from .plan.group import Grouping, form_groups
 from .rewrite.clean import clean
+from .rewrite.direct import call_directly
 from .rewrite.labels import name_new_nodes
 from .rewrite.magnitudes import Magnitudes, rewrite_magnitudes
 from .rewrite.rotary import Rotations, rewrite_rotations
+from .rewrite.settle import settle
 from .rewrite.strides import soften
 from .rewrite.write import write
 from .rewrite.written import Written
@@ -81,6 +83,10 @@ PASSES = (
     Pass("clean", clean, needs=(Effects, Written, Rotations), rewrites=True),
     # Readers of slices cope with their strides.
     Pass("strides", soften, needs=(Written,), rewrites=True),
+    # What does nothing in a captured graph, and the checks of that.
+    Pass("settle", settle, needs=(Values,), rewrites=True, optional=True),
+    # torch's own functions instead of overloads. After all that looks for overloads.
+    Pass("direct", call_directly, rewrites=True, optional=True),
     # Names for new nodes. Last, since the old ones may have them.
     Pass("labels", name_new_nodes, needs=(Written,), rewrites=True, optional=True),
 )

@@ -45,7 +45,7 @@ SUITE = [
         "tests/test_modes.py",
     ),
     *("tests/test_guards.py", "tests/test_forms.py", "tests/test_not_widened.py", "tests/test_widening.py"),
-    *("tests/test_ahead.py", "tests/test_clean.py", "tests/test_rotary.py"),
+    *("tests/test_ahead.py", "tests/test_clean.py", "tests/test_rotary.py", "tests/test_settle.py"),
     "tests/test_report.py",
     *("tests/training/test_backend_numbers.py", "tests/training/test_ties_in_training.py"),
     *("tests/ffba/test_compiled.py", "tests/ffba/test_training.py"),
@@ -104,6 +104,21 @@ MUTATIONS = [
         "rewrite/clean",
         ("what has effects is erased", "if node not in given and node not in alone and node.is_impure():", "if False:"),
         first=["tests/test_clean.py"],
+    ),
+    *passes(
+        "rewrite/settle",
+        (
+            "a cast to another dtype is taken out",
+            "return (before.dtype, before.device, before.layout) == (after.dtype, after.device, after.layout)",
+            "return True",
+        ),
+        ("nothing is checked instead", "    if checks and held:", "    if False:"),
+        first=["tests/test_settle.py"],
+    ),
+    *passes(
+        "rewrite/direct",
+        ("a slice begins elsewhere", "taken.start, len(taken)", "0, len(taken)"),
+        first=["tests/test_settle.py"],
     ),
     *passes(
         "plan/choosing",
@@ -442,9 +457,20 @@ MUTATIONS = [
             "dx = dy @ pack if wanted[0] else None",
             "dx = torch.zeros_like(x) if wanted[0] else None",
         ),
-        ("no scale", "z.reshape(-1, z.shape[-1]), up.t(), alpha=scale)", "z.reshape(-1, z.shape[-1]), up.t())"),
+        ("no scale", "z.flatten(0, -2), up.t(), alpha=scale)", "z.flatten(0, -2), up.t())"),
         ("no bias of one row", "return y if bias is None else y + bias", "return y"),
         first=["tests/test_ops.py", GRAPHS],
+    ),
+    *core(
+        "ops",
+        ("weights of any dtype are taken", "if own_dtypes != dtypes:", "if False:"),
+        ("autocast is not seen", "if autocasts(value.device.type):", "if False:"),
+        first=["tests/test_settle.py"],
+    ),
+    *core(
+        "storage/module",
+        ("sizes are accepted for good", "if sizes is None or sizes != module._accepted:", "if not module._accepted:"),
+        first=["tests/test_settle.py"],
     ),
     *core(
         "compile/lifting",

@@ -53,7 +53,8 @@ def test_the_json_holds_everything(report: flora_fx.FusionReport) -> None:
     assert [piece["role"] for piece in pack["slices"]] == ["base", "base", "base", "down", "down"]
     assert [piece["rows"] for piece in pack["slices"]] == [[0, 10], [10, 18], [18, 24], [24, 27], [27, 32]]
     passes = (
-        "effects modes values projections magnitudes paths unlike decide forms group write rotary clean strides labels"
+        "effects modes values projections magnitudes paths unlike decide forms group write rotary clean strides "
+        "settle direct labels"
     )
     assert set(data["seconds"]) == set(passes.split())
     assert data["unrolled"] == 0

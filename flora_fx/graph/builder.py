@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Dialect:
     """The functions that new nodes call."""
 
     linear: Any = F.linear
-    split: Any = torch.split
+    split: Any = torch.split_with_sizes
     reshape: Any = torch.reshape
     transpose: Any = torch.t
     mul: Any = operator.mul
@@ -52,6 +53,8 @@ class Builder:
 
     origin: Node | None = None
     """The node that is being rewritten: new nodes take over where it came from."""
+    leaves_rest = True
+    """Whether a part of a split that nothing reads costs less than slices instead of the split."""
 
     def __init__(self, graph: fx.Graph, examples: Examples, ops: Dialect) -> None:
         self.graph = graph
@@ -78,9 +81,11 @@ class Builder:
         """Ranges of the last dimension (of size ``width``): one split where they tile it, one slice each elsewhere."""
         if list(ranges) == [(0, width)]:
             return [x]
-        edges = [start for start, _ in ranges] + [width]
-        if edges[0] == 0 and all(stop == edges[i + 1] for i, (_, stop) in enumerate(ranges)):
-            parts = self.call(self.ops.split, x, [stop - start for start, stop in ranges], -1)
+        tiles = list(ranges)
+        if self.leaves_rest and len(tiles) > 1 and tiles[-1][1] < width:
+            tiles.append((tiles[-1][1], width))
+        if tiles[0][0] == 0 and tiles[-1][1] == width and all(a[1] == b[0] for a, b in pairwise(tiles)):
+            parts = self.call(self.ops.split, x, [stop - start for start, stop in tiles], -1)
             return [self.call(operator.getitem, parts, index) for index in range(len(ranges))]
         return [
             x if (start, stop) == (0, width) else self.call(aten.slice.Tensor, x, -1, start, stop)
@@ -166,6 +171,8 @@ class Builder:
 
 class ExportedBuilder(Builder):
     """Adds ATen operators only, as an exported program holds them: flora_fx's own functions are written out."""
+
+    leaves_rest = False
 
     def accumulate(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         shape = self.value(y).shape

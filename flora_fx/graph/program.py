@@ -24,7 +24,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Node
 
 from flora_fx.ir import Derived, Pack, Weight
-from flora_fx.storage.module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
+from flora_fx.storage.module import META, PLAIN, STORE, FusedExportedProgram, FusedGraphModule, Fusion
 from flora_fx.storage.pack import derive, tie
 
 from .builder import Builder, Dialect, ExportedBuilder
@@ -47,6 +47,8 @@ class Program(ABC):
     """Whether values that are derived from weights can be stored."""
     copies: bool = True
     """Whether copies of weights, scaled or cast, can be stored."""
+    settles: bool = False
+    """Whether the graph runs op by op, and its values' dtypes follow from those of its inputs and weights."""
 
     @abstractmethod
     def weight(self, node: Node) -> Weight | None:
@@ -125,6 +127,13 @@ class GraphModuleView(Program):
         dynamo = any("example_value" in node.meta for node in inputs)
         self.examples = Examples(self.graph, "example_value" if dynamo else "val")
         self.build = Builder(self.graph, self.examples, Dialect())
+        self.settles = bool(root.meta.get(PLAIN)) and self._is_as_captured()
+
+    def _is_as_captured(self) -> bool:
+        """Whether every weight is still of the dtype and on the device that the graph says."""
+        read = [(self.value(n), self.attribute(str(n.target))) for n in self.graph.find_nodes(op="get_attr")]
+        weights = [(value, found) for value, found in read if isinstance(found, Tensor)]
+        return all(isinstance(v, Tensor) and (v.dtype, v.device) == (w.dtype, w.device) for v, w in weights)
 
     def weight(self, node: Node) -> Weight | None:
         if node.op == "get_attr":

@@ -14,16 +14,19 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from flora_fx.errors import TieError
-from flora_fx.internals import pytree
+from flora_fx.internals import is_export_check, pytree
 from flora_fx.ir import Derived, Pack
 from flora_fx.reporting.fusion_report import FusionReport
 
+from .attributes import share_ways
 from .pack import TYING, Stamp, derive, guard_backward, stamp, stamp_derived, tie, version
 
-__all__ = ["META", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
+__all__ = ["META", "PLAIN", "STORE", "FusedExportedProgram", "FusedGraphModule", "Fusion", "fusion_of"]
 
 META = "flora_fx"
 """Where a fused graph module keeps its `Fusion`: ``graph_module.meta[META]``."""
+PLAIN = "flora_fx_plain"
+"""Set in the ``meta`` of a graph that was captured without autocast around it: what it says of dtypes holds."""
 STORE = "_flora"
 """The submodule that holds the packs; they are non-persistent buffers, so `state_dict()` does not list them."""
 
@@ -58,6 +61,8 @@ class FusedGraphModule(fx.GraphModule):
     _untrained: list[tuple[Any, Any]]
     _copied: list[tuple[Any, Any]]
     _seen: list[int]
+    _accepted: list[Any] | None
+    _size_check: Callable[..., None]
     _loses_gradients: bool
 
     @classmethod
@@ -73,6 +78,7 @@ class FusedGraphModule(fx.GraphModule):
         root = nn.Module()
         root.__dict__.update(state)
         root._modules = {**modules, STORE: _empty_store(fusion)}
+        share_ways(graph)
         module = cls(root, graph, class_name="FusedGraphModule")
         for key, value in state.items():
             if isinstance(value, types.MethodType) and value.__self__ is source:
@@ -82,7 +88,13 @@ class FusedGraphModule(fx.GraphModule):
         module.meta[META] = fusion
         for kind, own in (("_forward_pre_hooks", _before_forward), ("_forward_hooks", _after_forward)):
             hooks = source.__dict__[kind]
-            module.__dict__[kind] = type(hooks)((key, hook) for key, hook in hooks.items() if hook is not own)
+            kept = []
+            for key, hook in hooks.items():
+                if is_export_check(hook):
+                    module._size_check, hook = hook, _check_sizes
+                if hook is not own:
+                    kept.append((key, hook))
+            module.__dict__[kind] = type(hooks)(kept)
         module.register_forward_pre_hook(_before_forward)
         module.register_forward_hook(_after_forward)
         module._watch()
@@ -158,6 +170,7 @@ class FusedGraphModule(fx.GraphModule):
         self._untrained = [*(place for place, trained in zip(places, trains, strict=True) if not trained), *derived]
         self._copied = [*(place for place, piece in zip(places, slices, strict=True) if not piece.view), *derived]
         self._seen = []
+        self._accepted = None
         self._loses_gradients = False
 
     @staticmethod
@@ -248,7 +261,7 @@ class FusedGraphModule(fx.GraphModule):
         return _unpickle, (rebuild, body, imports, self.fusion)
 
 
-_WATCH = ("_owners", "_stamps", "_places", "_untrained", "_copied", "_seen", "_loses_gradients")
+_WATCH = ("_owners", "_stamps", "_places", "_untrained", "_copied", "_seen", "_accepted", "_loses_gradients")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _OWN = ("_modules", "_graph", "_code", "_lineno_map", "_prologue_start", *_HOOKS, *_WATCH)
 
@@ -274,6 +287,19 @@ def _before_forward(module: FusedGraphModule, arguments: tuple[Any, ...]) -> Non
         # Under a compiler the packs are inputs like any other, and `retie` keeps them right after .to() and the like;
         # only what would be missing without a word is asked for.
         raise TieError(_NO_GRADIENTS)  # pragma: no cover: Dynamo reads this line instead of Python
+
+
+def _check_sizes(module: FusedGraphModule, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """torch.export's own check of sizes, as slow as a layer: not once more for sizes that it has accepted."""
+    if torch.compiler.is_compiling():
+        module._size_check(module, arguments, named)
+        return
+    values = (*arguments, *named.values())
+    plain = all(type(value) is Tensor for value in values)
+    sizes = [*named, *(value.shape for value in values)] if plain else None
+    if sizes is None or sizes != module._accepted:
+        module._size_check(module, arguments, named)
+        module._accepted = sizes
 
 
 def _after_forward(module: FusedGraphModule, arguments: tuple[Any, ...], outputs: Any) -> None:

@@ -43,6 +43,7 @@ SPLITS = {
     torch.chunk,
     torch.split,
     torch.functional.split,
+    torch.split_with_sizes,
     aten.chunk.default,
     aten.split.Tensor,
     aten.split_with_sizes.default,
