@@ -34,9 +34,6 @@ _DEFAULTS: dict[str, Any] = {"up": "per_projection"}
 """Other than `FuseConfig`'s: B's stay their own parameters, dense and in place, and no zeros are multiplied (prefill
 under Inductor on 2 CPU cores: 1.084 of the base, block-diagonal 1.103)."""
 
-_LAUNCHED: dict[str, Any] = {"accumulate": "unrolled"}
-"""Where Inductor writes kernels that are launched: a product and a sum is a part of the kernel that reads it."""
-
 _CHOICES = {field.name for field in fields(FuseConfig)} - {"fold_scale", "allow_cast"}
 
 _last: FusionReport | None = None
@@ -133,9 +130,16 @@ def _read(options: Mapping[str, Any], example_inputs: Sequence[Any]) -> tuple[st
         )
     if passed and inner != "inductor":
         raise ValueError(f"options {', '.join(sorted(passed))} are Inductor's, and 'flora.inner' is {inner!r}")
-    launched = any(isinstance(value, Tensor) and value.device.type != "cpu" for value in example_inputs)
-    chosen = _DEFAULTS | (_LAUNCHED if launched and inner == "inductor" else {}) | own
-    return inner, FuseConfig(**chosen), passed
+    from .passes.plan.choosing import accumulation  # the passes import this package's vocabulary
+
+    form = accumulation(_device(example_inputs) if inner == "inductor" else "cpu")
+    return inner, FuseConfig(**(_DEFAULTS | {"accumulate": form} | own)), passed
+
+
+def _device(inputs: Sequence[Any]) -> str:
+    """The kind of device that a graph computes on: one number may be on a CPU."""
+    kinds = {value.device.type for value in inputs if isinstance(value, Tensor)}
+    return next(iter(kinds - {"cpu"}), "cpu")
 
 
 def _compiler(inner: str, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:

@@ -78,8 +78,7 @@ class AccumulationWriter:
         """``y + scale · z @ upᵀ`` in the configured form."""
         if self.config.accumulate == "addmm":
             return self.build.accumulate(y, z, up, scale)
-        shape = self.program.shape(z)
-        if self.config.accumulate == "unrolled" and unrolls(rank, shape and shape[:-1]):
+        if self.config.accumulate == "unrolled" and self._unrolls(z, rank):
             value = self.build.unrolled(y, z, up, scale)
             self.written.unrolled.append(Unrolled(value, y, z, up, scale, rank))
             return value
@@ -87,6 +86,11 @@ class AccumulationWriter:
         if scale != 1.0:
             delta = self.build.call(self.build.ops.mul, delta, scale)
         return self.build.call(self.build.ops.add, y, self.build.reshape_to(delta, y))
+
+    def _unrolls(self, z: Node, rank: int) -> bool:
+        """Whether an up-projection of a low-rank value is worth being a product and a sum."""
+        value, shape = self.program.value(z), self.program.shape(z)
+        return unrolls(rank, shape and shape[:-1], "cpu" if value is None else value.device.type)
 
     def write_bias(self, y: Node, path: LowRankPath) -> Node:
         """``y + scale · factors · bias of the up-projection``, where it has one."""

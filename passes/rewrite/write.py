@@ -118,7 +118,8 @@ class _Writer:
 
     def _unrolls_all(self, group: Group) -> bool:
         """Whether every up-projection is a product and a sum: joined with its own reader, not with its siblings."""
-        pays = all(unrolls(placement.path.up.in_features, None) for placement in group.accumulated)
+        ups = [placement.path.up for placement in group.accumulated]
+        pays = all(unrolls(up.in_features, None, up.weight.tensor.device.type) for up in ups)
         return self.config.accumulate == "unrolled" and pays
 
     def _slice_bases(self, layout: Layout, segments: Sequence[Node]) -> dict[Projection, Node]:
