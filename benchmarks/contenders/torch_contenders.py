@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 import flora_fx
 from flora_fx import FuseConfig
 from flora_fx.backend import flora
+from flora_fx.config import Accumulate
+from flora_fx.passes.plan.choosing import accumulation
 
 from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
@@ -22,7 +26,7 @@ from .step import CachedStep, empty_cache
 
 __all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
 
-Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora", "flora, reduce-overhead"]
+Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora", "flora, reduce-overhead", "aot-inductor"]
 
 
 @dataclass(frozen=True)
@@ -31,19 +35,29 @@ class Form:
 
     Attributes:
         adapted: which model.
-        way: op by op, compiled with defaults, with Inductor's ``freezing``, with CUDA graphs, or by our backend,
-            without CUDA graphs or with them.
+        way: op by op, compiled with defaults, with Inductor's ``freezing``, with CUDA graphs, by our backend, without
+            CUDA graphs or with them, or by AOTInductor into a library.
         captured: as a graph from `flora_fx.capture`; otherwise the live model.
-        fuse: how the captured graph is fused; None leaves it as it is.
+        fuse: how the captured graph is fused; None leaves it as it is, and ``"chosen"`` is what Inductor is fastest
+            with on the device.
+        accumulate: the form of up-projections that our backend is asked for; None for its own choice.
     """
 
     adapted: Adapted
     way: Way
     captured: bool = False
-    fuse: FuseConfig | None = None
+    fuse: FuseConfig | Literal["chosen"] | None = None
+    accumulate: Accumulate | None = None
+
+    def config(self, device: str) -> FuseConfig | None:
+        """How the captured graph is fused on a device."""
+        if self.fuse != "chosen":
+            return self.fuse
+        # A product with zeros costs what it weighs.
+        return FuseConfig(up="per_projection", accumulate=accumulation(device))
 
 
-def _forms(way: Way, fuse: FuseConfig) -> dict[str, Form]:
+def _forms(way: Way, fuse: FuseConfig | Literal["chosen"] = "chosen") -> dict[str, Form]:
     return {
         "base": Form("base", way),
         "base (captured)": Form("base", way, captured=True),
@@ -56,9 +70,10 @@ def _forms(way: Way, fuse: FuseConfig) -> dict[str, Form]:
     }
 
 
-# On a CPU a product with zeros costs what it weighs, and addmm writes each output once less than a product and an add.
-_INDUCTOR = FuseConfig(up="per_projection")
-_LAUNCHES = FuseConfig(accumulate="add")  # on a GPU Inductor fuses an add with its neighbours, an addmm it calls
+def _backend_forms() -> dict[str, Form]:
+    """Our backend with every form of the up-projections, beside the live base and the live PEFT model."""
+    forms = {"base": Form("base", "inductor"), "PEFT": Form("peft", "inductor")}
+    return forms | {f"backend: {form}": Form("peft", "flora", accumulate=form) for form in get_args(Accumulate)}
 
 
 def _all_forms(way: Way) -> dict[str, Form]:
@@ -71,25 +86,34 @@ def _all_forms(way: Way) -> dict[str, Form]:
 
 
 _CHOICES = ("layout", "up", "accumulate")
+_UNROLLED = FuseConfig(up="per_projection", accumulate="unrolled")
 
 RUNNERS: dict[str, dict[str, Form]] = {
     "eager": _forms("eager", FuseConfig()),
     "inductor": {
-        **_forms("inductor", _INDUCTOR),
+        **_forms("inductor"),
         "fused (flora backend)": Form("peft", "flora"),
         **{f"FFBA {place} (flora backend)": Form(adapted, "flora") for adapted, place in PLACEMENTS.items()},
         "base (freezing)": Form("base", "freezing"),
         "PEFT (freezing)": Form("peft", "freezing"),
-        "fused (freezing)": Form("peft", "freezing", captured=True, fuse=_INDUCTOR),
+        "fused (freezing)": Form("peft", "freezing", captured=True, fuse="chosen"),
     },
     "reduce-overhead": {
-        **_forms("reduce-overhead", _LAUNCHES),
+        **_forms("reduce-overhead"),
         "fused (flora backend)": Form("peft", "flora, reduce-overhead"),
     },
+    "aot-inductor": {
+        "base": Form("base", "aot-inductor", captured=True),
+        "PEFT": Form("peft", "aot-inductor", captured=True),
+        "fused": Form("peft", "aot-inductor", captured=True, fuse="chosen"),
+        "fused (unrolled)": Form("peft", "aot-inductor", captured=True, fuse=_UNROLLED),
+    },
+    "forms-backend": _backend_forms(),
     "forms-eager": _all_forms("eager"),
     "forms-inductor": _all_forms("inductor"),
 }
-"""What takes turns under each runner; ``base`` is what ratios are taken to. CUDA graphs need a GPU."""
+"""What takes turns under each runner; ``base`` is what ratios are taken to. CUDA graphs need a GPU, and AOTInductor
+compiles C++."""
 
 LIVE: dict[str, Form] = {f"{name} (eager)": RUNNERS["eager"][name] for name in ("base", "PEFT")}
 """Live models that may take turns with ONNX Runtime's."""
@@ -171,7 +195,7 @@ def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int
     position = torch.zeros((), dtype=torch.int64, device=prompt.device)
     with torch.no_grad():
         prefill, decode = (built(form, step, tokens, position, *cache) for tokens in (prompt, token))
-    contender = TorchContender(prefill, decode, cache, compiled=form.way != "eager")
+    contender = TorchContender(prefill, decode, cache, compiled=form.way not in ("eager", "aot-inductor"))
     freezing = torch._inductor.config.patch(freezing=True) if form.way == "freezing" else contextlib.nullcontext()
     with freezing:
         contender.prefill(prompt)
@@ -187,10 +211,31 @@ def built(form: Form, module: nn.Module, *inputs: Tensor) -> Callable[..., Tenso
         module: called as ``module(*inputs)``.
         inputs: an example.
     """
+    if form.way == "aot-inductor":
+        return _library(form, module, *inputs)
     if not form.captured:
-        return _compiled(module, form.way)
+        options = {} if form.accumulate is None else {"flora.accumulate": form.accumulate}
+        return _compiled(module, form.way, options)
     graph = flora_fx.capture(module, *inputs)
-    return _compiled(graph if form.fuse is None else flora_fx.fuse(graph, config=form.fuse), form.way)
+    if (config := form.config(inputs[0].device.type)) is None:
+        return _compiled(graph, form.way)
+    fused = flora_fx.fuse(graph, config=config)
+    return _compiled(fused, form.way, flora_fx.report(fused).inductor_options)
+
+
+def _library(form: Form, module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:
+    """Compiled ahead of time and loaded, as who deploys without Python does; its weights are in it."""
+    program = torch.export.export(module, inputs, strict=False)
+    options: dict[str, Any] = {}
+    if (config := form.config(inputs[0].device.type)) is not None:
+        program = flora_fx.fuse(program, config=config)
+        options = flora_fx.report(program).inductor_options
+    with tempfile.TemporaryDirectory() as place:
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(Path(place, "step.pt2")), inductor_configs=options
+        )
+        loaded: Callable[..., Tensor] = torch._inductor.aoti_load_package(package)
+    return loaded
 
 
 _COMPILE: dict[Way, dict[str, Any]] = {
@@ -204,14 +249,18 @@ _COMPILE: dict[Way, dict[str, Any]] = {
 _CUDA_GRAPHS = ("reduce-overhead", "flora, reduce-overhead")
 
 
-def _compiled(step: Callable[..., Tensor], way: Way) -> Callable[..., Tensor]:
+def _compiled(step: Callable[..., Tensor], way: Way, options: Mapping[str, Any] | None = None) -> Callable[..., Tensor]:
     if way == "eager":
         return step
+    how = _COMPILE[way]
+    if options:  # torch.compile takes a mode or options: a mode is options that have a name
+        mode = torch._inductor.list_mode_options(how["mode"]) if "mode" in how else {}
+        how = {"backend": how["backend"], "options": {**mode, **options}}
 
     def call(*args: Tensor) -> Tensor:
         return step(*args)
 
     # A code object of its own: callables that share one share Dynamo's cache and its recompile limit.
     own = types.FunctionType(call.__code__.replace(), call.__globals__, "call", None, call.__closure__)
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, **_COMPILE[way])
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, **how)
     return compiled

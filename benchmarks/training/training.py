@@ -52,6 +52,7 @@ VARIANTS: dict[str, Form] = {
     "fused": RUNNERS["eager"]["fused"],
     "fused (inductor)": RUNNERS["inductor"]["fused"],
     "fused (flora backend)": RUNNERS["inductor"]["fused (flora backend)"],
+    "fused (flora backend, unrolled)": RUNNERS["forms-backend"]["backend: unrolled"],
     "FFBA block": RUNNERS["eager"]["FFBA block"],
     "FFBA block (flora backend)": RUNNERS["inductor"]["FFBA block (flora backend)"],
     "FFBA shared": RUNNERS["eager"]["FFBA shared"],
