@@ -28,7 +28,7 @@ from .gpu import PHASES
 from .kernels import kernels
 from .latency import goals, latency
 from .latency import view as latency_view
-from .scaling import fusing, large, scaling
+from .scaling import forms, fusing, large, scaling
 from .show.page import Chapter, setup, write_page
 from .show.results import RECORD, save
 from .show.sheet import Sheet
@@ -218,8 +218,21 @@ def _large(settings: Settings, options: Options, bar: Bar) -> Result:
     return large.measure(settings, rounds=options.rounds, progress=bar("fuse"))
 
 
+def _forms(settings: Settings, options: Options, bar: Bar) -> Result:
+    return forms.measure(
+        settings,
+        ranks=options.ranks,
+        tokens=options.tokens,
+        rounds=options.rounds,
+        sequence=options.sequence,
+        progress=bar,
+    )
+
+
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
-    return kernels.measure(settings, runners=options.runners, progress=bar("kernels"))
+    return kernels.measure(
+        settings, runners=options.runners, variants=options.variants, prompt=options.prompts[0], progress=bar("kernels")
+    )
 
 
 _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
@@ -230,6 +243,7 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "layouts": _latency,
     "training": _training,
     "scaling": _scaling,
+    "forms": _forms,
     "large": _large,
     "kernels": _kernels,
     "accuracy": _accuracy,
@@ -243,6 +257,7 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "layouts": latency_view.sheets,
     "training": training.sheets,
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
+    "forms": forms.sheets,
     "large": large.sheets,
     "kernels": kernels.sheets,
     "accuracy": accuracy_view.sheets,
@@ -279,6 +294,11 @@ TITLES = {
     "layouts": ("Forms of the fused graph", "Every form that `FuseConfig` can write; all graphs are captured."),
     "training": ("Training step", "Forward, backward and AdamW on A and B; the same losses and gradients are checked."),
     "scaling": ("Scaling", "TPOT with one setting varied at a time, and what `fuse` itself takes."),
+    "forms": (
+        "Forms of an up-projection",
+        "Through the backend under Inductor, live models: `addmm`, a GEMM and an `add`, or `unrolled`, a product and a "
+        "sum. With one token on a CPU all products are loops already.",
+    ),
     "large": ("A model of 70B parameters", "Fused without its weights: shapes are all that the passes read."),
     "kernels": (
         "Kernels per decoder layer",
@@ -324,12 +344,17 @@ def _check(options: Options) -> None:
     for contender in (*contenders, *filter(None, [getattr(options, "reference", None)])):
         if contender not in named:
             raise ValueError(f"unknown contender {contender!r}; it must be one of {', '.join(sorted(named))}")
+    if unknown := set(getattr(options, "variants", ())) - {
+        *itertools.chain(*(r.variants for r in kernels.RUNNERS.values()))
+    }:
+        raise ValueError(f"unknown variant {min(unknown)!r}; `python -m benchmarks kernels --help` lists them")
     if hasattr(options, "reference"):
         _check_reference(options.reference, contenders, getattr(options, "runners", ["onnxruntime"]))
     for name in ("rounds", "processes", "new", "sequence", "swaps", "seconds"):
-        if getattr(options, name, 1) < 1:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 1")
-    for name in ("runners", "prompts", *(["batches"] if options.suite == "capacity" else [])):
+        least = 0 if (options.suite, name) == ("forms", "sequence") else 1
+        if getattr(options, name, least) < least:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
+    for name in ("runners", "prompts", "tokens", *(["batches"] if options.suite == "capacity" else [])):
         if not getattr(options, name, True):
             raise ValueError(f"--{name} names none")
 
@@ -375,10 +400,10 @@ def parser() -> argparse.ArgumentParser:
     turns.add_argument(
         "--contenders", nargs="+", default=(), metavar="NAME", help="only these, the reference among them"
     )
-    forms = [runner for runner in RUNNERS if runner.startswith("forms")]
+    layouts = ["forms-eager", "forms-inductor"]
     for name, runners, text in (
         ("latency", ["eager", "inductor", "onnxruntime"], "TTFT, TPOT and total latency beside every peer"),
-        ("layouts", forms, "the same for every form of a fused graph"),
+        ("layouts", layouts, "the same for every form of a fused graph"),
     ):
         suite = suites.add_parser(name, parents=[model(), turns], help=text)
         known = ", ".join([*RUNNERS, "onnxruntime"])
@@ -415,6 +440,12 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
 
+    suite = suites.add_parser("forms", parents=[model(layers=4)], help="up-projections through the backend, each form")
+    suite.add_argument("--ranks", type=_numbers, default=forms.RANKS, help="with commas (8,16,32,64)")
+    suite.add_argument("--tokens", type=_numbers, default=forms.TOKENS, help="of a forward (1,128,512)")
+    suite.add_argument("--rounds", type=int, default=20, help="forwards by each contender (%(default)s)")
+    suite.add_argument("--sequence", type=int, default=128, help="of a training step; 0: none (%(default)s)")
+
     suite = suites.add_parser("large", parents=[model()], help="fuse on a graph too large for this machine's memory")
     suite.set_defaults(shape="llama-3.1-70b", dtype="bfloat16")
     suite.add_argument("--rounds", type=int, default=3, help="fuses (%(default)s)")
@@ -422,6 +453,11 @@ def parser() -> argparse.ArgumentParser:
     suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]
     suite.add_argument("--runners", type=_names, default=counted, help=f"separated by commas, of: {', '.join(counted)}")
+
+    variants = dict.fromkeys(itertools.chain.from_iterable(runner.variants for runner in kernels.RUNNERS.values()))
+    only = f"only these, of: {', '.join(variants)}"
+    suite.add_argument("--variants", nargs="+", default=(), metavar="NAME", help=only)
+    suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
 
     suite = suites.add_parser("accuracy", parents=[output], help="LoRA, FFBA adapters and full fine-tuning compared")
     suite.add_argument("--name", help="of the JSON file; the suite's by default")

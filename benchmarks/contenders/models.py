@@ -12,7 +12,17 @@ from torch import nn
 from .ffba import Placement, adapter, largest_rank
 from .settings import SHAPES, Settings
 
-__all__ = ["PLACEMENTS", "Adapted", "Weights", "adapters_of", "ffba_of", "make_model", "outline", "weights_of"]
+__all__ = [
+    "PLACEMENTS",
+    "Adapted",
+    "Weights",
+    "adapters_of",
+    "ffba_of",
+    "make_model",
+    "outline",
+    "targets_of",
+    "weights_of",
+]
 
 Adapted = Literal["base", "peft", "merged", "ffba-block", "ffba-shared"]
 
@@ -84,10 +94,23 @@ def _adapter(settings: Settings, adapted: Adapted) -> Any:
     return peft.LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank,
-        target_modules=list(settings.targets),
+        target_modules=targets_of(settings),
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
+
+
+_OWN_NAMES = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+"""The projections of models that have others than `PROJECTIONS`: a LoRA is on all of them."""
+
+
+def targets_of(settings: Settings) -> list[str]:
+    """The projections that carry a LoRA, as the model names them.
+
+    >>> targets_of(Settings("gpt2"))
+    ['c_attn', 'c_proj', 'c_fc']
+    """
+    return _OWN_NAMES.get(str(SHAPES[settings.shape]["model_type"]), list(settings.targets))
 
 
 @functools.cache
@@ -144,5 +167,5 @@ def weights_of(settings: Settings, adapted: Adapted) -> Weights:
     model = outline(settings, "base" if adapted == "merged" else adapted)
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
     adapters = sum(named[name] for name in adapters_of(model))
-    head = sum(count for name, count in named.items() if "embed_tokens" in name)
+    head = sum(count for name, count in named.items() if name.endswith(("embed_tokens.weight", ".wte.weight")))
     return Weights(sum(named.values()) - adapters - head, head, adapters)

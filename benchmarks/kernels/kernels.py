@@ -21,7 +21,7 @@ from flora_fx import FuseConfig
 from flora_fx.errors import AdapterError, MissingExtraError
 
 from ..contenders import ffba
-from ..contenders.models import ffba_of, make_model, outline
+from ..contenders.models import ffba_of, make_model, outline, targets_of
 from ..contenders.settings import Settings
 from ..contenders.step import CachedStep, empty_cache
 from ..contenders.torch_contenders import RUNNERS as FORMS
@@ -130,7 +130,8 @@ def measure(
         progress(done + 1, total)
     if "onnxruntime" in runners:
         rows += _onnx_rows(settings, lambda done: progress(len(todo) + done, total))
-    return {"settings": asdict(settings) | {"layers": settings.depth}, "prompt": prompt, "rows": rows}
+    setup = asdict(settings) | {"layers": settings.depth, "targets": targets_of(settings)}
+    return {"settings": setup, "prompt": prompt, "rows": rows}
 
 
 @torch.no_grad()
@@ -211,10 +212,19 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         groups.setdefault((row["runner"], row["phase"]), []).append(row)
-    return [_sheet(*key, rows, result["settings"]["layers"]) for key, rows in groups.items()]
+    return [_sheet(*key, rows, result["settings"]) for key, rows in groups.items()]
 
 
-def _sheet(runner: str, phase: str, rows: Sequence[Mapping[str, Any]], depth: int) -> Sheet:
+_REASONS = {
+    "gpt2": "GPT-2 rotates nothing: the sum that q, k and v read is a kernel of its own. Its base has them in one "
+    "projection already, so there is nothing to save.",
+    "qwen3-0.6b": "Qwen3 normalizes q and k before it rotates them: each is written once more in between.",
+}
+"""Why the backend launches more than the packed base, by shape."""
+
+
+def _sheet(runner: str, phase: str, rows: Sequence[Mapping[str, Any]], setup: Mapping[str, Any]) -> Sheet:
+    depth = setup["layers"]
     counted = [row for row in rows if "unavailable" not in row]
     kinds = [kind for kind in KINDS if any(kind in row["total"] for row in counted)]
     body = []
@@ -228,6 +238,8 @@ def _sheet(runner: str, phase: str, rows: Sequence[Mapping[str, Any]], depth: in
     header = ["", *(KINDS[kind] for kind in kinds), "all", f"all, {depth} layers"]
     notes = [f"{row['variant']}: {row['unavailable']}" for row in rows if "unavailable" in row]
     notes += ffba.note(rows)
+    if runner == "cuda-code" and setup["shape"] in _REASONS:
+        notes.append(_REASONS[setup["shape"]])
     return Sheet(f"{runner}, {phase}: per decoder layer", header, body, notes)
 
 

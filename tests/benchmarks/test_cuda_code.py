@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from benchmarks.contenders.settings import Settings
 from benchmarks.kernels import kernels, pretend_cuda
 from benchmarks.kernels.launches import Count, cuda_launches
+from benchmarks.show.results import RECORD
 from flora_fx.errors import require
 
 SETTINGS = Settings("tiny", rank=16, dtype="bfloat16")
@@ -65,3 +68,37 @@ def test_without_triton_a_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["unavailable"] for row in rows] == [
         "'no_such_module' is needed here and is not installed; install it with: pip install 'flora-fx[test]'"
     ] * 2
+
+
+SHAPES = ("llama-3.2-1b", "gemma-2-2b", "gpt2", "qwen3-0.6b")
+MORE = {"gpt2": 1, "qwen3-0.6b": 2}
+"""Launches a layer beyond the packed base, at a token. GPT-2 rotates nothing, so the sum of q, k and v is a kernel of
+its own; Qwen3 normalizes q and k before it rotates them, so each is written once more."""
+
+
+def record(shape: str) -> list[dict[str, Any]]:
+    """The rows of a shape."""
+    name = "kernels-cuda-code" if shape == SHAPES[0] else f"kernels-cuda-code-{shape}"
+    rows: list[dict[str, Any]] = json.loads((RECORD / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_record_of_each_shape(shape: str, phase: str) -> None:
+    rows = [row for row in record(shape) if row["phase"] == phase]
+    found = {row["variant"]: sum(row["per_layer"].values()) for row in rows}
+    assert found[BACKEND] <= found["base (packed)"] + MORE.get(shape, int(phase == "prefill"))
+    assert found[BACKEND] <= found["base"] + (1 if shape == "gpt2" else -1)  # one projection is q, k and v: no pack
+    assert found["PEFT"] >= found["base"] + (8 if shape == "gpt2" else 14)
+    names = next(row["names"] for row in rows if row["variant"] == BACKEND)
+    if shape != "gpt2":  # whose addmm adds a bias, as the base's does
+        assert not [name for name in names if "addmm" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES[1:])
+def test_each_shape_is_counted_as_in_the_record(shape: str) -> None:
+    settings = Settings(shape, dtype="bfloat16", threads=1)
+    measured = kernels.measure(settings, runners=("cuda-code",), variants=(BACKEND,))["rows"]
+    assert measured == [row for row in record(shape) if row["variant"] == BACKEND]
