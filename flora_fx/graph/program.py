@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from flora_fx.ir import Derived, Pack, Weight
 from flora_fx.storage.module import META, STORE, FusedExportedProgram, FusedGraphModule, Fusion
-from flora_fx.storage.pack import derive, tie
+from flora_fx.storage.pack import derive
 
 from .builder import Builder, Dialect, ExportedBuilder
 from .examples import Examples, same_sizes
@@ -238,6 +238,10 @@ class ExportedProgramView(Program):
         return weight.node
 
     def finish(self, fusion: Fusion) -> ExportedProgram:
+        return self.unstored(fusion).store()
+
+    def unstored(self, fusion: Fusion) -> FusedExportedProgram:
+        """The rewritten program without its packs, which `FusedExportedProgram.store` makes."""
         returned = self.graph.output_node().args[0]
         assert isinstance(returned, tuple | list)
         outputs = [
@@ -250,9 +254,10 @@ class ExportedProgramView(Program):
             assert isinstance(found, Tensor)
             return found
 
-        # Packs stand where the parameters are that are views of them: `torch.export.save` writes each dictionary's
-        # memory once.
-        packs = {target: tie(pack, resolve) for target, pack in self._packs.items()}
+        packs = {
+            target: torch.empty(pack.shape, dtype=resolve(pack.like).dtype, device="meta")
+            for target, pack in self._packs.items()
+        }
         derived = {target: derive(value, resolve) for target, value in self._derived.items()}
         result = FusedExportedProgram(
             self.root,
