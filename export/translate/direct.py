@@ -21,7 +21,8 @@ from torch.fx import Node
 from flora_fx.storage.module import FusedExportedProgram
 from flora_fx.storage.pack import assemble
 
-from ..trace.capture import PREFIX, Traced
+from ..trace.capture import PREFIX
+from ..trace.traced import Traced
 from .nodes import Nodes, Weight
 from .norms import Norm, find_norms
 from .operators import OPERATORS, Unknown, Written, value_of

@@ -42,7 +42,7 @@ def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
         ExportError: an operator has no ONNX translation.
     """
     require("onnx_ir", "onnx")
-    if traced.target == "decoder":
+    if program.graph.find_nodes(op="call_function", target=torch.ops.flora_fx.group_query_attention.default):
         from .direct import Unknown, write_graph
 
         try:
