@@ -16,9 +16,10 @@ from torch.export import ExportedProgram
 
 from flora_fx.export.rewrite.rotary import ATTENTION
 from flora_fx.export.trace import by_layer
-from flora_fx.export.trace.capture import Traced, capture
+from flora_fx.export.trace.capture import capture
 from flora_fx.export.trace.decoder import trace_decoder
 from flora_fx.export.trace.model import private_copy, unwrap
+from flora_fx.export.trace.traced import Traced
 from tests.export.exported_models import build, plain
 
 LAYERS = 5

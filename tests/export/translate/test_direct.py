@@ -14,22 +14,24 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from flora_fx import fuse
+from flora_fx.benchmarks.measure.memory import live_bytes, peak_bytes
 from flora_fx.export import export_onnx
-from flora_fx.export.forms import forms_for
+from flora_fx.export.directory.saving import save_graphs
+from flora_fx.export.forms import DECODER_FORMS, SWAPPABLE_FORMS
 from flora_fx.export.rewrite.splits import join_heads, split_once
-from flora_fx.export.trace.capture import Traced
 from flora_fx.export.trace.decoder import trace_decoder
 from flora_fx.export.trace.model import private_copy, unwrap
+from flora_fx.export.trace.traced import Traced
 from flora_fx.export.translate.direct import Unknown, write_graph
 from flora_fx.export.translate.lowering import by_torch_onnx, lower
+from flora_fx.fusing import fuse_unstored
 from tests.export.exported_models import FAMILIES, build
 
 
 def programs(name: str, dtype: torch.dtype, *, hot_swap: bool = False) -> tuple[ExportedProgram, Traced]:
     """A model as it is translated."""
     traced = trace_decoder(private_copy(unwrap(build(name)), dtype))
-    program = fuse(traced.program, config=forms_for("decoder", hot_swap=hot_swap))
+    program = fuse_unstored(traced.program, SWAPPABLE_FORMS if hot_swap else DECODER_FORMS)
     split_once(program)
     join_heads(program)
     return program, traced
@@ -131,3 +133,11 @@ def test_norms_and_rotary_positions_in_float32_of_a_model_in_half(name: str, tmp
     result = export_onnx(build(name), tmp_path / "out", dtype=torch.float16, target="decoder")
     assert result.greedy_tokens_equal
     assert not [note for note in result.notes if "rotary" in note]
+
+
+def test_weights_are_made_one_after_the_other(tmp_path: Path) -> None:
+    program, traced = programs("Llama", torch.float32)
+    graph = write_graph(program, traced)
+    sizes = [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
+    peak = peak_bytes(lambda: save_graphs({"model.onnx": graph}, tmp_path), "cpu") - live_bytes("cpu")
+    assert max(sizes) <= peak <= 2 * max(sizes) < sum(sizes) / 4, "a pack, and the same transposed"
