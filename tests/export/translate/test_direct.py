@@ -140,4 +140,4 @@ def test_weights_are_made_one_after_the_other(tmp_path: Path) -> None:
     graph = write_graph(program, traced)
     sizes = [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
     peak = peak_bytes(lambda: save_graphs({"model.onnx": graph}, tmp_path), "cpu") - live_bytes("cpu")
-    assert max(sizes) <= peak <= 2 * max(sizes) < sum(sizes) / 4, "a pack, and the same transposed"
+    assert max(sizes) <= peak < 2.5 * max(sizes) < sum(sizes) / 2, "a pack, a part of it scaled, and the transposed one"
