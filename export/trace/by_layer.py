@@ -101,6 +101,7 @@ def shorten(model: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
     del layers[:]
     layers.extend(left)
     for index, layer in enumerate(layers):
+        part: Any
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index

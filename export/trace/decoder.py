@@ -103,7 +103,7 @@ class _Decoder(nn.Module):
         private: Any = private_copy(self)
         private.layers = [self.layers[index] for index in kept]
         shorten(private.model, private.get_submodule(path), kept)
-        return private  # type: ignore[no-any-return]
+        return private
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seqlens = (attention_mask.sum(1) - 1).to(torch.int32)

@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         for index, tensor in enumerate(pairs):
             self._label(tensor, _Given(index, True))
         for named in (module.named_parameters, module.named_buffers):
-            for name, tensor in named(remove_duplicate=False):  # type: ignore[operator]
+            for name, tensor in named(remove_duplicate=False):
                 if id(tensor) not in self._labels:
                     self._label(tensor, _Weight(name, _layout(tensor)))
 
@@ -192,7 +192,7 @@ class _Recorder(TorchDispatchMode):
             inside = f"{self.path}.{region}."
             if region >= 0 and label.name.startswith(inside):
                 return ("weight of its own", label.name.removeprefix(inside), label.layout)
-        return label  # type: ignore[no-any-return]
+        return label
 
 
 def _layout(tensor: Tensor) -> Hashable:

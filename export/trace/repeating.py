@@ -150,8 +150,8 @@ class _Repetition:
         self._copies[last] = end
         for node in self.after:
             self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
-        logits = self.short.graph.output_node().args[0][0]  # type: ignore[index]
-        returned = [self._copies[logits], *(value for pair in ends for value in pair)]  # type: ignore[index]
+        logits = self.short.graph.output_node().args[0][0]
+        returned = [self._copies[logits], *(value for pair in ends for value in pair)]
         self.graph.output(tuple(returned))
         self.graph.lint()
         return self._finished(args, returned)
@@ -164,8 +164,8 @@ class _Repetition:
 
     def _returned(self, kind: int, index: int, here: dict[Node, Node]) -> list[Node]:
         """What the program returns of a layer."""
-        values = self.short.graph.output_node().args[0][1 + 2 * kind : 3 + 2 * kind]  # type: ignore[index]
-        return [here[value] for value in values]  # type: ignore[union-attr]
+        values = self.short.graph.output_node().args[0][1 + 2 * kind : 3 + 2 * kind]
+        return [here[value] for value in values]
 
     def _repeated(self, node: Node, here: dict[Node, Node], index: int, kind: int, stream: dict[Node, Node]) -> Node:
         def found(operand: Node) -> Node:
@@ -240,7 +240,7 @@ class _Repetition:
         new = self.graph.placeholder(name)
         new.meta = copy.copy(node.meta)
         new.type = None
-        self._inputs.append(replace(spec, arg=replace(spec.arg, name=new.name)))  # type: ignore[arg-type]
+        self._inputs.append(replace(spec, arg=replace(spec.arg, name=new.name)))
         return new
 
     # --- as torch.export has it

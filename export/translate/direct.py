@@ -6,7 +6,7 @@ weight is transposed at run time but one that is read as it stands as well (a ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -118,7 +118,7 @@ class _Graph:
     def _norm(self, norm: Norm) -> ir.Value:
         if self._sums.get(norm.x) is norm:
             self.value(norm.x)  # which is written with its norm
-            return self._values[norm.end]  # type: ignore[no-any-return]
+            return self._values[norm.end]
         return self.nodes.add(
             "SimplifiedLayerNormalization",
             [self.value(norm.x), self.value(norm.scale)],
@@ -151,7 +151,7 @@ class _Graph:
                 self._values[node] = self._written(node)
         (returned,) = self.graph.output_node().args
         outputs = []
-        for node, name in zip(returned, self.traced.outputs, strict=True):  # type: ignore[arg-type]
+        for node, name in zip(returned, self.traced.outputs, strict=True):
             value = self.value(node)
             if value.producer() is None or value in outputs:
                 raise Unknown(f"the output {name} is an input, or another output")
@@ -188,17 +188,22 @@ def _weights(program: ExportedProgram) -> dict[Node, Weight]:
     """The weights, by their placeholders."""
     lifted = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
     targets = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.kind in lifted}
-    packs = program.packs() if isinstance(program, FusedExportedProgram) else {}
     found = {}
     for node in program.graph_module.graph.find_nodes(op="placeholder"):
         if (target := targets.get(node.name)) is None:
             continue
         tensor = program.state_dict.get(target, program.constants.get(target))
-        if not isinstance(tensor, Tensor):
-            continue
-        make = partial(assemble, packs[target], program.resolve) if target in packs and tensor.is_meta else None  # type: ignore[union-attr]
-        found[node] = Weight(target.removeprefix(PREFIX), tensor, make)
+        if isinstance(tensor, Tensor):
+            found[node] = Weight(target.removeprefix(PREFIX), tensor, _maker(program, target))
     return found
+
+
+def _maker(program: ExportedProgram, target: str) -> Callable[[], Tensor] | None:
+    """What makes a weight that is a pack, where packs are not stored."""
+    if not isinstance(program, FusedExportedProgram) or not program.state_dict.get(target, torch.empty(0)).is_meta:
+        return None
+    pack = program.packs().get(target)
+    return None if pack is None else partial(assemble, pack, program.resolve)
 
 
 def _sizes(inputs: dict[Node, str]) -> dict[str, tuple[Node, int]]:

@@ -59,10 +59,11 @@ def _norm_at(rsqrt: Node) -> Norm | None:
         return None
     if not all(_only_user(node) is not None for node in (square, mean, added)):
         return None
-    wide, also = square.args[0], normed.args[1 if normed.args[0] is rsqrt else 0]
+    wide: Any = square.args[0]
+    also: Any = normed.args[1 if normed.args[0] is rsqrt else 0]
     if not _alike(wide, also) or rsqrt not in normed.args:
         return None
-    inner = {square, mean, added, rsqrt, normed}
+    inner: set[Any] = {square, mean, added, rsqrt, normed}
     inner |= {node for node in (wide, also) if {*node.users} <= inner}
     x = wide.all_input_nodes[0] if _casts(wide) else wide
     if x is wide:

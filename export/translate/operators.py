@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import onnx_ir as ir
 import torch
@@ -24,7 +24,7 @@ __all__ = ["OPERATORS", "Unknown", "Writing", "Written", "value_of"]
 
 aten = torch.ops.aten
 
-Written = ir.Value | tuple[ir.Value, ...]
+Written: TypeAlias = "ir.Value | tuple[ir.Value, ...]"
 
 _ALL = 2**63 - 1
 """Where a slice stops that goes to the end."""
@@ -83,7 +83,7 @@ def _arguments(node: Node, *handled: str) -> list[Any]:
 
 def _identity(w: Writing, node: Node) -> ir.Value:
     """What leaves its operand as it is."""
-    return w.value(node.args[0])  # type: ignore[no-any-return]
+    return w.value(node.args[0])
 
 
 def _cast(w: Writing, node: Node) -> ir.Value:
@@ -101,7 +101,7 @@ def _dropout(w: Writing, node: Node) -> ir.Value:
     x, _, train = _arguments(node, "input", "p", "train")
     if train:
         raise Unknown("dropout in training")
-    return w.value(x)  # type: ignore[no-any-return]
+    return w.value(x)
 
 
 def _binary(op: str) -> Operator:
@@ -109,7 +109,7 @@ def _binary(op: str) -> Operator:
         like = value_of(node)
         x, other = _arguments(node, "self", "other")
         if type(other) in (int, float) and other == _NEUTRAL[op] and value_of(x).dtype == like.dtype:
-            return w.value(x)  # type: ignore[no-any-return]
+            return w.value(x)
         operands = [_operand(w, operand, like.dtype) for operand in (x, other)]
         if op == "Div" and not like.dtype.is_floating_point:
             raise Unknown("a division of whole numbers")
@@ -129,7 +129,7 @@ def _operand(w: Writing, operand: Any, dtype: torch.dtype) -> ir.Value:
         return w.nodes.constant(float(operand) if dtype.is_floating_point else operand, dtype)
     if value_of(operand).dtype != dtype:
         raise Unknown(f"{value_of(operand).dtype} beside {dtype}")
-    return w.value(operand)  # type: ignore[no-any-return]
+    return w.value(operand)
 
 
 def _unary(op: str) -> Operator:
@@ -238,14 +238,14 @@ def _item(w: Writing, node: Node) -> ir.Value:
     values, index = w.value(node.args[0]), node.args[1]
     if not isinstance(values, tuple) or not isinstance(index, int):
         raise Unknown("an item of what is no tuple")
-    return values[index]  # type: ignore[no-any-return]
+    return values[index]
 
 
 def _view(w: Writing, node: Node) -> ir.Value:
     """Of any kind: its shape is what the capture says."""
     found, wanted = value_of(node.args[0]), value_of(node)
     if [*map(str, found.shape)] == [*map(str, wanted.shape)]:
-        return w.value(node.args[0])  # type: ignore[no-any-return]
+        return w.value(node.args[0])
     known = [size if isinstance(size, int) else -1 for size in wanted.shape]
     if -1 not in known or (len(known) == 2 and known.count(-1) == 1):
         shape = w.nodes.constant(known, torch.int64)
@@ -263,11 +263,11 @@ def _view(w: Writing, node: Node) -> ir.Value:
 
 def _left_open(node: Node) -> int | None:
     """The dimension that a view leaves to be computed, where a trace leaves it, too: one shape for several."""
-    sizes = node.args[1]
-    if node.target not in (aten.view.default, aten.reshape.default) or -1 not in sizes:  # type: ignore[operator]
+    sizes: Any = node.args[1]
+    if node.target not in (aten.view.default, aten.reshape.default) or -1 not in sizes:
         return None
     free = node.target is aten.view.default or value_of(node.args[0]).is_contiguous()
-    return sizes.index(-1) if free else None  # type: ignore[union-attr]
+    return sizes.index(-1) if free else None
 
 
 def _numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -298,7 +298,7 @@ def _slice(w: Writing, node: Node) -> ir.Value:
     axis = dim % value_of(x).dim()
     size = value_of(x).shape[axis]
     if (start, step) == (0, 1) and stop >= (size if isinstance(size, int) else _ALL):
-        return w.value(x)  # type: ignore[no-any-return]
+        return w.value(x)
     numbers = [w.nodes.constant([number], torch.int64) for number in (start, stop, axis, step)]
     return w.nodes.add("Slice", [w.value(x), *numbers], [value_of(node)])[0]
 
@@ -323,7 +323,8 @@ def _positions(w: Writing, node: Node) -> ir.Value:
 
 
 def _attention(w: Writing, node: Node) -> tuple[ir.Value, ...]:
-    tensors, (total, cos, sin, heads, kv_heads, scale, window, softcap, interleaved) = node.args[:6], node.args[6:]
+    given: tuple[Any, ...] = node.args
+    tensors, (total, cos, sin, heads, kv_heads, scale, window, softcap, interleaved) = given[:6], given[6:]
     size = total.meta["val"] if isinstance(total, Node) else total
     if isinstance(size, int):
         raise Unknown("attention to caches of one size")
