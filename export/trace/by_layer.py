@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from .capture import capture
 from .observing import Observed, Tangled, observe
-from .refusals import NotCaptured
+from .refusals import NotCaptured, first_line
 from .repeating import repeat_layers
 
 __all__ = ["capture_by_layer", "shorten"]
@@ -62,11 +62,20 @@ def _by_kind(
         raise Tangled("no two of its layers are alike")
     small = shortened(path, kept)
     fewer = (*single, tuple(pairs[2 * index + which] for index in kept for which in (0, 1)))
-    if observe(small, fewer, path) != Observed(full.before, tuple(full.layers[i] for i in kept), full.after):
+    if _observed(small, fewer, path) != Observed(full.before, tuple(full.layers[i] for i in kept), full.after):
         raise Tangled("with fewer layers it computes something else")
     *dims, of_pairs = shapes
     short = capture(small, fewer, (*dims, of_pairs[: 2 * len(kept)]))
     return repeat_layers(short, module, args, path, order)
+
+
+def _observed(small: nn.Module, args: tuple[Any, ...], path: str) -> Observed:
+    try:
+        return observe(small, args, path)
+    except Tangled:
+        raise
+    except Exception as error:  # whatever a model does that counts its layers
+        raise Tangled(f"with fewer layers it does not run ({first_line(error)})") from error
 
 
 def _kinds(full: Observed) -> tuple[list[int], list[int]]:

@@ -72,7 +72,7 @@ class Nodes:
 
     def constant(self, value: float | bool | Sequence[int], dtype: torch.dtype) -> ir.Value:
         """A small initializer: a number, or a vector of numbers."""
-        key = (_hashable(value), type(value), dtype)
+        key = (repr(value), dtype)
         if key not in self._constants:
             name = f"constant_{len(self._constants)}"
             tensor = TorchTensor(torch.tensor(value, dtype=dtype), name=name)

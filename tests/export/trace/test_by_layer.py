@@ -188,6 +188,25 @@ def test_what_stands_in_front_of_all_layers_may_be_read_by_all(
         torch.testing.assert_close(value, wanted, rtol=0, atol=0)
 
 
+class Counting(transformers.LlamaForCausalLM):
+    """Runs with as many layers as it was made with."""
+
+    def forward(self, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        assert self.model.layers[LAYERS - 1] is not None
+        return super().forward(*args, position_ids=position_ids, **kwargs)
+
+
+def test_what_does_not_run_with_fewer_layers_is_traced_in_full(
+    traced_layers: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = private_copy(unwrap(build("Llama", num_hidden_layers=LAYERS)))
+    model.__class__ = Counting
+    with caplog.at_level(logging.INFO, logger="flora_fx"):
+        trace_decoder(model)
+    assert "with fewer layers it does not run (index 4 is out of range)" in caplog.text
+    assert traced_layers == [LAYERS]
+
+
 def test_the_config_of_the_model_stays(traced_layers: list[int]) -> None:
     model: Any = private_copy(unwrap(windows()))
     before = model.config.to_dict()
