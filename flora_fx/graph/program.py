@@ -28,7 +28,7 @@ from flora_fx.storage.module import META, STORE, FusedExportedProgram, FusedGrap
 from flora_fx.storage.pack import derive
 
 from .builder import Builder, Dialect, ExportedBuilder
-from .examples import Examples, same_sizes
+from .examples import Examples, SharedExamples, same_sizes
 
 __all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program"]
 
@@ -190,7 +190,7 @@ class ExportedProgramView(Program):
         self.program = program
         self.root = program.graph_module
         self.graph = _copy_graph(program.graph)
-        self.examples = Examples(self.graph)
+        self.examples = SharedExamples(self.graph)
         self.build = ExportedBuilder(self.graph, self.examples, _ATEN)
         signature = program.graph_signature
         self._inputs = list(signature.input_specs)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from flora_fx.benchmarks.contenders.settings import Settings
-from flora_fx.benchmarks.scaling import exporting
-from flora_fx.benchmarks.scaling.exporting import EXPORTERS
+from benchmarks.contenders.settings import Settings
+from benchmarks.scaling import exporting
+from benchmarks.scaling.exporting import EXPORTERS
 from flora_fx.errors import ExportError
 
 STAGES = ["load", "capture", "fuse", "translate", "write", "check", "seal"]

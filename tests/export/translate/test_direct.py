@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from flora_fx.benchmarks.measure.memory import live_bytes, peak_bytes
+from benchmarks.measure.memory import live_bytes, peak_bytes
 from flora_fx.export import export_onnx
 from flora_fx.export.directory.saving import save_graphs
 from flora_fx.export.forms import DECODER_FORMS, SWAPPABLE_FORMS
