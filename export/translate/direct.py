@@ -79,8 +79,7 @@ class _Graph:
 
     def value(self, node: object) -> Any:
         """What a value of the program is in the graph: a value, or a tuple of them."""
-        if not isinstance(node, Node):
-            raise Unknown(f"a tensor that is {type(node).__name__}")
+        assert isinstance(node, Node)
         if node not in self._values:
             if node in self._weights:
                 self._values[node] = self.nodes.weight(self._weights[node])

@@ -111,8 +111,6 @@ def _binary(op: str) -> Operator:
         if type(other) in (int, float) and other == _NEUTRAL[op] and value_of(x).dtype == like.dtype:
             return w.value(x)
         operands = [_operand(w, operand, like.dtype) for operand in (x, other)]
-        if op == "Div" and not like.dtype.is_floating_point:
-            raise Unknown("a division of whole numbers")
         return w.nodes.add(op, operands, [like])[0]
 
     return write
@@ -169,8 +167,6 @@ def _linear(w: Writing, node: Node) -> ir.Value:
     x, weight, bias = _arguments(node, "input", "weight", "bias")
     like = value_of(node)
     operands = [x, weight] if bias is None else [x, weight, bias]
-    if any(value_of(operand).dtype != like.dtype for operand in operands):
-        raise Unknown("a linear layer of several dtypes")
     if like.dim() == 2:
         given = [w.value(operand) for operand in operands]
         return w.nodes.add("Gemm", given, [like], alpha=1.0, beta=1.0, transA=0, transB=1)[0]
@@ -181,11 +177,10 @@ def _linear(w: Writing, node: Node) -> ir.Value:
 def _layer_norm(w: Writing, node: Node) -> ir.Value:
     names = ("input", "normalized_shape", "weight", "bias", "eps", "cudnn_enable")
     x, shape, weight, bias, epsilon, _ = _arguments(node, *names)
-    if len(shape) != 1 or weight is None:
-        raise Unknown("a layer norm of several dimensions, or without weights")
     operands = [operand for operand in (x, weight, bias) if operand is not None]
-    if any(value_of(operand).dtype != value_of(node).dtype for operand in operands):
-        raise Unknown("a layer norm of several dtypes")
+    alike = {value_of(operand).dtype for operand in operands} == {value_of(node).dtype}
+    if len(shape) != 1 or weight is None or not alike:
+        raise Unknown("a layer norm of several dimensions or dtypes, or without weights")
     given = [w.value(operand) for operand in operands]
     return w.nodes.add("LayerNormalization", given, [value_of(node)], axis=-1, epsilon=epsilon, stash_type=1)[0]
 
@@ -235,10 +230,7 @@ _HOW_SPLIT: dict[object, tuple[str]] = {
 
 
 def _item(w: Writing, node: Node) -> ir.Value:
-    values, index = w.value(node.args[0]), node.args[1]
-    if not isinstance(values, tuple) or not isinstance(index, int):
-        raise Unknown("an item of what is no tuple")
-    return values[index]
+    return w.value(node.args[0])[node.args[1]]
 
 
 def _view(w: Writing, node: Node) -> ir.Value:
