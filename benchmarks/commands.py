@@ -28,7 +28,7 @@ from .gpu import PHASES
 from .kernels import kernels
 from .latency import goals, latency
 from .latency import view as latency_view
-from .scaling import forms, fusing, large, scaling
+from .scaling import exporting, forms, fusing, large, scaling
 from .show.page import Chapter, setup, write_page
 from .show.results import RECORD, save
 from .show.sheet import Sheet
@@ -229,6 +229,10 @@ def _forms(settings: Settings, options: Options, bar: Bar) -> Result:
     )
 
 
+def _export(settings: Settings, options: Options, bar: Bar) -> Result:
+    return exporting.measure(settings, depths=options.depths, rounds=options.rounds, progress=bar("export"))
+
+
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
     return kernels.measure(
         settings, runners=options.runners, variants=options.variants, prompt=options.prompts[0], progress=bar("kernels")
@@ -245,6 +249,7 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "scaling": _scaling,
     "forms": _forms,
     "large": _large,
+    "export": _export,
     "kernels": _kernels,
     "accuracy": _accuracy,
 }
@@ -259,6 +264,7 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
     "forms": forms.sheets,
     "large": large.sheets,
+    "export": exporting.sheets,
     "kernels": kernels.sheets,
     "accuracy": accuracy_view.sheets,
 }
@@ -300,6 +306,12 @@ TITLES = {
         "sum. With one token on a CPU all products are loops already.",
     ),
     "large": ("A model of 70B parameters", "Fused without its weights: shapes are all that the passes read."),
+    "export": (
+        "Export",
+        "What an export takes, beside the onnxruntime-genai builder's, from the same checkpoint and adapter: whole "
+        "commands, with Python's start and all imports. Layers that are alike are traced once, so time hardly grows "
+        "with them.",
+    ),
     "kernels": (
         "Kernels per decoder layer",
         "Counted, not timed: what one more layer adds to a call. `cuda-code` is what Inductor writes for an H100, with "
@@ -449,6 +461,10 @@ def parser() -> argparse.ArgumentParser:
     suite = suites.add_parser("large", parents=[model()], help="fuse on a graph too large for this machine's memory")
     suite.set_defaults(shape="llama-3.1-70b", dtype="bfloat16")
     suite.add_argument("--rounds", type=int, default=3, help="fuses (%(default)s)")
+
+    suite = suites.add_parser("export", parents=[model()], help="time and memory of an export, beside the builder's")
+    suite.add_argument("--depths", type=_numbers, default=[], help="in layers, with commas (a third of all, and all)")
+    suite.add_argument("--rounds", type=int, default=3, help="exports by each, at each depth (%(default)s)")
 
     suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]

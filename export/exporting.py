@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flora_fx.capturing import CAPTURING
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
-from flora_fx.fusing import fuse, report
+from flora_fx.fusing import fuse_unstored, report
 from flora_fx.reporting.fusion_report import combined
 
 from .check.checking import check
@@ -136,7 +136,7 @@ def export_onnx(
             own_forms = chosen.forms if not hot_swap else _swappable_forms(chosen, "; ".join(traced.notes) or kind)
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)
-            fused = {name: fuse(part.program, config=config or own_forms) for name, part in captured.items()}
+            fused = {name: fuse_unstored(part.program, config or own_forms) for name, part in captured.items()}
             fusion = combined([report(program) for program in fused.values()])
             chosen.finish(fused)
         with CAPTURING, stage("translate"):
@@ -151,7 +151,7 @@ def export_onnx(
             notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider)]
             manifest = replace(manifest, identity=identify(model, core), live=swappable, notes=notes)
             example = traced.example
-            # They hold the packs: a second copy of the weights, not needed for the check.
+            # What torch.onnx has translated holds the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, captured, traced
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.

@@ -9,12 +9,12 @@ from torch.export import ExportedProgram
 
 from .config import FuseConfig
 from .graph.counting import count_ops
-from .graph.program import Program, open_program
+from .graph.program import ExportedProgramView, Program, open_program
 from .reporting.fusion_report import FusionReport
-from .storage.module import Fusion, fusion_of
+from .storage.module import FusedExportedProgram, Fusion, fusion_of
 from .storage.pack import TYING
 
-__all__ = ["fuse", "report", "rewrite"]
+__all__ = ["fuse", "fuse_unstored", "report", "rewrite"]
 
 
 @overload
@@ -61,13 +61,32 @@ def fuse(
     >>> flora_fx.report(fused).ops_after["gemm"]
     2
     """
-    if config is not None and not isinstance(config, FuseConfig):
-        raise TypeError(f"config is a {type(config).__name__}; it must be a flora_fx.FuseConfig")
+    config = _known(config)
     if isinstance(graph, fx.GraphModule | ExportedProgram) and fusion_of(graph) is not None:
         return graph
     with TYING:
         program = open_program(graph)
-        return program.finish(rewrite(program, config or FuseConfig()))
+        return program.finish(rewrite(program, config))
+
+
+def fuse_unstored(program: ExportedProgram, config: FuseConfig) -> FusedExportedProgram:
+    """As `fuse`, for who writes the packs elsewhere, one after the other: none is stored, and no parameter moves.
+
+    In the state dict packs are on the meta device, `assemble` makes one of them, and ``store()`` all, as `fuse` does.
+
+    Raises:
+        TypeError: ``config`` is no `FuseConfig`.
+        AdapterError: an adapter weight holds NaN or infinity.
+    """
+    with TYING:
+        view = ExportedProgramView(program)
+        return view.unstored(rewrite(view, _known(config)))
+
+
+def _known(config: FuseConfig | None) -> FuseConfig:
+    if config is not None and not isinstance(config, FuseConfig):
+        raise TypeError(f"config is a {type(config).__name__}; it must be a flora_fx.FuseConfig")
+    return config or FuseConfig()
 
 
 def rewrite(program: Program, config: FuseConfig) -> Fusion:

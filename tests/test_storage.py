@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 import flora_fx
-from flora_fx import FuseConfig, TieError
+from flora_fx import FuseConfig, TieError, fuse
+from flora_fx.fusing import fuse_unstored
 from flora_fx.ir import Pack, Role, Slice
 from flora_fx.storage.module import FusedGraphModule
-from flora_fx.storage.pack import tie
+from flora_fx.storage.pack import assemble, tie
 from tests.adapters import D_IN, FORMS, Adapted, Siblings
 
 X = torch.randn(2, 5, D_IN, dtype=torch.float64)
@@ -398,3 +399,39 @@ def test_a_pack_of_the_same_parameters_in_another_order_is_not_shared() -> None:
     )
     assert torch.equal(second, torch.cat([parameters["w"], parameters["v"]]))
     assert first is not second
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FuseConfig(),
+        FuseConfig(layout="ahead", up="block_diagonal", accumulate="add", fold_scale=True),
+        FuseConfig(layout="beside", up="block_diagonal", accumulate="add", fold_scale=True),
+    ],
+    ids=["default", "ahead", "beside"],
+)
+def test_packs_that_are_made_one_by_one_are_those_that_are_stored(config: FuseConfig) -> None:
+    program = torch.export.export(siblings(), (X,))
+    places = {name: value.data_ptr() for name, value in program.state_dict.items()}
+    fused = fuse_unstored(program, config)
+    packs = fused.packs()
+    assert packs
+    assert all(fused.state_dict[target].is_meta for target in packs)
+    made = {target: assemble(pack, fused.resolve) for target, pack in packs.items()}
+    assert {name: value.data_ptr() for name, value in program.state_dict.items()} == places, "nothing moved"
+    assert fused.store() is fused
+    moved = [name for name, value in program.state_dict.items() if value.data_ptr() != places[name]]
+    assert moved, "stored, parameters are views"
+    for target, pack in packs.items():
+        stored = fused.state_dict[target]
+        assert stored.dtype == made[target].dtype
+        assert torch.equal(stored, made[target]), pack.name
+    wanted = fuse(program, config=config)
+    assert {target: value.shape for target, value in wanted.state_dict.items()} == {
+        target: value.shape for target, value in fused.state_dict.items()
+    }
+
+
+def test_packs_of_a_config_that_is_none_are_refused() -> None:
+    with pytest.raises(TypeError, match="config is a dict"):
+        fuse_unstored(torch.export.export(siblings(), (X,)), {})  # type: ignore[arg-type]

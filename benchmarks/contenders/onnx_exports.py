@@ -29,7 +29,17 @@ from ..measure.isolated import Progress, isolated
 from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 
-__all__ = ["GRAPHS", "PREFILL", "PROVIDERS", "count_nodes", "decode_graph", "write_graph", "write_graphs"]
+__all__ = [
+    "GRAPHS",
+    "PREFILL",
+    "PROVIDERS",
+    "builder_command",
+    "count_nodes",
+    "decode_graph",
+    "write_checkpoint",
+    "write_graph",
+    "write_graphs",
+]
 
 PREFILL = "prefill.onnx"
 """In a folder where decode is a graph of its own, too."""
@@ -220,22 +230,41 @@ def _by_transformers(settings: Settings, model: Any, folders: list[Path]) -> Ite
 
 def _by_genai(settings: Settings, model: Any, folders: list[Path]) -> Iterator[None]:
     """By the command line of onnxruntime-genai's model builder. A PEFT model is taken apart: nobody needs it after."""
-    require("onnxruntime_genai", "genai")
     with tempfile.TemporaryDirectory(dir=folders[0].parent) as place:
-        checkpoint, adapter, cache = (str(Path(place, name)) for name in ("checkpoint", "adapter", "cache"))
-        options = ["hf_token=false"]
-        if isinstance(model, require("peft", "hf").PeftModel):
-            model.save_pretrained(adapter)
-            model = model.unload()
-            options.append(f"adapter_path={adapter}")
-        model.save_pretrained(checkpoint)
-        _tokenizer().save_pretrained(checkpoint)
-        precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[settings.dtype]
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", str(folders[0])]
-        command += ["-p", precision, "-e", settings.device, "-c", cache, "--extra_options", *options]
+        command = builder_command(settings, *write_checkpoint(model, Path(place)), folders[0])
         if code := subprocess.run(command, check=False).returncode:
             raise ExportError(f"the model builder of onnxruntime-genai ended with {code}")
     yield
+
+
+def write_checkpoint(model: Any, place: Path) -> tuple[Path, Path | None]:
+    """Write a model, a tokenizer and, of a PEFT model, its adapter, as others read them. A PEFT model is taken apart.
+
+    Returns:
+        the folders of the model and of the adapter, in ``place``.
+    """
+    checkpoint, adapter = place / "checkpoint", None
+    if isinstance(model, require("peft", "hf").PeftModel):
+        adapter = place / "adapter"
+        model.save_pretrained(str(adapter))
+        model = model.unload()
+    model.save_pretrained(str(checkpoint))
+    _tokenizer().save_pretrained(checkpoint)
+    return checkpoint, adapter
+
+
+def builder_command(settings: Settings, checkpoint: Path, adapter: Path | None, output: Path) -> list[str]:
+    """The command line of onnxruntime-genai's model builder.
+
+    Raises:
+        MissingExtraError: onnxruntime-genai is not installed.
+    """
+    require("onnxruntime_genai", "genai")
+    precision = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[settings.dtype]
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(output)]
+    options = ["hf_token=false", *([] if adapter is None else [f"adapter_path={adapter}"])]
+    cache = checkpoint.parent / "cache"
+    return [*command, "-p", precision, "-e", settings.device, "-c", str(cache), "--extra_options", *options]
 
 
 def _tokenizer() -> Any:

@@ -14,28 +14,25 @@ __all__ = ["between", "call", "evaluate", "sizes"]
 
 def between(first: Node, last: Node) -> list[Node]:
     """The nodes that ``last`` needs and that need ``first``, in order, ``last`` last; empty if there are none."""
-    needing = {first}
+    needing = {first: None}  # in order
     for node in _from(first):
-        if needing.intersection(node.all_input_nodes):
-            needing.add(node)
+        if not needing.keys().isdisjoint(node.all_input_nodes):
+            needing[node] = None
         if node is last:
             break
-    wanted: set[Node] = {last} & needing
-    found = [node for node in reversed(list(first.graph.nodes)) if _is_wanted(node, wanted, needing)]
-    return [node for node in reversed(found) if node is not first]
+    if last not in needing:
+        return []
+    wanted = {last}
+    for node in reversed(needing):
+        if node in wanted:
+            wanted.update(operand for operand in node.all_input_nodes if operand in needing)
+    return [node for node in needing if node in wanted and node is not first]
 
 
 def _from(node: Node) -> Iterable[Node]:
     while node.op != "root":
         yield node
         node = node.next
-
-
-def _is_wanted(node: Node, wanted: set[Node], needing: set[Node]) -> bool:
-    if node not in wanted:
-        return False
-    wanted.update(needing.intersection(node.all_input_nodes))
-    return True
 
 
 def sizes(node: Node) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.export import ExportedProgram
@@ -68,6 +69,8 @@ def absorb_rotary(program: ExportedProgram) -> int:
             arguments[COS], arguments[SIN], arguments[INTERLEAVED] = cos, sin, interleaved
             with graph.inserting_before(node):
                 arguments[QUERY], arguments[KEY] = (_flat(graph, rotation) for rotation in (query, key))
+                for index in (COS, SIN):
+                    arguments[index] = _in_dtype_of(graph, arguments[index], arguments[QUERY])
             node.args = tuple(arguments)
             absorbed += 1
         for index in (QUERY, KEY, VALUE):
@@ -115,9 +118,12 @@ def _rotation(sink: Node) -> _Rotation | None:
         found = evaluate(nodes, {value: x, rows[0]: tuple(twice)})
     except (KeyError, RuntimeError):  # it needs something else besides
         return None
+    rounding = max(1e-5, 8 * torch.finfo(found.dtype).eps)  # some rotate in float32, and return what they were given
     for heads_first, interleaved in itertools.product((True, False), (False, True)):
+        if x.shape[2 if heads_first else 1] != wanted[1]:
+            continue
         flat = rotate(x.transpose(1, 2) if heads_first else x, *tables, interleaved).flatten(2)
-        if flat.shape == found.shape and torch.allclose(flat, found.double(), rtol=1e-4, atol=1e-5):
+        if flat.shape == found.shape and torch.allclose(flat, found.double(), rtol=rounding, atol=rounding):
             return _Rotation(value, heads_first, (cos, sin, interleaved))
     return None
 
@@ -176,6 +182,13 @@ def _tensors(node: Node) -> Iterator[Node]:
 def _unique(*groups: list[Node]) -> list[Node]:
     members = {node for group in groups for node in group}
     return [node for node in next(iter(members)).graph.nodes if node in members] if members else []
+
+
+def _in_dtype_of(graph: Graph, table: Any, operand: Any) -> Node:
+    """A table as the operator takes it: in the dtype of what it rotates (OLMo 2 has them in float32)."""
+    dtype = operand.meta["val"].dtype
+    found: Node = table if table.meta["val"].dtype == dtype else call(graph, aten.to.dtype, table, dtype)
+    return found
 
 
 def _flat(graph: Graph, rotation: _Rotation) -> Node:

@@ -3,12 +3,13 @@
 The model runs twice with an attention of our own (`attention`). First eagerly, to see what each layer asks for
 (`survey`, `masks`); what GroupQueryAttention cannot do is refused then, with a reason. Then under `torch.export`, where
 each layer's keys and values go through the operator instead of transformers' cache, and rotary positions are rows of
-tables (`rotary_tables`).
+tables (`rotary_tables`); of layers that compute alike one is traced (`by_layer`).
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from flora_fx.decoder_ops import group_query_attention, positions
 
 from ..rewrite.rotary import absorb_rotary, count_rotary, reads_positions
 from .attention import AttentionRun, attending, replace_attention
-from .capture import capture
+from .by_layer import capture_by_layer, shorten
 from .example import token_ids
 from .model import private_copy
 from .refusals import NotCaptured, Unsuited
@@ -77,8 +78,9 @@ def _captured(model: nn.Module, layers: list[AttentionLayer]) -> ExportedProgram
     past = tuple(keys(batch, layer.kv_heads, before, layer.dim) for layer in layers for _ in ("key", "value"))
     rows, seq, total, old = Dim("batch"), Dim("sequence"), Dim("total"), Dim("past")
     shapes = ({0: rows, 1: seq}, {0: rows, 1: total}, tuple({0: rows, 2: old} for _ in past))
+    decoder = _Decoder(model, layers)
     try:
-        return capture(_Decoder(model, layers), (ids, mask, past), shapes)
+        return capture_by_layer(decoder, (ids, mask, past), shapes, decoder.shortened)
     except NotCaptured as refusal:
         raise Unsuited(f"torch.export cannot capture it so ({refusal})") from refusal
 
@@ -95,6 +97,13 @@ class _Decoder(nn.Module):
         super().__init__()
         self.model = model
         self.layers = layers
+
+    def shortened(self, path: str, kept: Sequence[int]) -> _Decoder:
+        """The same with some of its layers, which are in the list at ``path``."""
+        private: Any = private_copy(self)
+        private.layers = [self.layers[index] for index in kept]
+        shorten(private.model, private.get_submodule(path), kept)
+        return private
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seqlens = (attention_mask.sum(1) - 1).to(torch.int32)

@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flora_fx.errors import ExportError, require
+from flora_fx.storage.module import FusedExportedProgram
 
 from ..trace.capture import PREFIX
 from ..trace.traced import Traced
@@ -20,7 +21,9 @@ from .decoder_lowering import as_onnx_nodes, fuse_norms
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["lower"]
+__all__ = ["by_torch_onnx", "lower"]
+
+log = logging.getLogger(__name__)
 
 _OPSET = 20
 _SMALL = 1024
@@ -30,11 +33,29 @@ _SMALL = 1024
 def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
     """Translate a program; its inputs and outputs get the names and axes of ``traced``.
 
+    A decoder is written operator by operator, see `write_graph`. What has an operator that is not known there, and
+    every other program, goes through `torch.onnx`, which traces it twice.
+
     The program's graph is used up: transformers' fixes for the translation are made in place.
 
     Raises:
         ExportError: an operator has no ONNX translation.
     """
+    require("onnx_ir", "onnx")
+    if program.graph.find_nodes(op="call_function", target=torch.ops.flora_fx.group_query_attention.default):
+        from .direct import Unknown, write_graph
+
+        try:
+            return write_graph(program, traced)
+        except Unknown as reason:
+            log.info("translated by torch.onnx, which takes longer: the program has %s", reason)
+    return by_torch_onnx(program, traced)
+
+
+def by_torch_onnx(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
+    """As `lower`, whatever the program is."""
+    if isinstance(program, FusedExportedProgram):
+        program.store()
     require("onnxscript", "onnx")
     onnx_ir = require("onnx_ir", "onnx")
     require("onnx_ir.passes.common", "onnx")

@@ -6,17 +6,17 @@ Every method that adds does so at the graph's insertion point.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
-from flora_fx.internals import enable_python_dispatcher
+from flora_fx.internals import enable_python_dispatcher, pytree
 from flora_fx.ops import accumulate, accumulate_unrolled
 
 from .examples import Examples, same_sizes
@@ -170,7 +170,27 @@ class Builder:
 
 
 class ExportedBuilder(Builder):
-    """Adds ATen operators only, as an exported program holds them: flora_fx's own functions are written out."""
+    """Adds ATen operators only, as an exported program holds them: flora_fx's own functions are written out.
+
+    Layers that are alike have the same example values (see `SharedExamples`); what was computed of them is known.
+    """
+
+    def __init__(self, graph: fx.Graph, examples: Examples, ops: Dialect) -> None:
+        super().__init__(graph, examples, ops)
+        self._known: dict[Hashable, tuple[Any, list[Any]]] = {}  # with its operands, so that their ids stay theirs
+
+    def annotate(self, node: Node) -> None:
+        """See `Builder.annotate`."""
+        leaves, spec = pytree.tree_flatten((node.args, node.kwargs))
+        operands = [self.value(leaf) if isinstance(leaf, Node) else leaf for leaf in leaves]
+        told = (id(one) if isinstance(one, Tensor | tuple | list) else (type(one), str(one)) for one in operands)
+        key = (node.target, str(spec), *told)
+        if key in self._known:
+            self.examples.give(node, self._known[key][0])
+            return
+        super().annotate(node)
+        if (value := self.value(node)) is not None:
+            self._known[key] = value, operands
 
     leaves_rest = False
 

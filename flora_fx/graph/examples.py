@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from flora_fx.internals import FakeTensor, FakeTensorMode, statically_known_true
 
-__all__ = ["Examples", "same_sizes"]
+__all__ = ["Examples", "SharedExamples", "same_sizes"]
 
 
 class Examples:
@@ -47,6 +47,24 @@ class Examples:
             return None
         with self.mode:
             return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
+class SharedExamples(Examples):
+    """Those of an exported program, whose new weights of one shape share one value: nobody changes it.
+
+    In a graph of Dynamo they would be taken for one weight.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        super().__init__(graph)
+        self._known: dict[Hashable, Tensor | None] = {}
+
+    def like(self, shape: Sequence[int], like: Tensor) -> Tensor | None:
+        """See `Examples.like`."""
+        key = (tuple(shape), like.dtype, like.device)
+        if key not in self._known:
+            self._known[key] = super().like(shape, like)
+        return self._known[key]
 
 
 def same_sizes(first: Sequence[Any], second: Sequence[Any]) -> bool:

@@ -28,7 +28,7 @@ from flora_fx.storage.module import META, PLAIN, STORE, FusedExportedProgram, Fu
 from flora_fx.storage.pack import derive, tie
 
 from .builder import Builder, Dialect, ExportedBuilder
-from .examples import Examples, same_sizes
+from .examples import Examples, SharedExamples, same_sizes
 
 __all__ = ["ExportedProgramView", "GraphModuleView", "Program", "open_program"]
 
@@ -199,7 +199,7 @@ class ExportedProgramView(Program):
         self.program = program
         self.root = program.graph_module
         self.graph = _copy_graph(program.graph)
-        self.examples = Examples(self.graph)
+        self.examples = SharedExamples(self.graph)
         self.build = ExportedBuilder(self.graph, self.examples, _ATEN)
         signature = program.graph_signature
         self._inputs = list(signature.input_specs)
@@ -247,6 +247,10 @@ class ExportedProgramView(Program):
         return weight.node
 
     def finish(self, fusion: Fusion) -> ExportedProgram:
+        return self.unstored(fusion).store()
+
+    def unstored(self, fusion: Fusion) -> FusedExportedProgram:
+        """The rewritten program without its packs, which `FusedExportedProgram.store` makes."""
         returned = self.graph.output_node().args[0]
         assert isinstance(returned, tuple | list)
         outputs = [
@@ -259,9 +263,10 @@ class ExportedProgramView(Program):
             assert isinstance(found, Tensor)
             return found
 
-        # Packs stand where the parameters are that are views of them: `torch.export.save` writes each dictionary's
-        # memory once.
-        packs = {target: tie(pack, resolve) for target, pack in self._packs.items()}
+        packs = {
+            target: torch.empty(pack.shape, dtype=resolve(pack.like).dtype, device="meta")
+            for target, pack in self._packs.items()
+        }
         derived = {target: derive(value, resolve) for target, value in self._derived.items()}
         result = FusedExportedProgram(
             self.root,

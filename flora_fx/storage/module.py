@@ -327,6 +327,33 @@ class FusedExportedProgram(ExportedProgram):
     `torch.export.save` writes each weight once, and `torch.export.load` holds it once.
     """
 
+    def store(self) -> FusedExportedProgram:
+        """Store the packs that are not, and make the parameters views of them.
+
+        Returns:
+            the program itself.
+
+        Raises:
+            TieError: see `tie`.
+        """
+        # Packs stand where the parameters are that are views of them: `torch.export.save` writes each dictionary's
+        # memory once.
+        for target, pack in self.packs().items():
+            if self.state_dict[target].is_meta:
+                self.state_dict[target] = tie(pack, self.resolve)
+        return self
+
+    def packs(self) -> dict[str, Pack]:
+        """The packs, by their names in the state dict."""
+        fusion: Fusion = self.graph_module.meta[META]
+        return {f"{STORE}.{pack.name}": pack for pack in fusion.packs}
+
+    def resolve(self, source: str | int) -> Tensor:
+        """A parameter, buffer or constant that a pack is made of."""
+        found = self.state_dict.get(str(source), self.constants.get(str(source)))
+        assert isinstance(found, Tensor)
+        return found
+
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """As `ExportedProgram.module`, with packs that stay tied to the parameters."""
         plain = super().module(check_guards)

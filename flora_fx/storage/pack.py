@@ -26,7 +26,18 @@ from flora_fx.ir import Derived, Pack, Slice
 from .alone import write_alone
 from .optimizers import protect_from_fused_optimizers
 
-__all__ = ["TYING", "Resolve", "Stamp", "derive", "guard_backward", "stamp", "stamp_derived", "tie", "version"]
+__all__ = [
+    "TYING",
+    "Resolve",
+    "Stamp",
+    "assemble",
+    "derive",
+    "guard_backward",
+    "stamp",
+    "stamp_derived",
+    "tie",
+    "version",
+]
 
 Resolve = Callable[[str | int], Tensor]
 
@@ -142,8 +153,7 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
     _check(pack, tensors, lead)
     packed = _existing(pack, tensors)
     if packed is None:
-        make = torch.empty if _covers(pack) else torch.zeros
-        packed = make(pack.shape, dtype=lead.dtype, device=lead.device)
+        packed = _empty(pack, lead)
         for piece, tensor in zip(pack.slices, tensors, strict=True):
             _region(packed, piece).copy_(tensor)
         _remember(packed, pack)
@@ -157,6 +167,34 @@ def tie(pack: Pack, resolve: Resolve) -> Tensor:
         else:
             region.copy_(tensor * piece.factor)
     return packed
+
+
+@torch.no_grad()
+def assemble(pack: Pack, resolve: Resolve) -> Tensor:
+    """What `tie` stores, in memory of its own: the parameters stay where they are.
+
+    Args:
+        pack: what goes where.
+        resolve: gives the live tensor of a slice's source.
+
+    Returns:
+        the packed weight, `pack.shape`, dtype and device of the base members.
+
+    Raises:
+        TieError: as `tie`.
+    """
+    tensors = [resolve(piece.source).detach() for piece in pack.slices]
+    lead = resolve(pack.like).detach()
+    _check(pack, tensors, lead)
+    packed = _empty(pack, lead)
+    for piece, tensor in zip(pack.slices, tensors, strict=True):
+        _region(packed, piece).copy_(tensor if piece.view else tensor * piece.factor)
+    return packed
+
+
+def _empty(pack: Pack, like: Tensor) -> Tensor:
+    make = torch.empty if _covers(pack) else torch.zeros
+    return make(pack.shape, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True)

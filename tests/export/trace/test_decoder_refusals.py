@@ -19,8 +19,7 @@ from transformers.models.llama import modeling_llama
 from flora_fx.errors import ExportError
 from flora_fx.export import export_onnx, exporting
 from flora_fx.export.targets import GeneralTarget, trace
-from flora_fx.export.trace import causal_lm
-from flora_fx.export.trace import decoder as decoder_tracing
+from flora_fx.export.trace import by_layer, causal_lm, decoder
 from flora_fx.export.trace.decoder import trace_decoder
 from flora_fx.export.trace.example import resized
 from flora_fx.export.trace.model import unwrap
@@ -283,7 +282,7 @@ def test_a_model_with_positions_of_its_own_is_right_by_the_general_route(
                 parameter.normal_(0, 2 / parameter.shape[-1] ** 0.5)
     # Where that was not noticed, the check would.
     with monkeypatch.context() as patch:
-        patch.setattr(decoder_tracing, "reads_positions", lambda program: True)
+        patch.setattr(decoder, "reads_positions", lambda program: True)
         with pytest.raises(ExportError, match="does not agree with PyTorch: the logits of the next token"):
             export_onnx(model, tmp_path / "wrong")
     result = export_onnx(model, tmp_path / "right")
@@ -358,7 +357,7 @@ def test_an_error_of_ours_is_not_said_to_be_torch_exports(monkeypatch: pytest.Mo
     def broken(*_: object) -> None:
         raise AttributeError("ours")
 
-    monkeypatch.setattr(decoder_tracing, "capture", broken)
+    monkeypatch.setattr(by_layer, "capture", broken)
     monkeypatch.setattr(causal_lm, "capture", broken)
     with pytest.raises(AttributeError, match=r"^ours$"):
         trace(llama(), "causal-lm", target=target)

@@ -1,0 +1,198 @@
+"""Time and memory of an export, beside the model builder of onnxruntime-genai: whole commands, from a checkpoint.
+
+Both read the same folder of safetensors and the same adapter, each in a process of its own; they take turns, and only
+what was measured in one turn is compared. Ours runs its result and compares it with PyTorch, the builder does not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from flora_fx.errors import ExportError
+
+from ..contenders.models import make_model
+from ..contenders.onnx_exports import PROVIDERS, builder_command, write_checkpoint
+from ..contenders.settings import Settings
+from ..measure.isolated import Progress
+from ..show.sheet import Sheet
+
+__all__ = ["EXPORTERS", "export_once", "measure", "sheets"]
+
+EXPORTERS = ("flora_fx", "genai builder")
+
+_KEPT = 2000  # characters of what a failed exporter printed
+
+
+def measure(
+    settings: Settings,
+    *,
+    depths: Sequence[int] = (),
+    rounds: int = 3,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Export the model with its LoRA at several depths, by both.
+
+    Args:
+        settings: of the model; its depth is one of several.
+        depths: in layers; a third of the model's, and all of it, if none is given.
+        rounds: exports by each, at each depth.
+        progress: called with the rounds done and in all.
+
+    Returns:
+        ``{"settings", "export": {"rounds", "rows"}}``. A row has ``exporter``, ``layers``, and, one number a round,
+        ``seconds``, ``cpu_seconds`` (of all threads) and ``peak_bytes`` of the process; ours also has ``stages``
+        (seconds by name, of the fastest round) and ``peaks`` (bytes by the end of each).
+
+    Raises:
+        ExportError: an exporter failed.
+    """
+    depths = depths or tuple(dict.fromkeys((max(settings.depth // 3, 1), settings.depth)))
+    rows = []
+    turns = random.Random(0)
+    for number, depth in enumerate(depths):
+        with tempfile.TemporaryDirectory(prefix="flora-export-") as place:
+            checkpoint, adapter = write_checkpoint(make_model(replace(settings, layers=depth), "peft"), Path(place))
+            assert adapter is not None
+            found: dict[str, list[dict[str, Any]]] = {name: [] for name in EXPORTERS}
+            for done in range(rounds):
+                for name in turns.sample(EXPORTERS, len(EXPORTERS)):
+                    output = Path(place, "out", f"{EXPORTERS.index(name)}-{done}")
+                    found[name].append(_run(name, settings, checkpoint, adapter, output))
+                progress(number * rounds + done + 1, len(depths) * rounds)
+        rows += [{"exporter": name, "layers": depth, **_together(exports)} for name, exports in found.items()]
+    return {"settings": asdict(settings) | {"layers": settings.depth}, "export": {"rounds": rounds, "rows": rows}}
+
+
+def _together(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    lists = {key: [export[key] for export in exports] for key in ("seconds", "cpu_seconds", "peak_bytes")}
+    fastest = min(exports, key=lambda export: float(export["seconds"]))
+    return {**lists, "stages": fastest["stages"], "peaks": fastest["peaks"]}
+
+
+def _run(name: str, settings: Settings, checkpoint: Path, adapter: Path, output: Path) -> dict[str, Any]:
+    output.parent.mkdir(exist_ok=True)
+    if name == "flora_fx":
+        places = ", ".join(repr(str(place)) for place in (checkpoint, adapter, output))
+        script = f"from {__name__} import export_once; export_once({places}, {PROVIDERS[settings.device]!r})"
+        command = [sys.executable, "-c", script]
+    else:
+        command = builder_command(settings, checkpoint, adapter, output)
+    threads = str(settings.threads)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
+    with tempfile.TemporaryFile("w+") as log:
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=_ROOT)
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        log.seek(0)
+        printed = log.read()
+    if process.returncode:
+        raise ExportError(f"{name} ended with {process.returncode}: {printed[-_KEPT:]}")
+    told = json.loads(printed.splitlines()[-1]) if name == "flora_fx" else {}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "seconds": seconds,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * unit,
+        "stages": told.get("stages", {}),
+        "peaks": told.get("peaks", {}),
+    }
+
+
+_ROOT = Path(__file__).parents[2]
+"""Where a checkout finds its own packages; anywhere will do for what is installed."""
+
+
+def export_once(checkpoint: str, adapter: str, output: str, provider: str) -> None:
+    """What ``flora-fx export`` does; prints seconds by stage, and the process's peak at the end of each, as JSON."""
+    import resource  # of Unix, as all of this is
+
+    start = time.perf_counter()
+    from flora_fx.checkpoint import load_model
+    from flora_fx.export import export_onnx
+
+    loaded = load_model(checkpoint, adapter)
+    seconds = {"load": time.perf_counter() - start}
+    begun: list[tuple[str, int]] = [("load", 0)]
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    result = export_onnx(
+        loaded,
+        output,
+        providers=[*dict.fromkeys((provider, PROVIDERS["cpu"]))],
+        progress=lambda name: begun.append((name, peak())),
+    )
+    ends = [*(bytes_ for _, bytes_ in begun[1:]), peak()]
+    peaks = {name: end for (name, _), end in zip(begun, ends, strict=True)}
+    print(json.dumps({"stages": seconds | dict(result.seconds), "peaks": peaks}))
+
+
+def sheets(result: Mapping[str, Any]) -> list[Sheet]:
+    """Both exporters by depth, and the stages of ours."""
+    found = result["export"]
+    rows = found["rows"]
+    of = {(row["exporter"], row["layers"]): row for row in rows}
+    body, stages = [], []
+    for row in rows:
+        peer = of[EXPORTERS[1], row["layers"]]
+        body.append(
+            [
+                row["exporter"],
+                str(row["layers"]),
+                f"{statistics.median(row['seconds']):.1f}",
+                f"{statistics.median(row['cpu_seconds']):.1f}",
+                f"{max(row['peak_bytes']) / 2**20:.0f}",
+                f"{_ratio(row, peer, 'seconds'):.2f}",
+                f"{_ratio(row, peer, 'cpu_seconds'):.2f}",
+                f"{_ratio(row, peer, 'peak_bytes'):.2f}",
+            ]
+        )
+        stages += [
+            [name, str(row["layers"]), f"{seconds:.2f}", f"{row['peaks'][name] / 2**20:.0f}"]
+            for name, seconds in row["stages"].items()
+        ]
+    header = ["exporter", "layers", "seconds", "CPU seconds", "peak MiB"]
+    header += ["seconds, to the builder's", "CPU", "peak"]
+    notes = [
+        f"Medians of {found['rounds']} exports, and of the ratios within a round; peaks are the highest. Ours loads "
+        "the graph in ONNX Runtime and compares it with PyTorch, which the builder does not.",
+        *_slopes(rows),
+    ]
+    return [
+        Sheet("An export from a checkpoint and a LoRA, by command", header, body, notes),
+        Sheet(
+            "Stages of ours",
+            ["stage", "layers", "seconds", "peak MiB by then"],
+            stages,
+            ["Of the fastest round. `load` imports the libraries and reads the checkpoint; the rest is `export_onnx`."],
+        ),
+    ]
+
+
+def _ratio(row: Mapping[str, Any], peer: Mapping[str, Any], key: str) -> float:
+    return statistics.median(own / other for own, other in zip(row[key], peer[key], strict=True))
+
+
+def _slopes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What one more layer costs each, where there are two depths."""
+    said = []
+    for name in EXPORTERS:
+        by_depth = sorted((row["layers"], statistics.median(row["seconds"])) for row in rows if row["exporter"] == name)
+        (few, low), (many, high) = by_depth[0], by_depth[-1]
+        if many > few:
+            said.append(f"{name} {1e3 * (high - low) / (many - few):.0f} ms")
+    return [f"One more layer: {', '.join(said)}."] if said else []
