@@ -35,12 +35,15 @@ class NoCompilerError(RuntimeError):
     """No C++ compiler is there."""
 
 
-def build(*, cuda: bool | None = None, force: bool = False, report: Path | None = None) -> Path:
+def build(
+    *, cuda: bool | None = None, force: bool = False, if_missing: bool = False, report: Path | None = None
+) -> Path:
     """Build the library beside this file.
 
     Args:
         cuda: with kernels for CUDA; None: if nvcc is there.
         force: also if nothing has changed.
+        if_missing: only if nothing was built from these sources, with CUDA or without.
         report: where to write what nvcc says of registers and spills.
 
     Returns:
@@ -59,19 +62,19 @@ def build(*, cuda: bool | None = None, force: bool = False, report: Path | None 
     if cuda is False:
         nvcc = None
     stamp = _TARGET.with_suffix(".stamp")
-    wanted = _digest(compiler, nvcc)
-    known = stamp.read_text() if stamp.is_file() and _TARGET.is_file() else ""
-    if known == wanted and not force:
+    sources, tools = _digest(compiler, nvcc)
+    known = stamp.read_text().split() if stamp.is_file() and _TARGET.is_file() else []
+    if not force and (known == [sources, tools] or (if_missing and known[:1] == [sources])):
         return _TARGET
     with tempfile.TemporaryDirectory(prefix="flora_ort-") as place:
-        _TARGET_NEW = Path(place) / _TARGET.name  # noqa: N806
-        said = _compile(compiler, nvcc, Path(place), _TARGET_NEW)
+        made = Path(place) / _TARGET.name
+        said = _compile(compiler, nvcc, Path(place), made)
         stamp.unlink(missing_ok=True)
         beside = _TARGET.with_suffix(f".{os.getpid()}")
-        shutil.copyfile(_TARGET_NEW, beside)
+        shutil.copyfile(made, beside)
         beside.replace(_TARGET)  # never half of it, and sessions that have the old one keep it
-        stamp.write_text(wanted)
-    if report is not None:
+        stamp.write_text(f"{sources} {tools}")
+    if report is not None and nvcc is not None:
         report.write_text(said)
     return _TARGET
 
@@ -119,14 +122,14 @@ def _run(command: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-def _digest(compiler: str, nvcc: str | None) -> str:
-    """Of all that the library is made of."""
-    found = hashlib.sha256()
+def _digest(compiler: str, nvcc: str | None) -> tuple[str, str]:
+    """Of the sources, and of what they are compiled with."""
+    sources, tools = hashlib.sha256(), hashlib.sha256()
     for path in sorted((Path(__file__), *_SOURCES.iterdir())):
-        found.update(path.read_bytes())
+        sources.update(path.read_bytes())
     for tool in (compiler, nvcc):
-        found.update(_run([tool, "--version"]).encode() if tool else b"none")
-    return found.hexdigest()
+        tools.update(_run([tool, "--version"]).encode() if tool else b"none")
+    return sources.hexdigest(), tools.hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,10 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=build.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cuda", action=argparse.BooleanOptionalAction, help="with kernels for CUDA, or without")
     parser.add_argument("--force", action="store_true", help="also if nothing has changed")
+    parser.add_argument("--if-missing", action="store_true", help="not if it was built from these sources in any way")
     parser.add_argument("--report", type=Path, help="where to write what nvcc says of registers and spills")
     told = parser.parse_args(arguments)
     try:
-        print(build(cuda=told.cuda, force=told.force, report=told.report))
+        print(build(cuda=told.cuda, force=told.force, if_missing=told.if_missing, report=told.report))
     except NoCompilerError as error:
         print(f"flora_ort is not built: {error}", file=sys.stderr)
         return 2

@@ -18,7 +18,6 @@ from flora_fx.export import Decoder, ExportResult, export_onnx, load
 from flora_fx.export.check.differences import TOLERANCES, Differences, own_config, same_tokens
 from flora_fx.export.targets import TargetName
 from tests.gpu.places import PROVIDERS, on_gpu, settings
-from tests.ort_ops.conftest import library  # noqa: F401  a fixture
 
 IDS = torch.tensor([[0, 0, 61, 8, 77], [11, 23, 5, 40, 3]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])

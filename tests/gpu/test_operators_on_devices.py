@@ -11,7 +11,6 @@ from torch import Tensor
 
 from flora_fx.export.run.session import Session
 from tests.gpu.places import DEVICES, PROVIDERS
-from tests.ort_ops.conftest import library  # noqa: F401  a fixture
 from tests.ort_ops.draws import ELEMENTS, OPERATORS, Drawn, draw, error, model
 
 CALLS = 30

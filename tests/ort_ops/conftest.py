@@ -1,4 +1,4 @@
-"""The library, built once where there is a compiler."""
+"""The library's functions, and sessions that have it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from typing import Any
 
 import onnxruntime
 import pytest
-
-import flora_ort
-from flora_ort.build import NoCompilerError, build
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """As it is here, or else built without CUDA, which takes long."""
-    try:
-        return flora_ort.library()
-    except FileNotFoundError:
-        try:
-            return build(cuda=False)
-        except NoCompilerError as error:
-            pytest.skip(f"the operators are not tested: {error}")
 
 
 @pytest.fixture(scope="session")
