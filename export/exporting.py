@@ -24,10 +24,10 @@ from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
 from .directory.manifest import MANIFEST, MODEL, write_manifest
+from .directory.operators import choose_operators, copy_operators
 from .directory.saving import save_graphs
 from .directory.staging import staged
 from .lora.swappable import check_swappable
-from .operators import choose_operators, copy_operators
 from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
 from .targets import Target, TargetName, trace

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flora_fx.errors import ExportError
-from flora_fx.export.operators import operators_library
+from flora_fx.export.directory.operators import operators_library
 
 from ..contenders.settings import Settings
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flora_fx.errors import ExportError, require
 
-from ..operators import needs_operators, register_operators
+from ..directory.operators import needs_operators, register_operators
 from .buffer import Buffer, reachable
 from .one_thread import OneThread
 

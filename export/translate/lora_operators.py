@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from flora_fx.errors import require
 from flora_fx.reporting.fusion_report import FusionReport
 
-from ..operators import DOMAIN
+from ..directory.operators import DOMAIN
 from .lora_sums import SKIP_NORM, Sum, Sums, attribute, is_read, sizes
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import flora_ort
 from flora_fx.benchmarks.contenders.models import Adapted, make_model
 from flora_fx.benchmarks.contenders.settings import Settings
 from flora_fx.errors import ExportError
-from flora_fx.export import Decoder, export_onnx, load, operators
+from flora_fx.export import Decoder, export_onnx, load
+from flora_fx.export.directory import operators
 from flora_fx.export.directory.manifest import read_manifest
 from tests.export.stand_in import CUDA, FakeCuda
 
