@@ -2,6 +2,7 @@
 # make lint   ruff and mypy                                       make test-all  the slow checks too
 # make coverage  lines that the tests run, and errors that none raises      make mutations  bugs, and who notices each
 # make compat  the suite with the oldest and the newest of everything, the wheel installed (gigabytes)
+# make ops  flora_ort, the operators of ONNX Runtime: a C++ compiler is enough, with nvcc on the PATH for CUDA, too
 # make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
@@ -11,12 +12,18 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
-.PHONY: demo test test-all coverage mutations compat lint bench clean
+.PHONY: demo ops test test-all coverage mutations compat lint bench clean
 
 demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
 
+ops: $(STAMP)
+	$(BIN)/python -m flora_ort.build --report flora_ort/nvcc.txt
+
+# Built before processes run side by side; without a compiler their tests are skipped, and this says so. The CPU's half
+# is enough: what `make ops` built with CUDA stays.
 test: $(STAMP)
+	-$(BIN)/python -m flora_ort.build --if-missing --no-cuda
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP)
@@ -57,4 +64,5 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
+	rm -f flora_ort/libflora_ort.* flora_ort/nvcc.txt
 	rm -rf $(VENV) .compat build dist *.egg-info demo-output

@@ -24,6 +24,7 @@ from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
 from .directory.manifest import MANIFEST, MODEL, write_manifest
+from .directory.operators import choose_operators, copy_operators
 from .directory.saving import save_graphs
 from .directory.staging import staged
 from .lora.swappable import check_swappable
@@ -31,6 +32,7 @@ from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
 from .targets import Target, TargetName, trace
 from .trace.model import DTYPES, kind_of, private_copy, unwrap
+from .translate.lora_operators import use_lora_operators
 from .translate.lowering import lower
 from .translate.swappable import make_swappable
 
@@ -49,6 +51,7 @@ def export_onnx(
     config: FuseConfig | None = None,
     target: TargetName | None = None,
     hot_swap: bool = False,
+    custom_ops: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Write a model with its adapters fused in as a directory for ONNX Runtime, and check it there.
@@ -73,6 +76,9 @@ def export_onnx(
             model's attention is such, the second where it is not; `ExportResult.notes` says why.
         hot_swap: let `Decoder.load_adapter` replace the LoRA in the exported graph (target ``"decoder"``). This
             costs about 2% of prefill and decode on a CPU.
+        custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
+            has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
+            False: plain operators. ``Manifest.custom_ops`` says what was written.
         progress: called with the name of each stage as it begins.
 
     Returns:
@@ -114,6 +120,7 @@ def export_onnx(
     if target not in (None, *get_args(TargetName)):
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
+    operators = choose_operators(custom_ops, provider)
     core = unwrap(model)
     kind = kind_of(core)
     if hot_swap:
@@ -133,7 +140,13 @@ def export_onnx(
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
             chosen, traced = trace(reference, kind, example_inputs, target, provider)
-            own_forms = chosen.forms if not hot_swap else _swappable_forms(chosen, "; ".join(traced.notes) or kind)
+            why_not = "; ".join(traced.notes) or kind
+            if custom_ops and chosen.operator_forms is None:
+                raise ExportError(f"custom_ops is for target 'decoder'; {why_not}")
+            operators = operators and chosen.operator_forms is not None
+            own_forms = (chosen.operator_forms if operators else None) or chosen.forms
+            if hot_swap:
+                own_forms = _swappable_forms(chosen, why_not)
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)
             fused = {name: fuse_unstored(part.program, config or own_forms) for name, part in captured.items()}
@@ -141,6 +154,7 @@ def export_onnx(
             chosen.finish(fused)
         with CAPTURING, stage("translate"):
             graphs = {name: lower(fused[name], part) for name, part in captured.items()}
+            operators = operators and bool(use_lora_operators(graphs[MODEL], fusion))
             swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
@@ -148,8 +162,11 @@ def export_onnx(
             manifest = describe(core, reference, kind, chosen, traced)
             for note in manifest.notes[len(traced.notes) :]:
                 warnings.warn(note, stacklevel=2)
-            notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider)]
-            manifest = replace(manifest, identity=identify(model, core), live=swappable, notes=notes)
+            library = copy_operators(place, provider) if operators else None
+            notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider, library)]
+            manifest = replace(
+                manifest, identity=identify(model, core), live=swappable, custom_ops=operators, notes=notes
+            )
             example = traced.example
             # What torch.onnx has translated holds the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, captured, traced

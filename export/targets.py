@@ -26,7 +26,7 @@ from flora_fx.errors import ExportError
 from .directory.genai_config import write_genai_config
 from .directory.generation_config import genai_notes, generation_notes, own_options, setting
 from .directory.manifest import ENCODER, MODEL
-from .forms import DECODER_FORMS, ONNX_FORMS, SWAPPABLE_FORMS
+from .forms import DECODER_FORMS, ONNX_FORMS, OPERATOR_FORMS, SWAPPABLE_FORMS
 from .rewrite.splits import join_heads, split_once
 from .trace.causal_lm import check_examples, trace_causal_lm
 from .trace.decoder import trace_decoder
@@ -50,11 +50,13 @@ class Target(ABC):
         name: what `export_onnx` and `Manifest.target` call it.
         forms: what is fused into what.
         swappable_forms: the same, where another LoRA may replace the adapter; None where none can.
+        operator_forms: the same, where the operators of ``flora_ort`` may be used; None where they may not.
     """
 
     name: ClassVar[TargetName] = "general"
     forms: ClassVar[FuseConfig] = ONNX_FORMS
     swappable_forms: ClassVar[FuseConfig | None] = None
+    operator_forms: ClassVar[FuseConfig | None] = None
 
     @abstractmethod
     def trace(self, model: nn.Module, examples: Mapping[str, Tensor], provider: str) -> Traced:
@@ -80,7 +82,9 @@ class Target(ABC):
         """Where tokens will not be those of transformers' ``generate``."""
         return generation_notes(model)
 
-    def write_companions(self, place: Path, model: nn.Module, traced: Traced, provider: str) -> tuple[str, ...]:
+    def write_companions(
+        self, place: Path, model: nn.Module, traced: Traced, provider: str, operators: str | None = None
+    ) -> tuple[str, ...]:
         """Write what only this target has into the directory; returns what a reader should know."""
         return ()
 
@@ -91,6 +95,7 @@ class DecoderTarget(Target):
     name = "decoder"
     forms = DECODER_FORMS
     swappable_forms = SWAPPABLE_FORMS
+    operator_forms = OPERATOR_FORMS
 
     def trace(self, model: nn.Module, examples: Mapping[str, Tensor], provider: str) -> Traced:
         """See `Target.trace`; the examples are not used."""
@@ -106,9 +111,11 @@ class DecoderTarget(Target):
         """Where those of onnxruntime-genai will not be, as well."""
         return [*generation_notes(model), *genai_notes(model)]
 
-    def write_companions(self, place: Path, model: nn.Module, traced: Traced, provider: str) -> tuple[str, ...]:
+    def write_companions(
+        self, place: Path, model: nn.Module, traced: Traced, provider: str, operators: str | None = None
+    ) -> tuple[str, ...]:
         """``genai_config.json``."""
-        return write_genai_config(place, model, traced, provider)
+        return write_genai_config(place, model, traced, provider, operators)
 
 
 class GeneralTarget(Target):

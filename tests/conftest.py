@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,3 +28,18 @@ def _seed() -> Iterator[None]:
     warnings.filterwarnings("error", module=r"(flora_fx|passes|export|benchmarks)(\.|$)")
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """``flora_ort`` as it is here, or else built without CUDA, which takes long."""
+    import flora_ort
+    from flora_ort.build import NoCompilerError, build
+
+    try:
+        return flora_ort.library()
+    except FileNotFoundError:
+        try:
+            return build(cuda=False)
+        except NoCompilerError as error:
+            pytest.skip(f"the operators are not tested: {error}")

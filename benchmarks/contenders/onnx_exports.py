@@ -204,11 +204,14 @@ def _log(directory: Path, adapted: Adapted) -> Path:
 def _by_flora_fx(settings: Settings, model: Any, folders: list[Path], **options: Any) -> Iterator[None]:
     # Where a GPU's provider is not installed yet, the check is the CPU's; contenders are checked once more.
     providers = dict.fromkeys((PROVIDERS[settings.device], PROVIDERS["cpu"]))
+    options.setdefault("custom_ops", False)  # whether they are built here must not decide what is measured
     export_onnx(model, folders[0], providers=[*providers], overwrite=True, **options)
     yield
 
 
 _hot_swap = partial(_by_flora_fx, hot_swap=True)
+_custom_ops = partial(_by_flora_fx, custom_ops=True)
+_custom_ops_hot_swap = partial(_by_flora_fx, custom_ops=True, hot_swap=True)
 _general = partial(_by_flora_fx, target="general")
 
 
@@ -283,6 +286,8 @@ _WRITERS: dict[Adapted, dict[tuple[str, ...], _Writer]] = {
     },
     "peft": {
         ("fused",): _by_flora_fx,
+        ("fused (custom ops)",): _custom_ops,
+        ("fused (custom ops, hot swap)",): _custom_ops_hot_swap,
         ("fused (hot swap)",): _hot_swap,
         ("fused (general)",): _general,
         ("PEFT (transformers)", "PEFT (transformers, ort_fusions)"): _by_transformers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -33,12 +34,18 @@ Results = Iterator[dict[str, Any]]
 TUNED = (("ep.cuda.enable_gemm_auto_tune", "1"),)
 """ONNX Runtime's kernels for few rows, chosen by trying them; off by default."""
 
+_OPERATORS = ("fused (custom ops)", "base (genai)", "PEFT (genai)")
+"""First of all: the operators of ``flora_ort`` beside what they are to beat."""
+
 
 def _sections(asked: Plan) -> list[Section]:
     dtypes = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     onnx = f"{asked.name}-{dtypes[asked.onnx.dtype]}"
     forms = f"{asked.name}-{dtypes[asked.torch.dtype]}"
     return [
+        Section("operators", _operators, 60, True, f"decoder-{onnx}-operators"),
+        Section("operators, tuned", partial(_operators, entries=TUNED), 60, True, f"decoder-{onnx}-operators-tuned"),
+        Section("operators, not early", partial(_operators, early=False), 60, True, f"decoder-{onnx}-operators-late"),
         Section("decoder", _decoder, 120, needs_provider=True, record=f"decoder-{onnx}"),
         Section("latency", partial(_latency, asked.runner, asked.forms), 120, record=f"latency-{forms}"),
         Section("decoder, tuned", partial(_decoder, entries=TUNED), 100, True, f"decoder-{onnx}-tuned"),
@@ -92,6 +99,13 @@ def _decoder(asked: Plan, place: Folder, entries: Sequence[tuple[str, str]] = ()
         nodes = {name: {"nodes": one["nodes"]} for name, one in found.items() if one}
         result["rows"] += [row | nodes.get(row["variant"], {}) for row in rows]
         yield result
+
+
+def _operators(asked: Plan, place: Folder, entries: Sequence[tuple[str, str]] = (), *, early: bool = True) -> Results:
+    """The operators' graph alone with its peers; each of their kernels launched as the one before ends, or after it."""
+    os.environ["FLORA_ORT_EARLY"] = str(int(early))
+    graphs = tuple(name for name in _OPERATORS if name in asked.graphs)
+    yield from _decoder(replace(asked, graphs=graphs, reference="base (genai)"), place, entries)
 
 
 def _latency(runner: str, contenders: tuple[str, ...], asked: Plan, place: Folder) -> Results:

@@ -6,6 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from flora_fx.errors import ExportError
+from flora_fx.export.directory.operators import operators_library
+
 from ..contenders.settings import Settings
 
 __all__ = ["Plan", "plan"]
@@ -88,8 +91,8 @@ def _llama() -> Plan:
         name="1b",
         onnx=Settings("llama-3.2-1b", dtype="float16", threads=min(8, cores), device="cuda"),
         graphs=(
-            *("base", "fused", "fused (hot swap)", "FFBA block (fused)", "FFBA shared (fused)"),
-            *("base (genai)", "PEFT (genai)"),
+            *("fused (custom ops)", "base (genai)", "PEFT (genai)", "base", "fused"),
+            *("fused (custom ops, hot swap)", "fused (hot swap)", "FFBA block (fused)", "FFBA shared (fused)"),
         ),
         reference="base",
         loops="fused",
@@ -116,12 +119,21 @@ def _llama() -> Plan:
     )
 
 
+def _built_operators() -> tuple[str, ...]:
+    """A rehearsal needs no compiler."""
+    try:
+        operators_library("CPUExecutionProvider")
+    except ExportError:
+        return ()
+    return ("fused (custom ops)",)
+
+
 def _tiny() -> Plan:
     tiny = Settings("tiny", layers=1, rank=4, threads=1)
     return Plan(
         name="rehearsal",
         onnx=tiny,
-        graphs=("base (genai)", "fused (hot swap)"),
+        graphs=("base (genai)", "fused (hot swap)", *_built_operators()),
         reference="base (genai)",
         loops="fused (hot swap)",
         prompts=(8, 12),

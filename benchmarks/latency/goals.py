@@ -39,6 +39,8 @@ GOALS: dict[str, tuple[Goal, ...]] = {
         Goal("fused", "ttft", "PEFT (transformers, ort_fusions)", 1.0),
     ),
     "cuda": (
+        Goal("fused (custom ops)", "tpot", "base (genai)", 1.0),
+        Goal("fused (custom ops)", "ttft", "base (genai)", 1.05),
         Goal("fused", "tpot", "base", 1.03),
         Goal("FFBA block (fused)", "tpot", "base", 1.01),
         Goal("FFBA shared (fused)", "tpot", "base", 1.01),
@@ -54,7 +56,7 @@ GOALS: dict[str, tuple[Goal, ...]] = {
 
 NODES = {
     "cpu": {"fused": 100, "fused (hot swap)": 100, "FFBA block (fused)": 64},
-    "cuda": {"fused": 84, "fused (hot swap)": 84, "FFBA block (fused)": 64},
+    "cuda": {"fused (custom ops)": 48, "fused": 84, "fused (hot swap)": 84, "FFBA block (fused)": 64},
 }
 """By device: nodes that the whole graph of `LAYERS` layers may have, with adapters on all projections."""
 
@@ -66,7 +68,7 @@ CONTENDERS = {
         *("PEFT (transformers, ort_fusions)", "PEFT (genai)", "FFBA block (fused)", "FFBA shared (fused)"),
     ),
     "cuda": (
-        *("base", "base (genai)", "base (eager)", "fused", "PEFT (genai)", "PEFT (eager)"),
+        *("fused (custom ops)", "base", "base (genai)", "base (eager)", "fused", "PEFT (genai)", "PEFT (eager)"),
         *("FFBA block (fused)", "FFBA shared (fused)"),
     ),
 }

@@ -25,7 +25,9 @@ _TYPES = {
 """Model types that onnxruntime-genai 0.18 knows by name; ``decoder`` is for all others with the same inputs."""
 
 
-def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -> tuple[str, ...]:
+def write_genai_config(
+    place: Path, model: Any, traced: Traced, provider: str, operators: str | None = None
+) -> tuple[str, ...]:
     """Write ``genai_config.json`` beside a decoder's graph.
 
     Args:
@@ -33,6 +35,7 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
         model: the transformers model.
         traced: what was captured of it.
         provider: ONNX Runtime's name of the execution provider that the export is for.
+        operators: name of a library of operators that the graph needs, beside it; None for none.
 
     Returns:
         what a reader should know.
@@ -63,6 +66,7 @@ def write_genai_config(place: Path, model: Any, traced: Traced, provider: str) -
                 "session_options": {
                     "log_id": "onnxruntime-genai",
                     "provider_options": [{"cuda": {}}] if provider == "CUDAExecutionProvider" else [],
+                    **({} if operators is None else {"custom_ops_library": operators}),
                 },
                 "filename": "model.onnx",
                 "head_size": traced.head_dim,

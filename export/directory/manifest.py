@@ -48,6 +48,7 @@ class Manifest:
         generation: what `generate` goes by where a caller says nothing: of the model's generation config, what
             `GenerationOptions` has. Empty in directories that were exported before this was kept.
         needs_mask: whether a speech model does not take a missing attention mask for one that is all ones.
+        custom_ops: whether the graph needs the operators of ``flora_ort``.
         notes: see `ExportResult`.
         live: the swappable weights: those of the adapter, where another one may replace it (``hot_swap``).
         identity: base and adapters.
@@ -75,6 +76,7 @@ class Manifest:
     decoder_start_token_id: int | None = None
     generation: dict[str, Any] = field(default_factory=dict)
     needs_mask: bool = False
+    custom_ops: bool = False
     notes: list[str] = field(default_factory=list)
     live: tuple[SwappableWeight, ...] = ()
     identity: Identity = field(default_factory=Identity)

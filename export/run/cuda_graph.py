@@ -24,6 +24,7 @@ def open_decoder(
     providers: Sequence[Any] | None,
     session_options: Any = None,
     cuda_graph: bool | None = None,
+    tune_gemms: bool = False,
 ) -> tuple[Decoder, str]:
     """Open the graph of a causal LM; a step is captured at once, so that what a CUDA graph forbids shows now.
 
@@ -32,6 +33,7 @@ def open_decoder(
         manifest: of the graph.
         providers, session_options: see `Session`.
         cuda_graph: None for one where keys and values stay in their place and the provider is CUDA.
+        tune_gemms: see `Session`; what a step needs is tried before it is captured.
 
     Returns:
         a decoder, and why it has no CUDA graph where it should have one; empty otherwise.
@@ -41,7 +43,13 @@ def open_decoder(
     """
 
     def opened(*, captured: bool) -> Decoder:
-        session = Session(path, providers=providers, session_options=session_options, cuda_graph=captured)
+        session = Session(
+            path,
+            providers=providers,
+            session_options=session_options,
+            cuda_graph=captured,
+            tune_gemms=tune_gemms,
+        )
         return Decoder(session, manifest)
 
     on_cuda = provider_name(usable_providers(providers)[0]) == "CUDAExecutionProvider"

@@ -26,6 +26,7 @@ def load(
     session_options: Any = None,
     verify: bool = True,
     cuda_graph: bool | None = None,
+    tune_gemms: bool = False,
 ) -> Decoder | Seq2Seq | Encoder:
     """Open what `export_onnx` wrote.
 
@@ -38,13 +39,16 @@ def load(
         cuda_graph: capture the decode step as a CUDA graph and replay it. None: where the target is ``"decoder"`` and
             the provider CUDA; if the graph cannot be captured, a RuntimeWarning says why, and the step runs without.
             True: or else an error. False: no.
+        tune_gemms: on CUDA, let ONNX Runtime try its own kernels for GEMMs of few rows beside cuBLAS's, and take the
+            faster one (``ep.cuda.enable_gemm_auto_tune``). The first prompt of each length takes longer.
 
     Returns:
         A `Decoder` for a causal LM, a `Seq2Seq` for an encoder-decoder, an `Encoder` for an encoder.
 
     Raises:
         ExportError: the directory is missing, half written or changed, or ONNX Runtime cannot load it
-            here (bfloat16 needs a GPU), or ``cuda_graph=True`` where there can be none.
+            here (bfloat16 needs a GPU; operators of ``flora_ort`` need that library), or ``cuda_graph=True`` where
+            there can be none, or ``tune_gemms`` without CUDA.
         MissingExtraError: onnx or onnxruntime is not installed.
 
     >>> load("no-such-directory")
@@ -61,7 +65,12 @@ def load(
         )
     if manifest.kind == "causal-lm":
         decoder, without = open_decoder(
-            place / MODEL, manifest, providers=providers, session_options=session_options, cuda_graph=cuda_graph
+            place / MODEL,
+            manifest,
+            providers=providers,
+            session_options=session_options,
+            cuda_graph=cuda_graph,
+            tune_gemms=tune_gemms,
         )
         if without:
             warnings.warn(
@@ -74,9 +83,11 @@ def load(
         raise ExportError(
             f"cuda_graph is for causal LMs whose target is 'decoder'; {place} is of kind {manifest.kind!r}"
         )
-    session = Session(place / MODEL, providers=providers, session_options=session_options)
+    session = Session(place / MODEL, providers=providers, session_options=session_options, tune_gemms=tune_gemms)
     if manifest.kind == "seq2seq-lm":
         return Seq2Seq(
-            Session(place / ENCODER, providers=providers, session_options=session_options), session, manifest
+            Session(place / ENCODER, providers=providers, session_options=session_options, tune_gemms=tune_gemms),
+            session,
+            manifest,
         )
     return Encoder(session, manifest)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from flora_fx.errors import ExportError, require
 
+from ..directory.operators import needs_operators, register_operators
 from .buffer import Buffer, reachable
 from .one_thread import OneThread
 
 __all__ = ["DEFAULT_PROVIDERS", "Binding", "Session", "Value", "provider_name", "usable_providers"]
 
 _CUDA = "CUDAExecutionProvider"
+_TUNE = "ep.cuda.enable_gemm_auto_tune"
 DEFAULT_PROVIDERS = (_CUDA, "CPUExecutionProvider")
 
 Value = Any
@@ -97,8 +99,11 @@ class Session:
     Args:
         path: of the ``.onnx`` file.
         providers: as for `usable_providers`.
-        session_options: ``onnxruntime.SessionOptions``; None for quiet defaults.
+        session_options: ``onnxruntime.SessionOptions``; None for quiet defaults. A graph in operators of ``flora_ort``
+            has that library registered in them.
         cuda_graph: let a `Binding` capture its run as a CUDA graph, and replay it; from how many threads ever, two run.
+        tune_gemms: let ONNX Runtime try its kernels for GEMMs of few rows on CUDA, each size as it first comes, and
+            take the fastest.
 
     Attributes:
         path: of the graph.
@@ -109,7 +114,8 @@ class Session:
         signature: shapes and dtypes of both, and of the initializers that may be overridden.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the graph, or lacks kernels for its dtype; ``cuda_graph`` without CUDA.
+        ExportError: ONNX Runtime cannot load the graph, or lacks kernels for its dtype; ``flora_ort`` is needed and not
+            here; ``cuda_graph`` or ``tune_gemms`` without CUDA.
     """
 
     def __init__(
@@ -119,6 +125,7 @@ class Session:
         providers: Sequence[Any] | None = None,
         session_options: Any = None,
         cuda_graph: bool = False,
+        tune_gemms: bool = False,
     ) -> None:
         ort = require("onnxruntime", "onnx")
         self._ort = ort
@@ -130,6 +137,10 @@ class Session:
         if session_options is None:
             session_options = ort.SessionOptions()
             session_options.log_severity_level = 3  # errors; warnings are about nodes kept on the CPU
+        if tune_gemms:
+            session_options.add_session_config_entry(_TUNE, "1")
+        if needs_operators(path):
+            register_operators(session_options, provider_name(chosen[0]))
         try:
             self._session = ort.InferenceSession(str(path), sess_options=session_options, providers=chosen)
         except Exception as error:  # ONNX Runtime's exceptions have no common base
@@ -143,6 +154,8 @@ class Session:
         self._thread = OneThread() if cuda_graph else None
         if cuda_graph and self.device != "cuda":
             raise ExportError(f"cuda_graph needs the CUDAExecutionProvider; {path} runs on {self.provider}")
+        if tune_gemms and self.device != "cuda":
+            raise ExportError(f"tune_gemms needs the CUDAExecutionProvider; {path} runs on {self.provider}")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         values = (*inputs, *self._session.get_overridable_initializers(), *outputs)
         self.signature: dict[str, tuple[tuple[int | str, ...], torch.dtype]] = {

@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from flora_fx.ir import Derived, Pack, Weight
 from flora_fx.storage.module import META, PLAIN, STORE, FusedExportedProgram, FusedGraphModule, Fusion
-from flora_fx.storage.pack import derive, tie
+from flora_fx.storage.pack import derive
 
 from .builder import Builder, Dialect, ExportedBuilder
 from .examples import Examples, SharedExamples, same_sizes

@@ -32,6 +32,7 @@ class Case:
         dtype, adapted: of the model.
         target: asked for.
         gets: the target that it has then.
+        custom_ops: whether it is in the operators of ``flora_ort``.
     """
 
     device: str
@@ -39,6 +40,7 @@ class Case:
     adapted: Adapted
     target: TargetName | None
     gets: TargetName
+    custom_ops: bool = False
 
     @property
     def swaps(self) -> bool:
@@ -48,10 +50,15 @@ class Case:
 
 ON_CPU = Case("cpu", "float32", "peft", None, "decoder")
 ON_GPU = Case("cuda", "float16", "peft", None, "decoder")
+OPERATORS_ON_CPU = Case("cpu", "float32", "peft", None, "decoder", custom_ops=True)
+OPERATORS_ON_GPU = Case("cuda", "float16", "peft", None, "decoder", custom_ops=True)
 CASES = {
     "CPU": ON_CPU,
     "CPU, general": Case("cpu", "float16", "peft", "general", "general"),
+    "CPU, operators": OPERATORS_ON_CPU,
     "float16": ON_GPU,
+    "float16, operators": OPERATORS_ON_GPU,
+    "bfloat16, operators": Case("cuda", "bfloat16", "peft", None, "decoder", custom_ops=True),
     "float16, general": Case("cuda", "float16", "peft", "general", "general"),
     "bfloat16": Case("cuda", "bfloat16", "peft", None, "decoder"),
     "bfloat16, general": Case("cuda", "bfloat16", "peft", "general", "general"),
@@ -74,6 +81,14 @@ def placed(cases: dict[str, Case]) -> list[Any]:
 
 
 BOTH = placed({"CPU": ON_CPU, "GPU": ON_GPU})
+ALL = placed(
+    {
+        "CPU": ON_CPU,
+        "GPU": ON_GPU,
+        "CPU, operators": OPERATORS_ON_CPU,
+        "GPU, operators": OPERATORS_ON_GPU,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -91,11 +106,13 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Made]:
+def made(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[Case], Made]:
     """Each is exported once."""
     known: dict[Case, Made] = {}
 
     def get(case: Case) -> Made:
+        if case.custom_ops:
+            request.getfixturevalue("library")
         if case not in known:
             one = settings("cpu", case.dtype, layers=1)
             result = export_onnx(
@@ -103,6 +120,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Made]:
                 tmp_path_factory.mktemp("export") / "out",
                 target=case.target,
                 hot_swap=case.swaps,
+                custom_ops=case.custom_ops,
                 providers=[PROVIDERS[case.device]],
             )
             known[case] = Made(case, make_model(one, case.adapted, dtype=torch.float32), result)
@@ -161,13 +179,14 @@ def test_a_decoder(made: Callable[[Case], Made], case: Case) -> None:
     assert export.result.checked_on.startswith(PROVIDERS[case.device])
     assert not export.result.report.declines
     decoder = export.decoder()
+    assert decoder.manifest.custom_ops is case.custom_ops
     assert decoder.session.device == case.device
     assert decoder.session.cuda_graph is (case.device == "cuda" and case.gets == "decoder")
     assert_logits(decoder, export.model, case.dtype)
     assert_greedy(greedy(decoder), IDS, MASK, export.model, case.dtype)
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("case", ALL)
 def test_with_and_without_a_cuda_graph(made: Callable[[Case], Made], case: Case) -> None:
     captured, plain = made(case).decoder(), made(case).decoder(cuda_graph=False)
     assert captured.session.cuda_graph is (case.device == "cuda")
@@ -182,7 +201,7 @@ def test_with_and_without_a_cuda_graph(made: Callable[[Case], Made], case: Case)
     )
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize("case", ALL)
 @torch.no_grad()
 def test_swaps_under_one_graph(made: Callable[[Case], Made], case: Case) -> None:
     export = made(case)

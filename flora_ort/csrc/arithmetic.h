@@ -1,0 +1,309 @@
+// The arithmetic of one thread, compiled for the CPU and for the GPU: what indexes wrongly does so on both.
+//
+// Numbers are read in their dtype, accumulated in float32 and cast once. A thread computes TM rows by VEC neighbouring
+// columns; it reads VEC numbers of a row at once, and KV of z. plan.h sees to it that they are aligned.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "call.h"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define FLORA_FN __device__ __forceinline__
+#define FLORA_UNROLL _Pragma("unroll")
+#else
+#define FLORA_FN inline __attribute__((always_inline))
+#define FLORA_UNROLL
+#endif
+
+#ifndef FLORA_SPACE  // one for each set of instructions that this is compiled with
+#define FLORA_SPACE portable
+#endif
+
+namespace flora {
+namespace FLORA_SPACE {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+FLORA_FN float widen(float x) { return x; }
+
+#if defined(__CUDACC__)
+FLORA_FN float widen(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+FLORA_FN float widen(BFloat x) { return __bfloat162float(__ushort_as_bfloat16(x.bits)); }
+FLORA_FN void narrow(float x, float* to) { *to = x; }
+FLORA_FN void narrow(float x, Half* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }
+FLORA_FN void narrow(float x, BFloat* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+#else
+FLORA_FN float widen(Half x) {
+  _Float16 value;
+  std::memcpy(&value, &x, sizeof value);
+  return value;
+}
+FLORA_FN float widen(BFloat x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+FLORA_FN void narrow(float x, float* to) { *to = x; }
+FLORA_FN void narrow(float x, Half* to) {
+  _Float16 value = static_cast<_Float16>(x);
+  std::memcpy(to, &value, sizeof value);
+}
+FLORA_FN void narrow(float x, BFloat* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const bool nan = x != x;
+  bits += 0x7fff + ((bits >> 16) & 1);  // to the nearest, ties to even
+  to->bits = nan ? 0x7fc0 : static_cast<uint16_t>(bits >> 16);
+}
+#endif
+
+#if defined(__CUDACC__)
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+template <typename T, int N>
+FLORA_FN void load(const T* from, float (&to)[N]) {
+  using W = typename Word<sizeof(T) * N>::type;
+  const W word = __ldg(reinterpret_cast<const W*>(from));
+  T items[N];
+  memcpy(items, &word, sizeof word);
+  FLORA_UNROLL
+  for (int i = 0; i < N; ++i) to[i] = widen(items[i]);
+}
+template <typename T, int N>
+FLORA_FN void store(const float (&from)[N], T* to) {
+  using W = typename Word<sizeof(T) * N>::type;
+  T items[N];
+  FLORA_UNROLL
+  for (int i = 0; i < N; ++i) narrow(from[i], items + i);
+  W word;
+  memcpy(&word, items, sizeof word);
+  *reinterpret_cast<W*>(to) = word;
+}
+#else
+template <typename T, int N>
+FLORA_FN void load(const T* from, float (&to)[N]) {
+  for (int i = 0; i < N; ++i) to[i] = widen(from[i]);
+}
+template <typename T, int N>
+FLORA_FN void store(const float (&from)[N], T* to) {
+  for (int i = 0; i < N; ++i) narrow(from[i], to + i);
+}
+#endif
+
+FLORA_FN float activate(float x, Activation kind) {
+  if (kind == Activation::kSilu) return x / (1.0f + expf(-x));
+  if (kind == Activation::kGelu) return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+  return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+}
+
+// Which rows of B reach a column of p, and in which column of B; none where no block does.
+struct Reach {
+  int32_t first, last, from;
+};
+
+FLORA_FN Reach reach_of(const Call& call, int32_t column) {
+  Reach found{0, 0, 0};
+  for (int i = 0; i < call.blocks; ++i) {
+    const Block& block = call.block[i];
+    if (block.begin <= column && column < block.end)
+      found = {block.first, block.last, column - block.begin + block.from};
+  }
+  return found;
+}
+
+// The column of p that a column of the output is.
+FLORA_FN int32_t column_of(const Call& call, int32_t at) {
+  int32_t column = call.part[0].start + at;
+  for (int i = 1; i < call.parts; ++i)
+    if (call.part[i].at <= at) column = call.part[i].start + at - call.part[i].at;
+  return column;
+}
+
+// p + z B in the columns column..column + VEC of the rows row..row + TM; a row that is not there repeats the last one.
+template <typename T, int VEC, int KV, int TM>
+FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&sum)[TM][VEC]) {
+  const T* p = static_cast<const T*>(call.p);
+  const T* z[TM];
+  FLORA_UNROLL
+  for (int t = 0; t < TM; ++t) {
+    const int64_t at = row + t < call.rows ? row + t : call.rows - 1;
+    load<T, VEC>(p + at * call.stride + column, sum[t]);
+    z[t] = static_cast<const T*>(call.z) + at * call.z_stride;
+  }
+  if (call.bias != nullptr) {
+    float bias[VEC];
+    load<T, VEC>(static_cast<const T*>(call.bias) + column, bias);
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) sum[t][v] += bias[v];
+    }
+  }
+  const Reach reach = reach_of(call, column);
+  const T* b = static_cast<const T*>(call.b) + reach.from;
+#if defined(__CUDACC__)
+#pragma unroll(TM > 1 ? (KV > 1 ? 1 : 4) : (KV > 1 ? 2 : 8))
+#endif
+  for (int32_t k = reach.first; k < reach.last; k += KV) {
+    float low[TM][KV];
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) load<T, KV>(z[t] + k, low[t]);
+    if (call.z_bias != nullptr) {
+      float bias[KV];
+      load<T, KV>(static_cast<const T*>(call.z_bias) + k, bias);
+      FLORA_UNROLL
+      for (int t = 0; t < TM; ++t) {
+        FLORA_UNROLL
+        for (int i = 0; i < KV; ++i) low[t][i] += bias[i];
+      }
+    }
+    FLORA_UNROLL
+    for (int i = 0; i < KV; ++i) {
+      float up[VEC];
+      load<T, VEC>(b + static_cast<int64_t>(k + i) * call.columns, up);
+      FLORA_UNROLL
+      for (int t = 0; t < TM; ++t) {
+        FLORA_UNROLL
+        for (int v = 0; v < VEC; ++v) sum[t][v] += low[t][i] * up[v];
+      }
+    }
+  }
+}
+
+template <typename T, int VEC, int KV, int TM>
+FLORA_FN void add_thread(const Call& call, int64_t tile, int32_t chunk) {
+  const int32_t column = chunk * VEC;
+  if (column >= call.width) return;
+  float sum[TM][VEC];
+  accumulate<T, VEC, KV, TM>(call, tile * TM, column_of(call, column), sum);
+  FLORA_UNROLL
+  for (int t = 0; t < TM; ++t) {
+    const int64_t row = tile * TM + t;
+    if (row < call.rows) store<T, VEC>(sum[t], static_cast<T*>(call.out) + row * call.width + column);
+  }
+}
+
+template <typename T, int VEC, int KV, int TM>
+FLORA_FN void swiglu_thread(const Call& call, int64_t tile, int32_t chunk) {
+  const int32_t column = chunk * VEC;
+  if (column >= call.width) return;
+  float gate[TM][VEC], up[TM][VEC];
+  accumulate<T, VEC, KV, TM>(call, tile * TM, call.part[0].start + column, gate);
+  accumulate<T, VEC, KV, TM>(call, tile * TM, call.up + column, up);
+  FLORA_UNROLL
+  for (int t = 0; t < TM; ++t) {
+    const int64_t row = tile * TM + t;
+    FLORA_UNROLL
+    for (int v = 0; v < VEC; ++v) up[t][v] *= activate(gate[t][v], call.activation);
+    if (row < call.rows) store<T, VEC>(up[t], static_cast<T*>(call.out) + row * call.width + column);
+  }
+}
+
+// A thread of a norm: it gathers its columns and their squares, waits for the sum of all threads, and finishes.
+// CH is how many chunks of columns it keeps meanwhile; 0: any number, computed anew at the end.
+template <typename T, int VEC, int KV, int TM, int CH>
+struct NormThread {
+  float kept[CH > 0 ? CH : 1][TM][VEC];
+  float squares[TM];
+
+  FLORA_FN void chunk(const Call& call, int64_t tile, int32_t base, int32_t column, float (&sum)[TM][VEC]) const {
+    accumulate<T, VEC, KV, TM>(call, tile * TM, call.part[0].start + base + column, sum);
+    if (call.skip == nullptr) return;
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      const int64_t row = tile * TM + t < call.rows ? tile * TM + t : call.rows - 1;
+      float skip[VEC];
+      load<T, VEC>(static_cast<const T*>(call.skip) + row * call.width + base + column, skip);
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) sum[t][v] += skip[v];
+    }
+  }
+
+  FLORA_FN void gathered(const Call& call, int64_t tile, int32_t at, const float (&sum)[TM][VEC]) {
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      const int64_t row = tile * TM + t;
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) squares[t] += sum[t][v] * sum[t][v];
+      if (call.sum != nullptr && row < call.rows)
+        store<T, VEC>(sum[t], static_cast<T*>(call.sum) + row * call.width + at);
+    }
+  }
+
+  FLORA_FN void gather(const Call& call, int64_t tile, int32_t base, int32_t thread, int32_t threads) {
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) squares[t] = 0.0f;
+    if constexpr (CH > 0) {
+      FLORA_UNROLL
+      for (int c = 0; c < CH; ++c) {
+        const int32_t column = (thread + c * threads) * VEC;
+        if (column < call.group) {
+          chunk(call, tile, base, column, kept[c]);
+          gathered(call, tile, base + column, kept[c]);
+        }
+      }
+    } else {
+      for (int32_t column = thread * VEC; column < call.group; column += threads * VEC) {
+        chunk(call, tile, base, column, kept[0]);
+        gathered(call, tile, base + column, kept[0]);
+      }
+    }
+  }
+
+  FLORA_FN void finished(const Call& call, int64_t tile, int32_t base, int32_t column, const float (&total)[TM],
+                         float (&sum)[TM][VEC]) const {
+    float gamma[VEC];
+    load<T, VEC>(static_cast<const T*>(call.gamma) + column, gamma);
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      const int64_t row = tile * TM + t;
+      const float scale = 1.0f / sqrtf(total[t] / static_cast<float>(call.group) + call.epsilon);
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) sum[t][v] *= scale * gamma[v];
+      if (row < call.rows) store<T, VEC>(sum[t], static_cast<T*>(call.out) + row * call.width + base + column);
+    }
+  }
+
+  FLORA_FN void finish(const Call& call, int64_t tile, int32_t base, int32_t thread, int32_t threads,
+                       const float (&total)[TM]) {
+    if constexpr (CH > 0) {
+      FLORA_UNROLL
+      for (int c = 0; c < CH; ++c) {
+        const int32_t column = (thread + c * threads) * VEC;
+        if (column < call.group) finished(call, tile, base, column, total, kept[c]);
+      }
+    } else {
+      for (int32_t column = thread * VEC; column < call.group; column += threads * VEC) {
+        chunk(call, tile, base, column, kept[0]);
+        finished(call, tile, base, column, total, kept[0]);
+      }
+    }
+  }
+};
+
+}  // namespace FLORA_SPACE
+}  // namespace flora

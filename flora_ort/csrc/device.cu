@@ -1,0 +1,157 @@
+// One launch a call, on the caller's stream, which may be captured into a CUDA graph.
+//
+// From compute capability 9 on a kernel may be launched while the one before it ends (programmatic dependent launch):
+// until that has ended it reads nothing, but has B brought into the L2 cache, from which the weights of a layer have
+// driven it since the last token.
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "arithmetic.h"
+#include "device.h"
+#include "plan.h"
+
+namespace flora {
+namespace {
+
+using portable::BFloat;
+using portable::Half;
+
+template <typename T>
+__device__ void prefetch(const Call& call, int32_t column) {
+#if __CUDA_ARCH__ >= 900
+  const portable::Reach reach = portable::reach_of(call, column);
+  const T* b = static_cast<const T*>(call.b) + reach.from;
+  for (int32_t k = reach.first; k < reach.last; ++k)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(b + static_cast<int64_t>(k) * call.columns));
+#endif
+}
+
+// Until what was launched before has ended, and its results can be read; what comes after may be launched.
+__device__ void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <typename T, int VEC, int KV, int TM>
+__global__ void __launch_bounds__(128, 1) add_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
+  const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
+  if (TM == 1 && chunk * VEC < call.width) prefetch<T>(call, portable::column_of(call, chunk * VEC));
+  wait_for_inputs();
+  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
+    portable::add_thread<T, VEC, KV, TM>(call, tile, chunk);
+}
+
+template <typename T, int VEC, int KV, int TM>
+__global__ void __launch_bounds__(128, 1)
+    swiglu_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
+  const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
+  if (TM == 1 && chunk * VEC < call.width) {
+    prefetch<T>(call, call.part[0].start + chunk * VEC);
+    prefetch<T>(call, call.up + chunk * VEC);
+  }
+  wait_for_inputs();
+  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
+    portable::swiglu_thread<T, VEC, KV, TM>(call, tile, chunk);
+}
+
+template <int TM>
+__device__ void sum_over_block(const float (&mine)[TM], float (&total)[TM], float (&shared)[TM][32]) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+#pragma unroll
+  for (int t = 0; t < TM; ++t) {
+    float value = mine[t];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    if (lane == 0) shared[t][warp] = value;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int t = 0; t < TM; ++t) {
+    float value = lane < warps ? shared[t][lane] : 0.0f;
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    total[t] = value;
+  }
+  __syncthreads();  // the next tile writes there again
+}
+
+template <typename T, int VEC, int KV, int TM, int CH>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    norm_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
+  __shared__ float shared[TM][32];
+  const int32_t base = blockIdx.x * call.group;
+  if (TM == 1) {
+    for (int32_t column = threadIdx.x * VEC; column < call.group; column += blockDim.x * VEC)
+      prefetch<T>(call, call.part[0].start + base + column);
+  }
+  wait_for_inputs();
+  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) {
+    portable::NormThread<T, VEC, KV, TM, CH> thread;
+    thread.gather(call, tile, base, threadIdx.x, blockDim.x);
+    float total[TM];
+    sum_over_block<TM>(thread.squares, total, shared);
+    thread.finish(call, tile, base, threadIdx.x, blockDim.x, total);
+  }
+}
+
+using Kernel = void (*)(Call, Plan);
+
+template <typename T, int VEC, int KV>
+Kernel kernel_of(const Call& call, const Plan& plan) {
+  const bool tiled = plan.tile > 1;
+  switch (call.op) {
+    case Operator::kAdd:
+      return tiled ? add_kernel<T, VEC, KV, kTile> : add_kernel<T, VEC, KV, 1>;
+    case Operator::kSwiGLU:
+      return tiled ? swiglu_kernel<T, VEC, KV, kTile> : swiglu_kernel<T, VEC, KV, 1>;
+    default:
+      if (tiled) return norm_kernel<T, VEC, KV, kTile, 1>;
+      return plan.keep > 0 ? norm_kernel<T, VEC, KV, 1, kKeep> : norm_kernel<T, VEC, KV, 1, 0>;
+  }
+}
+
+template <typename T>
+Kernel find_kernel(const Call& call, const Plan& plan) {
+  constexpr int kWide = 16 / sizeof(T);
+  if (plan.wide_z) return kernel_of<T, kWide, kWide>(call, plan);
+  if (plan.wide) return kernel_of<T, kWide, 1>(call, plan);
+  return kernel_of<T, 1, 1>(call, plan);
+}
+
+// Whether this device can, and FLORA_ORT_EARLY is not 0.
+bool launches_early() {
+  static const bool found = [] {
+    const char* told = std::getenv("FLORA_ORT_EARLY");
+    int device = 0, major = 0;
+    return (told == nullptr || std::strcmp(told, "0") != 0) && cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
+  }();
+  return found;
+}
+
+}  // namespace
+
+const char* run_on_device(const Call& call, void* stream) {
+  const Plan plan = plan_for_device(call);
+  const Kernel kernel = call.element == Element::kFloat  ? find_kernel<float>(call, plan)
+                        : call.element == Element::kHalf ? find_kernel<Half>(call, plan)
+                                                         : find_kernel<BFloat>(call, plan);
+  const dim3 grid(plan.across, static_cast<unsigned>(plan.down < 65535 ? plan.down : 65535));
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(plan.threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &early;
+  config.numAttrs = launches_early() ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call, plan);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace flora

@@ -1,0 +1,104 @@
+"""What the operators compute, in plain torch and in any dtype: their definition, and the oracle of their tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["lora_add", "lora_skip_rms_norm", "lora_swiglu"]
+
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+def lora_add(
+    p: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    parts: Sequence[int],
+    blocks: Sequence[int],
+    z_start: int = 0,
+) -> Tensor:
+    """``p + z B`` in some columns of a pack.
+
+    Args:
+        p: [..., columns].
+        b: B [rank, any].
+        bias: of p [columns], added first.
+        z: [..., rank], where it is not in p.
+        parts: start and width of each range of p's columns that is wanted, in the order of the result.
+        blocks: begin, end, first, last, from of each: to p's columns begin..end come z's numbers first..last times B's
+            rows first..last in its columns from..from + end - begin. They must not overlap.
+        z_start: where z begins in p.
+
+    Returns:
+        [..., sum of the widths].
+
+    >>> p = torch.tensor([[1.0, 2.0, 10.0]])
+    >>> lora_add(p, torch.tensor([[0.5, 0.25]]), parts=(1, 1, 0, 1), blocks=(0, 2, 0, 1, 0), z_start=2)
+    tensor([[4.5000, 6.0000]])
+    """
+    if bias is not None:
+        p = p + bias
+    low = p[..., z_start : z_start + len(b)] if z is None else z
+    total = p.clone()
+    for begin, end, first, last, source in zip(*[iter(blocks)] * 5, strict=True):
+        total[..., begin:end] += low[..., first:last] @ b[first:last, source : source + end - begin]
+    return torch.cat([total[..., start : start + width] for start, width in zip(*[iter(parts)] * 2, strict=True)], -1)
+
+
+def lora_swiglu(
+    p: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    gate: int,
+    up: int,
+    width: int,
+    activation: str,
+    blocks: Sequence[int],
+    z_start: int = 0,
+) -> Tensor:
+    """``act(gate) * up``: columns of p that begin at ``gate`` and at ``up``. The rest is `lora_add`'s."""
+    both = lora_add(p, b, bias, z, parts=(gate, width, up, width), blocks=blocks, z_start=z_start)
+    return _ACTIVATIONS[activation](both[..., :width]) * both[..., width:]
+
+
+def lora_skip_rms_norm(
+    p: Tensor,
+    b: Tensor,
+    gamma: Tensor,
+    skip: Tensor | None = None,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    start: int,
+    width: int,
+    group: int,
+    epsilon: float,
+    blocks: Sequence[int],
+    z_start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """A sum and its root-mean-square norm.
+
+    Args:
+        gamma: [group].
+        skip: [..., width], added to what `lora_add` gives.
+        start, width: of p's columns.
+        group: how many neighbouring columns are normalised together: ``width``, or the size of a head.
+        epsilon: added to the mean of squares.
+        p, b, bias, z, blocks, z_start: see `lora_add`.
+
+    Returns:
+        the norm and the sum, [..., width] each.
+    """
+    total = lora_add(p, b, bias, z, parts=(start, width), blocks=blocks, z_start=z_start)
+    if skip is not None:
+        total = total + skip
+    heads = total.unflatten(-1, (-1, group))
+    return (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + epsilon) * gamma).flatten(-2), total
