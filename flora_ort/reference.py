@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,11 @@ from torch import Tensor
 
 __all__ = ["lora_add", "lora_skip_rms_norm", "lora_swiglu"]
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 
 def lora_add(
@@ -100,5 +104,5 @@ def lora_skip_rms_norm(
     total = lora_add(p, b, bias, z, parts=(start, width), blocks=blocks, z_start=z_start)
     if skip is not None:
         total = total + skip
-    heads = total.unflatten(-1, (-1, group))
+    heads = total.reshape(*total.shape[:-1], width // group, group)
     return (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + epsilon) * gamma).flatten(-2), total
