@@ -34,8 +34,8 @@ Results = Iterator[dict[str, Any]]
 TUNED = (("ep.cuda.enable_gemm_auto_tune", "1"),)
 """ONNX Runtime's kernels for few rows, chosen by trying them; off by default."""
 
-_OPERATORS = ("fused (custom ops)", "base (genai)", "PEFT (genai)")
-"""First of all: the operators of ``flora_ort`` beside what they are to beat."""
+_OPERATORS = ("fused (custom ops)", "base (genai)", "PEFT (genai)", "fused")
+"""First of all: the operators of ``flora_ort`` beside what they are to beat, and beside ONNX Runtime's own."""
 
 
 def _sections(asked: Plan) -> list[Section]:

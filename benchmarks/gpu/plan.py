@@ -115,7 +115,7 @@ def _llama() -> Plan:
             "graph": ("base", "PEFT", "fused", "FFBA block (fused)", "FFBA shared (fused)"),
         },
         tests=("-m", "gpu"),
-        beside=max(1, cores // 2),
+        beside=max(1, cores * 3 // 4),
     )
 
 
