@@ -173,7 +173,15 @@ def autocasts(kind: str) -> bool:
     >>> autocasts("cpu"), autocasts("meta")
     (False, False)
     """
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind in _AUTOCASTS and torch.is_autocast_enabled(kind)
+
+
+# Asked once: Dynamo of torch 2.11 cannot trace the question.
+_AUTOCASTS = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
 
 
 _ANEW = "Give it what it was captured with, or capture and fuse anew."

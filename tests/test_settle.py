@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx.errors import TieError
-from flora_fx.ops import accumulate, hold
+from flora_fx.ops import accumulate, autocasts, hold
 from flora_fx.passes.rewrite.direct import FUNCTIONS, METHODS
 from tests.architectures import example_inputs, lora_model
 
@@ -244,3 +244,16 @@ def test_functions_and_methods_compute_what_the_overload_computes(overload: Any)
     alike = found if isinstance(found, tuple | list) else [found]
     wanted = expected if isinstance(expected, tuple | list) else [expected]
     assert [(t.dtype, t.stride()) for t in alike] == [(t.dtype, t.stride()) for t in wanted]
+
+
+def test_autocast_is_asked_about_in_words_that_every_dynamo_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of torch 2.11 cannot trace `torch.amp.is_autocast_available`."""
+
+    def unknown(*_: object) -> bool:
+        raise AssertionError("Dynamo of torch 2.11 stops here")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", unknown)
+    assert not autocasts("cpu")
+    assert not autocasts("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert autocasts("cpu")
