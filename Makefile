@@ -57,4 +57,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .compat build dist *.egg-info demo-output
+	rm -rf $(VENV) .compat build dist *.egg-info demo-output example-output
