@@ -65,4 +65,4 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -f flora_ort/libflora_ort.* flora_ort/nvcc.txt
-	rm -rf $(VENV) .compat build dist *.egg-info demo-output
+	rm -rf $(VENV) .compat build dist *.egg-info demo-output example-output

@@ -1,7 +1,37 @@
-"""flora_fx fuses low-rank adapters (LoRA and its relatives) into the base projections of torch.fx graphs.
+"""Fuse low-rank adapters (LoRA and its relatives) into the projections they belong to.
 
-fused = flora_fx.fuse(flora_fx.capture(peft_model, input_ids))
-print(flora_fx.report(fused))
+What to use:
+
+    torch.compile(model, backend="flora")       inference and training; nothing has to be imported
+    flora_fx.backend.last_report()              what the backend fused, what it did not, and why
+
+    flora_fx.capture(model, *inputs)            a model as a graph
+    flora_fx.fuse(graph)                        a graph that computes the same with fewer GEMMs
+    flora_fx.report(fused)                      what was fused, what was not, and why
+    flora_fx.verify(graph, fused, *inputs)      how far the two differ, in float64
+
+    flora_fx.checkpoint.load_model(base, lora)  a model and its adapter from safetensors
+    flora_fx.export.export_onnx(model, folder)  a model and its adapter as a directory for ONNX Runtime
+    flora_fx.export.load(folder)                generate with it, swap adapters
+    flora_fx.adapters.FloraConfig               FFBA: adapters made to be fused, a method of PEFT
+
+Nothing is merged: the weights stay live. All errors that are raised on purpose are a `FloraError`; each function's help
+lists its own, and has an example.
+
+>>> import torch, flora_fx
+>>> class Lora(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.w, self.a, self.b = (torch.nn.Linear(i, o, bias=False) for i, o in [(6, 5), (6, 2), (2, 5)])
+...     def forward(self, x):
+...         return self.w(x) + 0.5 * self.b(self.a(x))
+>>> x = torch.randn(3, 6)
+>>> graph = flora_fx.capture(Lora().requires_grad_(False), x)
+>>> fused = flora_fx.fuse(graph)
+>>> flora_fx.report(fused).fused
+('b.weight',)
+>>> flora_fx.verify(graph, fused, x).max_rel < 1e-12
+True
 """
 
 from __future__ import annotations

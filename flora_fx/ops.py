@@ -176,13 +176,9 @@ def autocasts(kind: str) -> bool:
     return kind in _AUTOCASTS and torch.is_autocast_enabled(kind)
 
 
+_KINDS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla")
 # Asked once: Dynamo of torch 2.11 cannot trace the question.
-_AUTOCASTS = frozenset(
-    kind
-    for kind in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla")
-    if torch.amp.is_autocast_available(kind)
-)
-
+_AUTOCASTS = frozenset(kind for kind in _KINDS if torch.amp.is_autocast_available(kind))
 
 _ANEW = "Give it what it was captured with, or capture and fuse anew."
 
