@@ -1,4 +1,4 @@
-"""The pages under docs/ that say they run as they stand do."""
+"""What README and the pages under docs/ say can be run, can; and links lead somewhere."""
 
 from __future__ import annotations
 
@@ -15,14 +15,43 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def run(page: str) -> dict[str, Any]:
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")])
+
+
+def run(page: str, blocks_at_least: int = 3) -> dict[str, Any]:
     """All Python blocks of a page, one after the other."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) > 2
+    assert len(blocks) >= blocks_at_least
     namespace: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, page, "exec"), namespace)
     return namespace
+
+
+def test_the_readme_pastes_and_runs_and_is_one_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("../README.md", blocks_at_least=1)
+    said = capsys.readouterr().out
+    assert "14 adapters fused, 0 declined" in said
+    assert "5 outputs agree within" in said
+    assert found["fused"] is not found["graph"]
+    assert (tmp_path / "exported" / "model.onnx").is_file()
+    assert len((DOCS.parent / "README.md").read_text().splitlines()) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    """Files exist, and so do the headings that are pointed at."""
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(), flags=re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+            assert heading in anchors, target
 
 
 def test_ffba_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,35 @@ COLOURS = {
 
 
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:
-    """One sheet per runner and prompt length."""
-    return [_sheet(runner, prompt, rows, result) for (runner, prompt), rows in _groups(result["rows"])]
+    """One sheet per runner and prompt length, and on a GPU one of what it worked."""
+    found = []
+    for (runner, prompt), rows in _groups(result["rows"]):
+        found.append(_sheet(runner, prompt, rows, result))
+        if any("device" in row.get("tpot", {}) for row in rows):
+            found.append(_device_sheet(runner, prompt, rows, _reference(result)))
+    return found
+
+
+def _device_sheet(runner: str, prompt: int, rows: list[Row], reference: str) -> Sheet:
+    """Sums of the times of all kernels and copies of one call."""
+    works = {
+        row["variant"]: [row[metric]["device"]["work"] for metric in ("ttft", "tpot")]
+        for row in rows
+        if "device" in row.get("tpot", {})
+    }
+    base = works.get(reference)
+    body = [
+        [
+            name,
+            *itertools.chain(
+                *((f"{w:.3f}", f"{w / b:.3f}" if b else "") for w, b in zip(work, base or [0, 0], strict=True))
+            ),
+        ]
+        for name, work in works.items()
+    ]
+    header = ["", "prompt, ms", f"× {reference}", "one token, ms", f"× {reference}"]
+    note = "A kernel that is launched before the one ahead of it has ended waits in its own time."
+    return Sheet(f"{runner}, prompt of {prompt}: all kernels of a call, one profile each", header, body, [note])
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[tuple[tuple[str, int], list[Row]]]:
