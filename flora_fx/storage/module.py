@@ -88,6 +88,9 @@ class FusedGraphModule(fx.GraphModule):
         module._watch()
         return module
 
+    def __repr__(self) -> str:
+        return f"FusedGraphModule({_told(self.fusion)})"
+
     @property
     def fusion(self) -> Fusion:
         """What was fused."""
@@ -301,6 +304,9 @@ class FusedExportedProgram(ExportedProgram):
     `torch.export.save` writes each weight once, and `torch.export.load` holds it once.
     """
 
+    def __repr__(self) -> str:
+        return f"FusedExportedProgram({_told(self.graph_module.meta[META])})"
+
     def module(self, check_guards: bool = True) -> fx.GraphModule:
         """As `ExportedProgram.module`, with packs that stay tied to the parameters."""
         plain = super().module(check_guards)
@@ -318,3 +324,7 @@ def fusion_of(program: fx.GraphModule | ExportedProgram) -> Fusion | None:
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     found = getattr(module, "meta", {}).get(META)
     return found if isinstance(found, Fusion) else None
+
+
+def _told(fusion: Fusion) -> str:
+    return f"{fusion.report.summary}; flora_fx.report() tells all"
