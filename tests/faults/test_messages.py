@@ -16,7 +16,7 @@ from flora_fx.adapters.link import Link
 from flora_fx.commands.ending import Outcome
 from flora_fx.commands.generating import generate
 from flora_fx.errors import ExportError, FloraError, TieError
-from flora_fx.export import Decoder, load
+from flora_fx.export import Decoder, load, load_decoder
 from flora_fx.export.check.differences import Differences
 from flora_fx.export.describing import describe
 from flora_fx.export.directory.manifest import read_manifest
@@ -94,6 +94,11 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         growing_keys_in_a_cuda_graph,
         ExportError,
         "cuda_graph needs an export whose target is 'decoder'; this one is 'general'",
+    ),
+    "an encoder as a decoder": (
+        lambda place: load_decoder(by_hand(place / "out")),
+        ExportError,
+        r"out is of kind 'encoder', and no causal LM; open it with load$",
     ),
     "a graph that is none": (
         lambda place: ((place / "model.onnx").write_bytes(b"no graph"), Session(place / "model.onnx")),
