@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flora_fx.errors import FloraError, MissingExtraError, require
 
@@ -64,11 +63,19 @@ def ending(flags: Mapping[str, str], *, as_json: bool) -> Iterator[Outcome]:
 
     show = warnings.showwarning
 
-    def told(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if not issubclass(category, UserWarning | RuntimeWarning):
-            return show(message, category, *where)  # of a developer's concern
-        text = escape(in_flags(" ".join(str(message).split()), flags))
-        return console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+    def told(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UserWarning | RuntimeWarning):
+            text = escape(in_flags(" ".join(str(message).split()), flags))
+            console.print(f"[bold yellow]warning:[/] {text}", highlight=False)
+        else:
+            show(message, category, filename, lineno, file, line)  # a developer's concern
 
     with warnings.catch_warnings():
         warnings.showwarning = told
@@ -84,7 +91,6 @@ def ending(flags: Mapping[str, str], *, as_json: bool) -> Iterator[Outcome]:
             raise failed("KeyboardInterrupt", outcome.left(), INTERRUPTED, "interrupted") from None
         if as_json:
             print(json.dumps(outcome.document, indent=2))
-    sys.stdout.flush()
 
 
 def left_of(place: Path) -> Callable[[], str]:
