@@ -28,7 +28,7 @@ from .result import ExportResult
 from .run.conversation import Conversation
 from .run.decoder import Decoder
 from .run.encoder import Encoder
-from .run.loading import load
+from .run.loading import load, load_decoder
 from .run.seq2seq import Seq2Seq
 from .tokens.generated import Generated, Streamer
 from .tokens.options import GenerationOptions
@@ -51,4 +51,5 @@ __all__ = [
     "TokenStream",
     "export_onnx",
     "load",
+    "load_decoder",
 ]

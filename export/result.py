@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flora_fx.reporting.fusion_report import FusionReport
+from flora_fx.reporting.notebook import as_html
 
 __all__ = ["ExportResult"]
 
@@ -46,6 +47,16 @@ class ExportResult:
     seconds: Mapping[str, float]
     crossed: tuple[int, ...] = ()
     not_crossed: tuple[int, ...] = ()
+
+    def __repr__(self) -> str:
+        error = f"max_abs_error {self.max_abs_error:.1e}"
+        return f"ExportResult({str(self.directory)!r}, target {self.target!r}, {self.report.summary}, {error})"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self), self._repr_svg_())
+
+    def _repr_svg_(self) -> str:
+        return str(self.report.draw())
 
     def __str__(self) -> str:
         tokens = {True: "greedy tokens equal", False: "greedy tokens differ at a near tie", None: "no tokens"}

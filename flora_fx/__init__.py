@@ -44,7 +44,15 @@ from .checkout import find_folders_beside
 if TYPE_CHECKING:
     from .capturing import capture
     from .config import FuseConfig
-    from .errors import AdapterError, CaptureError, ExportError, FloraError, MissingExtraError, TieError
+    from .errors import (
+        AdapterError,
+        CaptureError,
+        CheckpointNotFoundError,
+        ExportError,
+        FloraError,
+        MissingExtraError,
+        TieError,
+    )
     from .fusing import fuse, report
     from .ir import Decline, Pack, Reason, Role, Slice
     from .reporting.fusion_report import FusionReport
@@ -57,6 +65,7 @@ find_folders_beside()
 __all__ = [
     "AdapterError",
     "CaptureError",
+    "CheckpointNotFoundError",
     "Decline",
     "ExportError",
     "FloraError",
@@ -78,6 +87,7 @@ __all__ = [
 _HOMES = {
     "AdapterError": "errors",
     "CaptureError": "errors",
+    "CheckpointNotFoundError": "errors",
     "Decline": "ir",
     "ExportError": "errors",
     "FloraError": "errors",

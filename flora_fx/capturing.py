@@ -32,7 +32,7 @@ def capture(
         model: any module that torch.export takes: transformers models, PEFT models, your own.
         args: example positional inputs, as the model is called.
         dynamic_shapes: per argument name, which dimensions vary, as in `torch.export.export`. By default none does:
-            the graph takes inputs of the example's shapes.
+            the graph takes inputs of the example's shapes, and raises a RuntimeError that says so on others.
         kwargs: example keyword inputs.
 
     Returns:

@@ -8,6 +8,7 @@ from types import ModuleType
 __all__ = [
     "AdapterError",
     "CaptureError",
+    "CheckpointNotFoundError",
     "ExportError",
     "FloraError",
     "MissingExtraError",
@@ -26,6 +27,10 @@ class AdapterError(FloraError, ValueError):
 
 class CaptureError(FloraError, RuntimeError):
     """A model could not be turned into a graph."""
+
+
+class CheckpointNotFoundError(FloraError, FileNotFoundError):
+    """A directory, or a file that a checkpoint cannot do without, is not there."""
 
 
 class ExportError(FloraError, RuntimeError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import overload
 
 from torch import fx
@@ -28,7 +29,7 @@ def fuse(
 
     The result computes the same. Its packed weights share their storage with the original parameters, which become
     views of them: there is no second copy of the base, and ``state_dict()`` keeps its names. The graph given is left
-    as it was; a fused graph is returned as it is.
+    as it was; a fused graph is returned as it is, and a ``config`` given with it is told to have no effect.
 
     Where a packed parameter requires gradients, the fused graph gives them, to it and to no frozen one: fuse a graph
     module after its parameters' ``requires_grad`` are set. An `ExportedProgram` is fused for inference.
@@ -40,6 +41,9 @@ def fuse(
 
     Returns:
         the fused graph, of the type given.
+
+    Warns:
+        UserWarning: the graph is fused already, and a ``config`` is given.
 
     Raises:
         TypeError: not a graph.
@@ -63,6 +67,12 @@ def fuse(
     """
     config = _known(config)
     if isinstance(graph, fx.GraphModule | ExportedProgram) and fusion_of(graph) is not None:
+        if config is not None:
+            warnings.warn(
+                "the graph is fused already and is returned as it is: config has no effect on it; fuse the graph that "
+                "it was made of",
+                stacklevel=2,
+            )
         return graph
     with TYING:
         program = open_program(graph)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from .internals import TorchDispatchMode, pytree
+from .reporting.notebook import as_html
 
 __all__ = ["Verification", "verify"]
 
@@ -31,6 +32,12 @@ class Verification:
     max_abs: float
     max_rel: float
     outputs: int
+
+    def __repr__(self) -> str:
+        return f"Verification(max_abs={self.max_abs:.1e}, max_rel={self.max_rel:.1e}, outputs={self.outputs})"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self))
 
     def __str__(self) -> str:
         return f"{self.outputs} outputs agree within {self.max_rel:.1e} relative ({self.max_abs:.1e} absolute), float64"

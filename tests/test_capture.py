@@ -93,3 +93,10 @@ def test_what_cannot_be_captured_says_why() -> None:
         CaptureError, match=r"dynamic_shapes names y, which the example inputs do not have; they have x"
     ):
         flora_fx.capture(Named(), torch.ones(4, 3), dynamic_shapes={"y": {0: torch.export.Dim.AUTO}})
+
+
+def test_another_shape_is_refused_and_the_remedy_named() -> None:
+    graph = flora_fx.capture(nn.Linear(3, 2).requires_grad_(False), torch.ones(4, 3))
+    for program in (graph, flora_fx.fuse(graph)):
+        with pytest.raises(RuntimeError, match=r"to be equal to 4, but got 7.*specify dynamic_shapes"):
+            program(torch.ones(7, 3))

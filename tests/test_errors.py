@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
 import pytest
 
+import flora_fx
 from flora_fx.errors import FloraError, MissingExtraError, require
+
+
+def test_every_error_is_public() -> None:
+    for package in ("flora_fx", "flora_fx.checkpoint", "flora_fx.export", "flora_fx.adapters"):
+        importlib.import_module(package)
+    pending, errors = [FloraError], []
+    while pending:
+        errors.append(pending.pop())
+        pending += errors[-1].__subclasses__()
+    ours = [error for error in errors if error.__module__.startswith("flora_fx") and not error.__name__.startswith("_")]
+    assert {error.__name__ for error in ours if getattr(flora_fx, error.__name__, None) is not error} == set()
+    assert len(ours) == 7
 
 
 def test_a_missing_extra_is_named() -> None:

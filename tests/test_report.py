@@ -29,9 +29,14 @@ class Stack(nn.Module):
         return self.w(x) + delta, delta
 
 
+@pytest.fixture(scope="module")
+def fused() -> fx.GraphModule:
+    return flora_fx.fuse(flora_fx.capture(Stack().eval().requires_grad_(False), torch.randn(4, D_IN)))
+
+
 @pytest.fixture
-def report() -> flora_fx.FusionReport:
-    return flora_fx.report(flora_fx.fuse(flora_fx.capture(Stack().eval().requires_grad_(False), torch.randn(4, D_IN))))
+def report(fused: fx.GraphModule) -> flora_fx.FusionReport:
+    return flora_fx.report(fused)
 
 
 def test_the_table_names_packs_declines_and_counts(report: flora_fx.FusionReport) -> None:
@@ -93,3 +98,40 @@ def test_names_that_are_markup_are_escaped(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written_raises(report: flora_fx.FusionReport, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"nowhere"):
         report.draw(tmp_path / "nowhere" / "packs.svg")
+
+
+# --- in a terminal and in a notebook ----------------------------------------------------------------------
+
+SUMMARY = "9 adapters fused, 1 declined, 33 GEMMs before, 15 after"
+
+
+def test_each_shows_itself_in_one_line(fused: fx.GraphModule, report: flora_fx.FusionReport) -> None:
+    assert repr(report) == f"FusionReport({SUMMARY})"
+    assert repr(fused) == f"FusedGraphModule({SUMMARY}; flora_fx.report() tells all)"
+    assert repr(flora_fx.verify(fused, fused, torch.ones(4, D_IN))) == (
+        "Verification(max_abs=0.0e+00, max_rel=0.0e+00, outputs=2)"
+    )
+    assert f"(inner): FusedGraphModule({SUMMARY}" in repr(nn.ModuleDict({"inner": fused}))
+    assert "def forward(self" in str(fused)  # its code is what print() is for
+
+
+def test_an_exported_program_says_that_it_is_fused() -> None:
+    model = Siblings().eval().requires_grad_(False)
+    fused = flora_fx.fuse(torch.export.export(model, (torch.randn(4, D_IN),)))
+    assert repr(fused).startswith("FusedExportedProgram(3 adapters fused, 0 declined, 10 GEMMs before, ")
+
+
+def test_a_notebook_shows_text_and_picture(report: flora_fx.FusionReport, tmp_path: Path) -> None:
+    page = ET.fromstring(f"<body>{report._repr_html_()}</body>")
+    [text] = page.iter("pre")
+    assert text.text == str(report)
+    assert len(list(page.iter("{http://www.w3.org/2000/svg}svg"))) == 1
+    picture = report.draw()
+    assert picture._repr_svg_() == str(picture) == report._repr_svg_() == report.draw(tmp_path / "a.svg").read_text()
+    assert repr(picture) == f"Picture(SVG, {len(str(picture)):,} characters)"
+    assert ET.fromstring(picture.svg).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_a_notebook_shows_a_verification_as_it_is_printed(fused: fx.GraphModule) -> None:
+    same = flora_fx.verify(fused, fused, torch.ones(4, D_IN))
+    assert same._repr_html_() == f"<pre>{same}</pre>"

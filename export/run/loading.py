@@ -1,4 +1,4 @@
-"""`load`: an exported directory, ready to run."""
+"""`load`, `load_decoder`: an exported directory, ready to run."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 from flora_fx.errors import ExportError
 
-from ..directory.manifest import ENCODER, MODEL, read_manifest
+from ..directory.manifest import ENCODER, MODEL, Manifest, read_manifest
 from .cuda_graph import open_decoder
 from .decoder import Decoder
 from .encoder import Encoder
 from .seq2seq import Seq2Seq
 from .session import Session, usable_providers
 
-__all__ = ["load"]
+__all__ = ["load", "load_decoder"]
 
 
 def load(
@@ -57,7 +57,41 @@ def load(
     flora_fx.errors.ExportError: no directory no-such-directory; check the path, or write one with export_onnx
     """
     place = Path(directory)
+    return _opened(place, read_manifest(place, verify=verify), providers, session_options, cuda_graph)
+
+
+def load_decoder(
+    directory: str | Path,
+    *,
+    providers: Sequence[Any] | None = None,
+    session_options: Any = None,
+    verify: bool = True,
+    cuda_graph: bool | None = None,
+) -> Decoder:
+    """Open what `export_onnx` wrote of a causal LM: as `load`, for code that is type-checked.
+
+    Args:
+        directory, providers, session_options, verify, cuda_graph: as for `load`.
+
+    Raises:
+        ExportError: as `load`; or the export is of another kind.
+        MissingExtraError: onnx or onnxruntime is not installed.
+
+    >>> decoder = load_decoder("exported")  # doctest: +SKIP
+    >>> decoder.load_adapter("another-lora")  # doctest: +SKIP
+    """
+    place = Path(directory)
     manifest = read_manifest(place, verify=verify)
+    if manifest.kind != "causal-lm":
+        raise ExportError(f"{place} is of kind {manifest.kind!r}, and no causal LM; open it with load")
+    decoder = _opened(place, manifest, providers, session_options, cuda_graph)
+    assert isinstance(decoder, Decoder)
+    return decoder
+
+
+def _opened(
+    place: Path, manifest: Manifest, providers: Sequence[Any] | None, session_options: Any, cuda_graph: bool | None
+) -> Decoder | Seq2Seq | Encoder:
     if manifest.dtype == "bfloat16" and usable_providers(providers) == ["CPUExecutionProvider"]:
         raise ExportError(
             f"{place} is in bfloat16, which ONNX Runtime does not compute on a CPU; use a GPU, or export the model "
@@ -76,7 +110,7 @@ def load(
             warnings.warn(
                 f"{place} is decoded without a CUDA graph, which cuda_graph=False asks for: {without}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return decoder
     if cuda_graph:

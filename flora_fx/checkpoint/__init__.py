@@ -8,11 +8,11 @@ not cost the loading of its base.
 
 from __future__ import annotations
 
+from flora_fx.errors import CheckpointNotFoundError
 from flora_fx.tasks import Task
 
 from .adapter_files import read_adapter
 from .loading import load_model
-from .places import CheckpointNotFoundError
 from .tokenizer import load_tokenizer
 
 __all__ = ["CheckpointNotFoundError", "Task", "load_model", "load_tokenizer", "read_adapter"]

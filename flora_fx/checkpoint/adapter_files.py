@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from flora_fx.checksums import check_sum
-from flora_fx.errors import AdapterError
+from flora_fx.errors import AdapterError, CheckpointNotFoundError
 
 from .files import check_safetensors, read_json, read_tensors, refuse_pickles
 from .kohya import kohya_to_peft, lone_file
 from .layouts import with_peft_names
 from .mlx import is_mlx, mlx_to_peft
-from .places import ADAPTER_CONFIG, ADAPTER_FILE, MLX_FILE, CheckpointNotFoundError, resolve
+from .places import ADAPTER_CONFIG, ADAPTER_FILE, MLX_FILE, resolve
 
 __all__ = ["METHODS", "adapter_file", "check_numbers", "read_adapter"]
 

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from flora_fx.checksums import check_sum
-from flora_fx.errors import AdapterError, require
+from flora_fx.errors import AdapterError, CheckpointNotFoundError, require
 
-from .places import ADAPTER_CONFIG, CheckpointNotFoundError
+from .places import ADAPTER_CONFIG
 from .wording import examples, first_line
 
 __all__ = ["check_model_files", "check_safetensors", "read_json", "read_tensors", "refuse_pickles"]

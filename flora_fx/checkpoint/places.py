@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from flora_fx.errors import FloraError, require
+from flora_fx.errors import CheckpointNotFoundError, require
 
 from .wording import first_line
 
-__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "MLX_FILE", "CheckpointNotFoundError", "resolve"]
+__all__ = ["ADAPTER_CONFIG", "ADAPTER_FILE", "MLX_FILE", "resolve"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -28,10 +28,6 @@ _HUB_FILES = (
     "pytorch_lora_weights.safetensors",  # to be told what it is
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class CheckpointNotFoundError(FloraError, FileNotFoundError):
-    """A directory, or a file that a checkpoint cannot do without, is not there."""
 
 
 def resolve(name: str | Path) -> Path:

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from flora_fx.ir import Decline, Pack, Role
 
+from .notebook import Picture, as_html
 from .sketch import Sketch, draw
 
 __all__ = ["FusionReport", "combined"]
@@ -39,6 +40,21 @@ class FusionReport:
     seconds: Mapping[str, float]
     sketches: tuple[Sketch, ...]
     unrolled: int
+
+    def __repr__(self) -> str:
+        return f"FusionReport({self.summary})"
+
+    def _repr_html_(self) -> str:
+        return as_html(str(self), self._repr_svg_())
+
+    def _repr_svg_(self) -> str:
+        return draw(self.sketches, _pattern)
+
+    @property
+    def summary(self) -> str:
+        """How many adapters were fused and declined, and what became of the GEMMs: half a line."""
+        gemms = f"{self.ops_before['gemm']} GEMMs before, {self.ops_after['gemm']} after"
+        return f"{_count(self.fused, 'adapter')} fused, {len(self.declines)} declined, {gemms}"
 
     def __str__(self) -> str:
         total = sum(self.seconds.values())
@@ -96,17 +112,27 @@ class FusionReport:
         """The report as JSON: fused, packs (with slices), declines, ops_before, ops_after, seconds, unrolled."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def draw(self, path: str | Path) -> Path:
-        """Write an SVG of the graph around the packs, before and after; layers that look alike are drawn once.
+    @overload
+    def draw(self) -> Picture: ...
+    @overload
+    def draw(self, path: str | Path) -> Path: ...
+    def draw(self, path: str | Path | None = None) -> Picture | Path:
+        """An SVG of the graph around the packs, before and after; layers that look alike are drawn once.
+
+        Args:
+            path: of the file to write; none is written by default.
 
         Returns:
-            the path written.
+            the path written; without one the picture, which a notebook shows.
 
         Raises:
             OSError: the file cannot be written.
         """
+        picture = Picture(self._repr_svg_())
+        if path is None:
+            return picture
         target = Path(path)
-        target.write_text(draw(self.sketches, _pattern), encoding="utf-8")
+        target.write_text(str(picture), encoding="utf-8")
         return target
 
 

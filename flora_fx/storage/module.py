@@ -100,6 +100,9 @@ class FusedGraphModule(fx.GraphModule):
         module._watch()
         return module
 
+    def __repr__(self) -> str:
+        return f"FusedGraphModule({_told(self.fusion)})"
+
     @property
     def fusion(self) -> Fusion:
         """What was fused."""
@@ -327,6 +330,9 @@ class FusedExportedProgram(ExportedProgram):
     `torch.export.save` writes each weight once, and `torch.export.load` holds it once.
     """
 
+    def __repr__(self) -> str:
+        return f"FusedExportedProgram({_told(self.graph_module.meta[META])})"
+
     def store(self) -> FusedExportedProgram:
         """Store the packs that are not, and make the parameters views of them.
 
@@ -371,3 +377,7 @@ def fusion_of(program: fx.GraphModule | ExportedProgram) -> Fusion | None:
     module = program.graph_module if isinstance(program, ExportedProgram) else program
     found = getattr(module, "meta", {}).get(META)
     return found if isinstance(found, Fusion) else None
+
+
+def _told(fusion: Fusion) -> str:
+    return f"{fusion.report.summary}; flora_fx.report() tells all"

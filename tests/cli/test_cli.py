@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import flora_fx
 from flora_fx import cli
 from flora_fx.checkpoint import load_tokenizer
+from flora_fx.commands.generating import pieces
 from flora_fx.demo.train import build_tokenizer
 
 
@@ -103,10 +104,11 @@ def test_inspect_with_inputs_from_a_file(tmp_path: Path) -> None:
     result = invoke(*options, tmp_path / "few.safetensors")
     assert result.exit_code == 1
     assert "could not trace PeftModelForSeq2SeqLM" in result.stderr
+    assert result.stderr.endswith(f"they were read from --inputs {tmp_path / 'few.safetensors'}\n")
+    assert "dynamic_shapes" not in result.stderr
     result = invoke(*options, place / "t5" / "config.json")
     assert result.exit_code == 1
-    assert "config.json is no safetensors file" in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert "config.json is no safetensors file" in result.stderr.splitlines()[-1]
     result = invoke(*options, tmp_path / "gone.safetensors")
     assert result.exit_code == 1
     assert "gone.safetensors" in result.stderr
@@ -154,12 +156,23 @@ def test_export_json(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None
     assert told["greedy_tokens_equal"] in (True, False)  # random weights: near ties may fall either way
     assert told["max_abs_error"] < 1e-4
     assert (Path(told["directory"]) / "model.onnx").is_file()
+    assert told["adapters"] == {"fused": 14, "declined": 0}
+    assert told["declines"] == []
+    assert told["operations"]["after"]["gemm"] < told["operations"]["before"]["gemm"]
+    assert told["files"]["model.onnx.data"] == (tmp_path / "onnx" / "model.onnx.data").stat().st_size
+    assert list(told["seconds"]) == ["load", "capture", "fuse", "translate", "write", "check", "seal"]
+    assert {"flora-fx", "torch", "onnxscript"} <= set(told["versions"])
+    stages = [line.split() for line in result.stderr.splitlines()]
+    assert [(name, unit) for name, _, unit in stages] == [(name, "s") for name in told["seconds"]]
+    assert [float(seconds) for _, seconds, _ in stages] == [round(value, 1) for value in told["seconds"].values()]
 
 
 def test_export_refuses_to_overwrite(model_dir: Path, exported: Path) -> None:
     result = invoke("export", "--model", model_dir, "--output", exported)
     assert result.exit_code == 1
-    assert "--overwrite" in result.stderr or "overwrite" in result.stderr
+    assert result.stderr.endswith(
+        f"{exported} exists; choose another place, or pass --overwrite to replace an export\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["QuestionAnswering", "TokenClassification", "MaskedLM"])
@@ -391,7 +404,7 @@ def test_generate_stop_without_tokenizer(exported: Path) -> None:
 def test_generate_repetition_penalty_of_0(exported: Path) -> None:
     result = invoke("generate", "--directory", exported, "--token-ids", "3,1", "--repetition-penalty", "0")
     assert result.exit_code == 1
-    assert "repetition_penalty is 0.0; it must be above 0" in result.stderr
+    assert "--repetition-penalty is 0.0; it must be above 0" in result.stderr
 
 
 def test_generate_text(exported: Path) -> None:
@@ -441,10 +454,19 @@ def test_generate_from_a_missing_directory(tmp_path: Path) -> None:
 
 
 def test_user_errors_are_one_line_on_stderr(adapter_dir: Path) -> None:
-    result = invoke("inspect", "--model", "./gone", "--adapter", adapter_dir, "--json")
+    result = invoke("inspect", "--model", "./gone", "--adapter", adapter_dir)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == "error: no directory './gone'; check the path\n"
+
+
+def test_an_error_as_json(adapter_dir: Path) -> None:
+    result = invoke("inspect", "--model", "./gone", "--adapter", adapter_dir, "--json")
+    assert result.exit_code == 1
+    message = "no directory './gone'; check the path"
+    told = {"type": "CheckpointNotFoundError", "message": message, "exit_code": 1}
+    assert json.loads(result.stdout) == {"error": told}
+    assert result.stderr == f"error: {message}\n"
 
 
 def test_a_misfit_is_one_line(encoder_dir: Path, adapter_dir: Path) -> None:
@@ -481,9 +503,9 @@ def test_pieces_wait_for_whole_characters() -> None:
             return bytes(ids).decode("utf-8", errors="replace")
 
     text = "naïve 花"
-    assert "".join(cli._pieces(Bytes(), text.encode())) == text
-    assert "�" not in cli._pieces(Bytes(), text.encode())
-    assert "".join(cli._pieces(Bytes(), text.encode()[:-1])) == "naïve �"
+    assert "".join(pieces(Bytes(), text.encode())) == text
+    assert "�" not in pieces(Bytes(), text.encode())
+    assert "".join(pieces(Bytes(), text.encode()[:-1])) == "naïve �"
 
 
 # --- as a program -----------------------------------------------------------------------------------------

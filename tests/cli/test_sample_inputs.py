@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
+from flora_fx.commands.sample_inputs import sample_inputs
 from flora_fx.errors import CaptureError
-from flora_fx.sample_inputs import sample_inputs
 
 from .test_heads import TEXT, bert, made, qwen3_vl, spectrogram, vit, wav2vec2
 

@@ -57,6 +57,18 @@ def test_the_model_is_left_as_it_was(tmp_path: Path, name: str) -> None:
     assert result.target == ("decoder" if name == "Llama" else "general")
 
 
+def test_the_result_shows_itself(llama: Exported) -> None:
+    result = llama.result
+    assert repr(result) == (
+        f"ExportResult({str(result.directory)!r}, target 'general', {result.report.summary}, "
+        f"max_abs_error {result.max_abs_error:.1e})"
+    )
+    page = result._repr_html_()
+    assert f"<pre>exported to {result.directory}: 14 adapters fused" in page
+    assert result._repr_svg_() == result.report._repr_svg_()
+    assert result._repr_svg_() in page
+
+
 def test_the_directory_and_its_manifest(llama: Exported) -> None:
     names = set(contents(llama.directory))
     assert names == {"model.onnx", "model.onnx.data", "config.json", "generation_config.json", "flora_fx.json"}

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx.adapters.link import Link
-from flora_fx.cli import generate
+from flora_fx.commands.ending import Outcome
+from flora_fx.commands.generating import generate
 from flora_fx.errors import ExportError, FloraError, TieError
-from flora_fx.export import Decoder, load
+from flora_fx.export import Decoder, load, load_decoder
 from flora_fx.export.check.differences import Differences
 from flora_fx.export.describing import describe
 from flora_fx.export.directory.manifest import read_manifest
@@ -46,7 +47,11 @@ def bfloat16(place: Path) -> None:
 
 
 def swapped_in_an_encoder(place: Path) -> None:
-    generate(by_hand(place / "out"), place, None, "1,2", {"stop_strings": None}, as_json=True)
+    generate(by_hand(place / "out"), place, None, "1,2", {}, Outcome(), silent=True)
+
+
+def text_of_an_encoder(place: Path) -> None:
+    generate(by_hand(place / "out"), None, None, "1,2", {}, Outcome(), silent=True)
 
 
 def another_kind_of_adapter(place: Path) -> None:
@@ -90,6 +95,11 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ExportError,
         "cuda_graph needs an export whose target is 'decoder'; this one is 'general'",
     ),
+    "an encoder as a decoder": (
+        lambda place: load_decoder(by_hand(place / "out")),
+        ExportError,
+        r"out is of kind 'encoder', and no causal LM; open it with load$",
+    ),
     "a graph that is none": (
         lambda place: ((place / "model.onnx").write_bytes(b"no graph"), Session(place / "model.onnx")),
         ExportError,
@@ -104,6 +114,11 @@ EXPORTS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         swapped_in_an_encoder,
         FloraError,
         "--adapter is for causal LMs exported with --hot-swap; .*out is none",
+    ),
+    "text of an encoder": (
+        text_of_an_encoder,
+        FloraError,
+        r"out continues no text \(Encoder\(.*\)\); flora_fx\.export\.load runs it from Python",
     ),
     "hot_swap, declined": (declined, ExportError, "needs an adapter that is fused completely; declined: o_proj"),
     "hot_swap, another kind": (

@@ -60,7 +60,7 @@ class House:
 
 
 _FACE = ("__init__.py", "capturing.py", "fusing.py", "verifying.py", "backend.py")
-_PROGRAM = ("cli.py", "sample_inputs.py")
+_PROGRAM = ("cli.py",)
 _CONTEXT = ("context.py",)
 
 HOUSES = (
@@ -122,6 +122,7 @@ HOUSES = (
         "programs",
         (
             Room("flora_fx/demo", "the main job on a model made on the spot"),
+            Room("flora_fx/commands", "what each command does, and how it tells what came of it"),
             Room("flora_fx", "the command line", "flora_fx: cli", _PROGRAM),
         ),
         ("graphs", "face", "measuring", "adapters", "checkpoint", "export"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import CaptureError
+from flora_fx.errors import CaptureError
 
 __all__ = ["sample_inputs"]
 

@@ -1,0 +1,1 @@
+"""What each command of `flora-fx` does, and how it tells what came of it."""

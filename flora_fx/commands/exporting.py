@@ -1,0 +1,95 @@
+"""`flora-fx export`: a checkpoint to a directory for ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flora_fx.errors import FloraError
+from flora_fx.tasks import Task
+
+from .ending import Outcome, left_of
+from .quiet import quiet
+from .stages import staged_work
+
+__all__ = ["export"]
+
+
+def export(
+    model: str,
+    adapter: str | None,
+    output: Path,
+    options: dict[str, Any],
+    outcome: Outcome,
+    *,
+    task: Task = "auto",
+    tokenizer: str | None = None,
+) -> Any:
+    """Write the fused ONNX directory and say what its own check found.
+
+    Args:
+        model, adapter: directory or Hub id of each.
+        output: the directory to write.
+        options: of ``export_onnx``.
+        outcome: its document is what ``--json`` prints.
+        task: what the model is for.
+        tokenizer: directory or Hub id; None for the adapter's or the model's.
+
+    Returns:
+        an ``ExportResult``.
+
+    Raises:
+        FloraError: the checkpoint cannot be read, or the export cannot be written.
+    """
+    outcome.left = left_of(output)
+    quiet()
+    with staged_work() as stages:
+        stages.begin("load")
+        from flora_fx.checkpoint import load_model
+        from flora_fx.export import export_onnx
+        from flora_fx.export.directory.manifest import versions
+
+        loaded = load_model(model, adapter, task=task)
+        chosen = _tokenizer(loaded, model, adapter, tokenizer)
+        result = export_onnx(loaded, output, tokenizer=chosen, progress=stages.begin, **options)
+    report = result.report
+    outcome.document.update(
+        directory=str(output),
+        target=result.target,
+        adapters={"fused": len(report.fused), "declined": len(report.declines)},
+        operations={"before": dict(report.ops_before), "after": dict(report.ops_after)},
+        declines=report.to_dict()["declines"],
+        max_abs_error=result.max_abs_error,
+        max_rel_error=result.max_rel_error,
+        greedy_tokens_equal=result.greedy_tokens_equal,
+        checked_on=result.checked_on,
+        crossed=list(result.crossed),
+        not_crossed=list(result.not_crossed),
+        notes=list(result.notes),
+        files=dict(result.files),
+        seconds=stages.seconds,
+        versions=versions(),
+    )
+    return result
+
+
+def _tokenizer(loaded: Any, model: str, adapter: str | None, tokenizer: str | None) -> Any:
+    """The one that is asked for, else the one beside the adapter, else the model's."""
+    from flora_fx.checkpoint import load_tokenizer
+    from flora_fx.checkpoint.vocabulary import token_embedding
+
+    if tokenizer is not None:
+        found: Any = load_tokenizer(tokenizer)
+        if found is None:
+            raise FloraError(f"{tokenizer} has no tokenizer; pass the directory where tokenizer.json is")
+        return found
+    found = load_tokenizer(model, adapter)
+    embedding = token_embedding(loaded) if found is not None and adapter is not None else None
+    rows = None if embedding is None else len(embedding.weight)
+    if rows is not None and len(found) > rows:
+        raise FloraError(
+            f"the tokenizer in {found.name_or_path} has {len(found)} tokens and the model's embedding {rows} rows: "
+            "those of its new tokens are not in the adapter. Save them with it (save_embedding_layers=True), or pass "
+            "the tokenizer that fits: --tokenizer"
+        )
+    return found

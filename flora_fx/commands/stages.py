@@ -1,0 +1,59 @@
+"""The stages of a command as they run, on stderr: a line with seconds for each that ended, a spinner in a terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from flora_fx.errors import require
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+__all__ = ["Stages", "staged_work"]
+
+
+class Stages:
+    """One stage after the other.
+
+    Args:
+        progress: a ``rich.progress.Progress``, which shows nothing where stderr is no terminal.
+
+    Attributes:
+        seconds: that each ended stage took.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._task = progress.add_task("", total=None)
+        self._name = ""
+        self._since = 0.0
+
+    def begin(self, name: str) -> None:
+        """End the stage that runs, if any, and begin another."""
+        self.end()
+        self._name, self._since = name, time.perf_counter()
+        self._progress.reset(self._task, description=name)
+
+    def end(self) -> None:
+        """End the stage that runs, if any."""
+        if self._name:
+            seconds = time.perf_counter() - self._since
+            self.seconds[self._name] = seconds
+            self._progress.console.print(f"{self._name:<10}{seconds:>8.1f} s", highlight=False)
+            self._name = ""
+
+
+@contextmanager
+def staged_work() -> Iterator[Stages]:
+    """Stages that end with the block; where it fails, the one that failed ends without its line."""
+    console = require("rich.console", "cli").Console(stderr=True)
+    rich = require("rich.progress", "cli")
+    columns = (rich.SpinnerColumn(), rich.TextColumn("{task.description:<10}"), rich.TimeElapsedColumn())
+    with rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        stages = Stages(progress)
+        yield stages
+        stages.end()
