@@ -57,7 +57,7 @@ def load(
     flora_fx.errors.ExportError: no directory no-such-directory; check the path, or write one with export_onnx
     """
     place = Path(directory)
-    return _opened(place, read_manifest(place, verify=verify), providers, session_options, cuda_graph)
+    return _opened(place, read_manifest(place, verify=verify), providers, session_options, cuda_graph, tune_gemms)
 
 
 def load_decoder(
@@ -67,11 +67,12 @@ def load_decoder(
     session_options: Any = None,
     verify: bool = True,
     cuda_graph: bool | None = None,
+    tune_gemms: bool = False,
 ) -> Decoder:
     """Open what `export_onnx` wrote of a causal LM: as `load`, for code that is type-checked.
 
     Args:
-        directory, providers, session_options, verify, cuda_graph: as for `load`.
+        directory, providers, session_options, verify, cuda_graph, tune_gemms: as for `load`.
 
     Raises:
         ExportError: as `load`; or the export is of another kind.
@@ -84,13 +85,18 @@ def load_decoder(
     manifest = read_manifest(place, verify=verify)
     if manifest.kind != "causal-lm":
         raise ExportError(f"{place} is of kind {manifest.kind!r}, and no causal LM; open it with load")
-    decoder = _opened(place, manifest, providers, session_options, cuda_graph)
+    decoder = _opened(place, manifest, providers, session_options, cuda_graph, tune_gemms)
     assert isinstance(decoder, Decoder)
     return decoder
 
 
 def _opened(
-    place: Path, manifest: Manifest, providers: Sequence[Any] | None, session_options: Any, cuda_graph: bool | None
+    place: Path,
+    manifest: Manifest,
+    providers: Sequence[Any] | None,
+    session_options: Any,
+    cuda_graph: bool | None,
+    tune_gemms: bool,
 ) -> Decoder | Seq2Seq | Encoder:
     if manifest.dtype == "bfloat16" and usable_providers(providers) == ["CPUExecutionProvider"]:
         raise ExportError(
