@@ -182,6 +182,21 @@ def test_other_joins_stay_as_they_are(rotate: Rotate) -> None:
     torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-13)
 
 
+def test_a_piece_that_is_changed_after_it_was_negated_is_no_half() -> None:
+    """Dynamo's graphs read the negated piece, and change it beside that."""
+
+    def changed(q: Tensor) -> Tensor:
+        second = -q[..., 4:]
+        second.mul_(3)
+        return torch.cat([second, q[..., :4]], -1)
+
+    model, x, expected = made(changed)
+    options = {"flora.inner": "aot_eager", "flora.accumulate": "unrolled"}
+    compiled = torch.compile(model, backend="flora", options=options, fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected, rtol=0, atol=1e-13)
+    assert flora_fx.backend.last_report().fused == ("b.weight",)
+
+
 def test_only_a_product_and_a_sum_is_pushed_through() -> None:
     model, x, expected = made(halves)
     for config in (FuseConfig(), FuseConfig(accumulate="add")):
