@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from .internals import TorchDispatchMode, pytree
+from .ops import hold
 from .reporting.notebook import as_html
 
 __all__ = ["Verification", "verify"]
@@ -56,6 +58,15 @@ class _InFloat64(TorchDispatchMode):
 
         args, kwargs = pytree.tree_map(widen, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _HeldToNothing(TorchFunctionMode):
+    """A captured graph is not held to the dtypes that it was captured with: it runs in another one on purpose."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func is hold else func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -106,7 +117,7 @@ def _run(program: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: di
     module = copy.deepcopy(module).to(torch.float64)
     wide: Callable[[Any], Any] = lambda v: v.double() if isinstance(v, Tensor) and v.dtype in _NARROW else v  # noqa: E731
     args, kwargs = pytree.tree_map(wide, copy.deepcopy((args, kwargs)))
-    with _InFloat64():
+    with _InFloat64(), _HeldToNothing():
         result = module(*args, **kwargs)
     return [leaf for leaf in _leaves(result) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
