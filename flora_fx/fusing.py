@@ -65,7 +65,7 @@ def fuse(
     >>> flora_fx.report(fused).ops_after["gemm"]
     2
     """
-    config = _known(config)
+    known = _known(config)
     if isinstance(graph, fx.GraphModule | ExportedProgram) and fusion_of(graph) is not None:
         if config is not None:
             warnings.warn(
@@ -76,7 +76,7 @@ def fuse(
         return graph
     with TYING:
         program = open_program(graph)
-        return program.finish(rewrite(program, config))
+        return program.finish(rewrite(program, known))
 
 
 def fuse_unstored(program: ExportedProgram, config: FuseConfig) -> FusedExportedProgram:

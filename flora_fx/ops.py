@@ -62,7 +62,8 @@ def accumulate(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:
         return handle_torch_function(accumulate, (y, z, up), y, z, up, scale)
     if y.dim() == 2 and z.dim() == 2:
         return torch.addmm(y, z, up.t(), alpha=scale)
-    return torch.addmm(y.flatten(0, -2), z.flatten(0, -2), up.t(), alpha=scale).view(y.shape)
+    rows = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), up.t(), alpha=scale)
+    return rows.view(y.shape)
 
 
 def accumulate_reference(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) -> Tensor:

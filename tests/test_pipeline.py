@@ -137,8 +137,10 @@ def test_the_graph_is_written_down_whenever_a_pass_has_changed_it(
     fused = flora_fx.fuse(graph)
     assert str(fused.graph) == str(plain.graph)
     files = {path.name: path.read_text() for path in (tmp_path / "dump" / "0").iterdir()}
-    assert [name.split("-")[1] for name in sorted(files)] == ["given.txt", "write.txt", "clean.txt", "labels.txt"]
-    given, written, cleaned, labelled = (files[name] for name in sorted(files))
+    assert [name.split("-")[1] for name in sorted(files)] == [
+        *("given.txt", "write.txt", "clean.txt", "direct.txt", "labels.txt")
+    ]
+    given, written, cleaned, _, labelled = (files[name] for name in sorted(files))
     assert (given.count("aten.linear.default"), given.count("_nn.linear")) == (10, 0)
     assert (written.count("aten.linear.default"), written.count("_nn.linear")) == (10, 2)
     assert (cleaned.count("aten.linear.default"), cleaned.count("_nn.linear")) == (0, 2)
@@ -146,7 +148,7 @@ def test_the_graph_is_written_down_whenever_a_pass_has_changed_it(
     assert "o_adapted" not in cleaned
     flora_fx.fuse(captured(Rotated(), x), config=FuseConfig(accumulate="unrolled"))
     names = {path.name.split("-")[1] for path in (tmp_path / "dump" / "1").iterdir()}
-    assert names == {"given.txt", "write.txt", "rotary.txt", "clean.txt", "labels.txt"}
+    assert names == {"given.txt", "write.txt", "rotary.txt", "clean.txt", "direct.txt", "labels.txt"}
 
 
 def test_a_dump_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,7 +208,7 @@ def test_what_cannot_be_left_out_is_named(monkeypatch: pytest.MonkeyPatch, name:
     graph, x = siblings()
     before, expected = str(graph.graph), graph(x)
     monkeypatch.setenv(LEAVE_OUT, f"unlike,{name}")
-    known = "only these passes can be left out: magnitudes, unlike, rotary, labels"
+    known = "only these passes can be left out: magnitudes, unlike, rotary, settle, direct, labels"
     with pytest.raises(ValueError, match=f"FLORA_FX_LEAVE_OUT names '{name}'; {known}"):
         flora_fx.fuse(graph)
     assert str(graph.graph) == before

@@ -233,6 +233,7 @@ def _by_transformers(settings: Settings, model: Any, folders: list[Path]) -> Ite
 
 def _by_genai(settings: Settings, model: Any, folders: list[Path]) -> Iterator[None]:
     """By the command line of onnxruntime-genai's model builder. A PEFT model is taken apart: nobody needs it after."""
+    require("onnxruntime_genai", "genai")  # before a checkpoint is written
     with tempfile.TemporaryDirectory(dir=folders[0].parent) as place:
         command = builder_command(settings, *write_checkpoint(model, Path(place)), folders[0])
         if code := subprocess.run(command, check=False).returncode:

@@ -141,7 +141,8 @@ def cuda_code(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, A
         raise _WrittenError
 
     lowered, given = _on_cuda(graph, inputs)
-    config = {"fx_graph_cache": False, "compile_threads": 1} | options
+    # torchao turns on what decides how a product of one row is written, for the whole process, wherever it quantizes.
+    config = {"fx_graph_cache": False, "compile_threads": 1, "coordinate_descent_tuning": False} | options
     stopped = unittest.mock.patch.object(GraphLowering, "compile_to_module", stop)
     with pretend_cuda(), stopped, torch._inductor.config.patch(config):
         try:

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from flora_fx.internals import TorchDispatchMode, pytree
 
 __all__ = ["Observed", "Tangled", "observe"]
 

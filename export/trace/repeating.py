@@ -21,7 +21,8 @@ from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
+
+from flora_fx.internals import pytree
 
 from .observing import Tangled
 

@@ -61,7 +61,7 @@ def load_model(
     >>> load_model("./no-such-directory")
     Traceback (most recent call last):
     ...
-    flora_fx.checkpoint.places.CheckpointNotFoundError: no directory './no-such-directory'; check the path
+    flora_fx.errors.CheckpointNotFoundError: no directory './no-such-directory'; check the path
     """
     check_task(task)
     directory = resolve(model)

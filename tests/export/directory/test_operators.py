@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import flora_ort
-from flora_fx.benchmarks.contenders.models import Adapted, make_model
-from flora_fx.benchmarks.contenders.settings import Settings
+from benchmarks.contenders.models import Adapted, make_model
+from benchmarks.contenders.settings import Settings
 from flora_fx.errors import ExportError
 from flora_fx.export import Decoder, export_onnx, load
 from flora_fx.export.directory import operators
