@@ -3,7 +3,7 @@
 An element of y + s·B z is read and written once, whoever computes it; unrolled it costs 2·rank operations more. By the
 data sheet an H100 does some 70 of them in the time that its memory takes (60 TFLOP/s beside 3.4 TB/s, 4 bytes an
 element), so with many rows ranks up to 32 should be free. With few rows the launch that is saved is worth more. Neither
-was timed. On a CPU ``addmm`` is what was measured best so far; ``python -m benchmarks forms`` measures the forms anew.
+was timed. On a CPU the forms are level, so ``addmm`` stays; ``python -m benchmarks forms`` measures them anew.
 """
 
 from __future__ import annotations
