@@ -140,10 +140,11 @@ def cuda_code(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, A
         found.append(getattr(code, "value", code))
         raise _WrittenError
 
-    lowered, given = _on_cuda(graph, inputs)
     # torchao turns on what decides how a product of one row is written, for the whole process, wherever it quantizes.
     config = {"fx_graph_cache": False, "compile_threads": 1, "coordinate_descent_tuning": False} | options
     stopped = unittest.mock.patch.object(GraphLowering, "compile_to_module", stop)
+    with torch._inductor.config.patch(config):
+        lowered, given = _on_cuda(graph, inputs)
     with pretend_cuda(), stopped, torch._inductor.config.patch(config):
         try:
             compile_fx_inner(lowered, given)
