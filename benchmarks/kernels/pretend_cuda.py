@@ -145,12 +145,12 @@ def cuda_code(graph: fx.GraphModule, inputs: Sequence[Any], options: dict[str, A
     stopped = unittest.mock.patch.object(GraphLowering, "compile_to_module", stop)
     with torch._inductor.config.patch(config):
         lowered, given = _on_cuda(graph, inputs)
-    with pretend_cuda(), stopped, torch._inductor.config.patch(config):
-        try:
-            compile_fx_inner(lowered, given)
-        except Exception:
-            if not found:
-                raise
+        with pretend_cuda(), stopped:
+            try:
+                compile_fx_inner(lowered, given)
+            except Exception:
+                if not found:
+                    raise
     return found[0]
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..directory.operators import DOMAIN
-from .lora_sums import sizes
+from .lora_sums import bias_place, readers_of_pack, sizes
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -23,33 +22,25 @@ __all__ = ["align_packs"]
 _COLUMNS = 64  # of two bytes
 
 
-def align_packs(model: onnx_ir.Model) -> int:
-    """Widen the weights of products that only our operators read; how many.
+def align_packs(model: onnx_ir.Model) -> None:
+    """Widen the weights of products that only our operators read.
 
     Args:
         model: in our operators already. They find their columns by number, and allow for others.
     """
-    aligned = 0
     for node in list(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" and node.domain == "" else None
-        product = node.outputs[0]
         if weight is None or not weight.is_initializer() or weight.is_graph_input() or len(list(weight.uses())) != 1:
             continue
-        readers = list(product.uses())
-        if not readers or product.is_graph_output():
-            continue
-        if any(use.node.domain != DOMAIN or use.idx != 0 or _has_bias(use.node) for use in readers):
-            continue
+        readers = readers_of_pack(node.outputs[0])
         missing = -sizes(weight)[-1] % _COLUMNS
-        if missing:
-            _widen(weight, product, missing)
-            aligned += 1
-    return aligned
+        if readers and missing and not any(map(_has_bias, readers)):
+            _widen(weight, node.outputs[0], missing)
 
 
 def _has_bias(node: onnx_ir.Node) -> bool:
     """Whether there is one over all columns of the pack."""
-    place = 4 if node.op_type == "LoraSkipRMSNorm" else 2
+    place = bias_place(node)
     return len(node.inputs) > place and node.inputs[place] is not None
 
 

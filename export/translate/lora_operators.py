@@ -22,7 +22,7 @@ from flora_fx.reporting.fusion_report import FusionReport
 
 from ..directory.operators import DOMAIN
 from .aligned_packs import align_packs
-from .lora_sums import SKIP_NORM, Sum, Sums, attribute, is_read, sizes
+from .lora_sums import SKIP_NORM, Sum, Sums, attribute, bias_place, is_read, readers_of_pack, sizes
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -244,10 +244,8 @@ class _Rewriting:
 def _absorb_biases(model: onnx_ir.Model) -> None:
     """A bias that is added to a pack for operators alone is added by them."""
     for node in list(model.graph):
-        if node.op_type != "Add" or node.domain != "" or node.outputs[0].is_graph_output():
-            continue
-        readers = list(node.outputs[0].uses())
-        if not readers or any(use.node.domain != DOMAIN or use.idx != 0 for use in readers):
+        readers = readers_of_pack(node.outputs[0]) if node.op_type == "Add" and node.domain == "" else []
+        if not readers:
             continue
         for pack, bias in (node.inputs, node.inputs[::-1]):
             product = _producer(pack)
@@ -255,12 +253,12 @@ def _absorb_biases(model: onnx_ir.Model) -> None:
                 continue
             if sizes(bias) != sizes(node.outputs[0])[-1:]:
                 continue
-            for use in readers:
-                place = 4 if use.node.op_type == "LoraSkipRMSNorm" else 2
-                if len(use.node.inputs) <= place:
-                    use.node.resize_inputs(place + 1)
-                use.node.replace_input_with(place, bias)
-                use.node.replace_input_with(0, pack)
+            for reader in readers:
+                place = bias_place(reader)
+                if len(reader.inputs) <= place:
+                    reader.resize_inputs(place + 1)
+                reader.replace_input_with(place, bias)
+                reader.replace_input_with(0, pack)
             break
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from flora_fx.ir import Pack, Role
 from flora_fx.reporting.fusion_report import FusionReport
 
+from ..directory.operators import DOMAIN
 from ..trace.capture import PREFIX
 
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["SKIP_NORM", "Sum", "Sums", "attribute", "is_read", "sizes"]
+__all__ = ["SKIP_NORM", "Sum", "Sums", "attribute", "bias_place", "is_read", "readers_of_pack", "sizes"]
 
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
 _MOST_BLOCKS, _MOST_PARTS = 16, 8
@@ -243,6 +244,19 @@ class Sums:
 def sizes(value: onnx_ir.Value) -> list[int]:
     """Of a value's dimensions, -1 where dynamic; none of an unknown shape."""
     return [size if isinstance(size, int) else -1 for size in value.shape or ()]
+
+
+def readers_of_pack(value: onnx_ir.Value) -> list[onnx_ir.Node]:
+    """The operators of ``flora_ort`` that a value is the pack of; none where it is read in any other way."""
+    uses = list(value.uses())
+    if value.is_graph_output() or any(use.node.domain != DOMAIN or use.idx != 0 for use in uses):
+        return []
+    return [use.node for use in uses]
+
+
+def bias_place(node: onnx_ir.Node) -> int:
+    """Which input of an operator of ``flora_ort`` is a bias over all columns of its pack."""
+    return 4 if node.op_type == "LoraSkipRMSNorm" else 2
 
 
 def attribute(node: onnx_ir.Node, name: str, default: Any) -> Any:
