@@ -6,29 +6,23 @@ import inspect
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora_fx.errors import require
-
 from ..directory.manifest import ENCODER, MODEL, Manifest
 from ..run.cuda_graph import open_decoder
-from ..run.decoder import Decoder
 from ..run.encoder import Encoder
 from ..run.seq2seq import Seq2Seq
 from ..run.session import Session, usable_providers
-from .crossing import check_crossings
-from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
+from .decoder import check_decoder
+from .differences import TOLERANCES, Check, Differences
 from .seq2seq import check_seq2seq
 from .upcast import save_in_float32
 
 __all__ = ["TOLERANCES", "Check", "check"]
-
-_NEW_TOKENS = 16
 
 
 def check(
@@ -66,78 +60,12 @@ def _check(
     directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any], example: Mapping[str, Tensor]
 ) -> Check:
     if manifest.kind == "causal-lm":
-        decoder, _ = open_decoder(directory / MODEL, manifest, providers=providers)
-        return _check_decoder(decoder, model)
+        return check_decoder(lambda: open_decoder(directory / MODEL, manifest, providers=providers)[0], model)
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
         runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)
         return check_seq2seq(runner, model, example)
     return _check_encoder(Encoder(session, manifest), model, example)
-
-
-# --- causal language models -------------------------------------------------------------------------------
-
-
-def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
-    transformers = require("transformers", "hf")
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, decoder.manifest.vocab_size, (2, 7), generator=random)
-    mask = torch.ones_like(ids)
-    mask[1, :3] = 0  # the second prompt is shorter
-
-    logits = decoder(ids, mask)
-    expected, cache = _run(model, ids, mask, transformers.DynamicCache())
-    differences = Differences(decoder.manifest.dtype)
-    differences.add("the logits of a prompt", logits[mask.bool()], expected[mask.bool()])
-
-    token = expected[:, -1].argmax(-1, keepdim=True)
-    mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
-    past = decoder.new_cache()
-    past.prefill(ids, mask[:, :-1], room=1)
-    logits = past.decode(token[:, 0].tolist()).cpu()
-    expected, _ = _run(model, token, mask, cache)
-    differences.add("the logits of the next token", logits, expected[:, -1])
-    # Before longer texts, which PyTorch's dynamic NTK scaling would remember.
-    crossed, not_crossed = check_crossings(decoder, model, partial(_run, model), differences)
-    equal = _same_tokens(decoder, model, ids, mask[:, :-1], differences)
-    session = decoder.session
-    checked_on = f"{session.provider}, in a CUDA graph" if session.cuda_graph else session.provider
-    return Check(differences.max_abs, differences.max_rel, equal, checked_on, crossed, not_crossed)
-
-
-def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    device = next(model.parameters()).device
-    extra = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-        extra["position_ids"] = positions[:, -ids.shape[1] :].to(device)
-    out = model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), past_key_values=cache, use_cache=True, **extra
-    )
-    return out.logits.cpu(), out.past_key_values
-
-
-def _same_tokens(decoder: Decoder, model: nn.Module, ids: Tensor, mask: Tensor, differences: Differences) -> bool:
-    """Greedy generation by both, without a token that ends it."""
-    transformers = require("transformers", "hf")
-    device = next(model.parameters()).device
-    limit = decoder.manifest.max_positions
-    count = min(_NEW_TOKENS, limit - ids.shape[1]) if limit else _NEW_TOKENS
-    if count < 1:
-        return True
-    plain = transformers.GenerationConfig(
-        do_sample=False, max_new_tokens=count, pad_token_id=0, output_logits=True, return_dict_in_generate=True
-    )
-    with own_config(model, plain):
-        out = model.generate(  # type: ignore[operator]
-            ids.to(device), attention_mask=mask.to(device), generation_config=plain
-        )
-    expected = out.sequences.cpu()
-    found = decoder.generate(ids, mask, max_new_tokens=count, eos_token_id=[])
-    return same_tokens(found, expected, out.logits, ids.shape[1], differences)
-
-
-# --- encoders ---------------------------------------------------------------------------------------------
 
 
 def _check_encoder(encoder: Encoder, model: nn.Module, inputs: Mapping[str, Tensor]) -> Check:

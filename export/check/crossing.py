@@ -6,18 +6,19 @@ random numbers, the same ones for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..run.decoder import Decoder
-from ..run.kv_memory import PAST, PRESENT
+from ..directory.manifest import Manifest
+from ..run.kv_memory import PAST
 from ..trace.text_config import text_config
 from .differences import Differences
 
-__all__ = ["check_crossings"]
+__all__ = ["Crossings", "Run", "Signature", "Step", "compare_steps", "find_crossings", "step_inputs"]
 
 _NAMES = (
     "sliding_window",
@@ -31,43 +32,58 @@ _NAMES = (
 _ALWAYS = 64 * 2**20
 _SHARE = 4
 
+Signature = Mapping[str, tuple[tuple[int | str, ...], torch.dtype]]
+"""Shapes, with names for dynamic axes, and dtypes of a graph's inputs."""
+
+Run = Callable[[dict[str, Tensor]], Tensor]
+"""Inputs of an export -> its logits [batch, seq, vocab]."""
+
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """Tokens [batch, seq], mask [batch, total], cache -> PyTorch's logits and cache."""
 
 
-def check_crossings(
-    decoder: Decoder, model: nn.Module, step: Step, differences: Differences
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Compare the last of n tokens and the last of n + 1, for each n where something may change.
+@dataclass(frozen=True)
+class Crossings:
+    """Where something may change.
+
+    Attributes:
+        lengths: after so many tokens.
+        crossed: those of them that are compared.
+        totals: the steps that are compared: each the last token of a text of so many.
+    """
+
+    lengths: tuple[int, ...]
+    crossed: tuple[int, ...]
+    totals: tuple[int, ...]
+
+    @property
+    def not_crossed(self) -> tuple[int, ...]:
+        """Those whose keys and values would have taken too much memory."""
+        return tuple(length for length in self.lengths if length not in self.crossed)
+
+
+def find_crossings(signature: Signature, manifest: Manifest, model: nn.Module) -> Crossings:
+    """The lengths of a model, and which steps are compared: the last of n tokens and the last of n + 1, for each n.
+
+    Not those whose keys and values take more memory than a quarter of the weights, and more than 64 MiB.
 
     Args:
-        decoder: of the export.
+        signature: of the graph's inputs.
+        manifest: of the export.
         model: the transformers model.
-        step: one run of it.
-        differences: told of those that are found.
-
-    Returns:
-        each n that was crossed, and each whose keys and values would have taken too much memory: more than a quarter of
-        what the weights take, and more than 64 MiB.
-
-    Raises:
-        ExportError: they do not agree.
     """
     room = max(_ALWAYS, sum(p.numel() * p.element_size() for p in model.parameters()) // _SHARE)
-    lengths = _lengths(decoder, model)
-    crossed = [length for length in lengths if _bytes(decoder, length) <= room]
-    random = torch.Generator().manual_seed(0)
-    for length in crossed:
-        for total in (length, length + 1):
-            if total <= (decoder.manifest.max_positions or total):
-                _compare(decoder, model, step, total, random, differences)
-    return tuple(crossed), tuple(length for length in lengths if length not in crossed)
+    lengths = _lengths(manifest, model)
+    crossed = [length for length in lengths if _bytes(signature, length) <= room]
+    most = manifest.max_positions
+    totals = [total for length in crossed for total in (length, length + 1) if total <= (most or total)]
+    return Crossings(lengths, tuple(crossed), tuple(totals))
 
 
-def _lengths(decoder: Decoder, model: nn.Module) -> list[int]:
-    most = decoder.manifest.max_positions
+def _lengths(manifest: Manifest, model: nn.Module) -> tuple[int, ...]:
+    most = manifest.max_positions
     named = _integers(text_config(model).to_dict())
-    return sorted({length for length in (*decoder.manifest.switches, *named) if 1 < length <= (most or length)})
+    return tuple(sorted({length for length in (*manifest.switches, *named) if 1 < length <= (most or length)}))
 
 
 def _integers(content: Any) -> Iterator[int]:
@@ -78,35 +94,63 @@ def _integers(content: Any) -> Iterator[int]:
         yield from _integers(value)
 
 
-def _past(decoder: Decoder, length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _past(signature: Signature, length: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shapes and dtypes of the keys and values of so many tokens of one row."""
     sizes = {"batch": 1, "past": length}
     return {
         name: (tuple(axis if isinstance(axis, int) else sizes[axis] for axis in shape), dtype)
-        for name, (shape, dtype) in decoder.session.inputs.items()
+        for name, (shape, dtype) in signature.items()
         if name.startswith(PAST)
     }
 
 
-def _bytes(decoder: Decoder, length: int) -> int:
-    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in _past(decoder, length).values())
+def _bytes(signature: Signature, length: int) -> int:
+    return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in _past(signature, length).values())
 
 
-def _compare(
-    decoder: Decoder, model: nn.Module, step: Step, total: int, random: torch.Generator, differences: Differences
+def step_inputs(signature: Signature, manifest: Manifest, total: int) -> dict[str, Tensor]:
+    """What an export is given for the last token of a text: that one, a mask, and the keys and values before it.
+
+    They are random, and for the same length always the same. What is kept in half precision is rounded to it, whatever
+    dtype the graph that is checked has.
+    """
+    random = torch.Generator().manual_seed(total)
+    kept = getattr(torch, manifest.dtype)
+    past = {
+        name: torch.randn(shape, generator=random).to(kept).to(dtype)
+        for name, (shape, dtype) in _past(signature, total - 1).items()
+    }
+    token = torch.randint(0, manifest.vocab_size, (1, 1), generator=random)
+    return {"input_ids": token, "attention_mask": torch.ones(1, total, dtype=torch.int64), **past}
+
+
+def compare_steps(
+    found: Mapping[int, Tensor],
+    signature: Signature,
+    manifest: Manifest,
+    model: nn.Module,
+    step: Step,
+    differences: Differences,
 ) -> None:
+    """Compare what an export made of `step_inputs` with what its model makes of them.
+
+    Args:
+        found: the export's logits [1, 1, vocab], by the length of the text.
+        signature: of the graph's inputs.
+        manifest: of the export.
+        model: the transformers model.
+        step: one run of it.
+        differences: told of those that are found.
+
+    Raises:
+        ExportError: they do not agree.
+    """
     from transformers import DynamicCache
 
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    past = {
-        name: torch.randn(shape, generator=random).to(dtype) for name, (shape, _) in _past(decoder, total - 1).items()
-    }
-    token = torch.randint(0, decoder.manifest.vocab_size, (1, 1), generator=random)
-    mask = torch.ones(1, total, dtype=torch.int64)
-    wide = {name: value.to(decoder.session.inputs[name][1]) for name, value in past.items()}  # of a bfloat16 export
-    keep = [name.replace(PAST, PRESENT) for name in past]
-    found = decoder.session.run({"input_ids": token, "attention_mask": mask, **wide}, keep=keep)["logits"]
-    keys_and_values = [value.to(device) for value in past.values()]
-    layers = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
-    expected, _ = step(token, mask, DynamicCache(layers))
-    differences.add(f"the logits of token {total} of a text", found[:, -1], expected[:, -1])
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for total, logits in found.items():
+        inputs = step_inputs(signature, manifest, total)
+        token, mask, *past = inputs.values()
+        placed = [value.to(weight.device, weight.dtype) for value in past]
+        expected, _ = step(token, mask, DynamicCache(list(zip(placed[::2], placed[1::2], strict=True))))
+        differences.add(f"the logits of token {total} of a text", logits[:, -1], expected[:, -1])

@@ -21,9 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from flora_fx.errors import ExportError
 from flora_fx.export import Decoder, export_onnx, load
 from flora_fx.export.check import crossing
-from flora_fx.export.check.checking import _run
-from flora_fx.export.check.crossing import check_crossings
-from flora_fx.export.check.differences import Differences
+from flora_fx.export.check.crossing import find_crossings
+from flora_fx.export.check.decoder import check_decoder
 from flora_fx.export.run.session import Session
 from flora_fx.export.targets import trace
 from flora_fx.export.trace import rotary_tables
@@ -281,7 +280,7 @@ def test_lengths_that_a_check_crosses(longrope: Long, exported: Export) -> None:
 def test_a_graph_that_changes_elsewhere_is_found(longrope: Long, target: str) -> None:
     model = build_longrope(SWITCH + 1)
     with torch.no_grad(), pytest.raises(ExportError, match=f"logits of token {SWITCH + 1} of a text differs"):
-        check_crossings(longrope(target).decoder, model, lambda *args: _run(model, *args), Differences("float32"))
+        check_decoder(lambda: longrope(target).decoder, model)
 
 
 def test_an_export_that_would_not_change_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,9 +296,8 @@ def test_lengths_that_take_too_much_memory(longrope: Long, monkeypatch: pytest.M
     each = 2 * 2 * 2 * 16 * 4  # bytes of keys and values of a token
     monkeypatch.setattr(crossing, "_ALWAYS", SWITCH * each)
     monkeypatch.setattr(crossing, "_SHARE", 10**9)
-    with torch.no_grad():
-        found = check_crossings(export.decoder, model, lambda *args: _run(model, *args), Differences("float32"))
-    assert found == ((SWITCH,), (POSITIONS,))
+    found = find_crossings(export.decoder.session.inputs, export.decoder.manifest, model)
+    assert (found.crossed, found.not_crossed, found.totals) == ((SWITCH,), (POSITIONS,), (SWITCH, SWITCH + 1))
 
 
 # onnxruntime-genai
