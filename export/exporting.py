@@ -18,14 +18,16 @@ from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse_unstored, report
 from flora_fx.reporting.fusion_report import combined
+from flora_fx.storage.mapped import give_back
 
 from .check.checking import check
 from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
-from .directory.manifest import MANIFEST, MODEL, write_manifest
+from .directory.manifest import DATA, MANIFEST, MODEL, write_manifest
 from .directory.operators import choose_operators, copy_operators
 from .directory.saving import save_graphs
+from .directory.sealing import Sealing
 from .directory.staging import staged
 from .lora.swappable import check_swappable
 from .result import ExportResult
@@ -136,7 +138,7 @@ def export_onnx(
         seconds[name] = time.perf_counter() - start
 
     destination = Path(directory).absolute()
-    with staged(destination, overwrite=overwrite, marker=MANIFEST) as place:
+    with staged(destination, overwrite=overwrite, marker=MANIFEST) as place, Sealing() as sealing:
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
             chosen, traced = trace(reference, kind, example_inputs, target, provider)
@@ -147,6 +149,7 @@ def export_onnx(
             own_forms = (chosen.operator_forms if operators else None) or chosen.forms
             if hot_swap:
                 own_forms = _swappable_forms(chosen, why_not)
+        give_back()
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)
             fused = {name: fuse_unstored(part.program, config or own_forms) for name, part in captured.items()}
@@ -158,6 +161,7 @@ def export_onnx(
             swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
+            sealing.begin(place / DATA)
             write_companions(place, core, reference, tokenizer)
             manifest = describe(core, reference, kind, chosen, traced)
             for note in manifest.notes[len(traced.notes) :]:
@@ -170,12 +174,13 @@ def export_onnx(
             example = traced.example
             # What torch.onnx has translated holds the packs: a second copy of the weights, not needed for the check.
             del graphs, fused, captured, traced
+            give_back()
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example)
             manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked))
         with stage("seal"):
-            files = write_manifest(place, manifest)
+            files = write_manifest(place, manifest, sealing.sha256)
     return ExportResult(
         destination,
         fusion,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +34,7 @@ __all__ = [
     "is_export_check",
     "pytree",
     "statically_known_true",
+    "unset_fake_temporarily",
 ]
 
 GELU: Any = torch._C._nn.gelu

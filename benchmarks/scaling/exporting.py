@@ -22,12 +22,12 @@ from typing import Any
 from flora_fx.errors import ExportError
 
 from ..contenders.models import make_model
-from ..contenders.onnx_exports import PROVIDERS, builder_command, write_checkpoint
+from ..contenders.onnx_exports import builder_command, write_checkpoint
 from ..contenders.settings import Settings
 from ..measure.isolated import Progress
 from ..show.sheet import Sheet
 
-__all__ = ["EXPORTERS", "export_once", "measure", "sheets"]
+__all__ = ["EXPORTERS", "measure", "sheets"]
 
 EXPORTERS = ("flora_fx", "genai builder")
 
@@ -83,62 +83,38 @@ def _together(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _run(name: str, settings: Settings, checkpoint: Path, adapter: Path, output: Path) -> dict[str, Any]:
     output.parent.mkdir(exist_ok=True)
     if name == "flora_fx":
-        places = ", ".join(repr(str(place)) for place in (checkpoint, adapter, output))
-        script = f"from {__name__} import export_once; export_once({places}, {PROVIDERS[settings.device]!r})"
-        command = [sys.executable, "-c", script]
+        places = ["-m", str(checkpoint), "-a", str(adapter), "-o", str(output)]
+        command = [sys.executable, "-m", "flora_fx.cli", "export", *places, "--dtype", settings.dtype, "--json"]
     else:
         command = builder_command(settings, checkpoint, adapter, output)
     threads = str(settings.threads)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"}
-    with tempfile.TemporaryFile("w+") as log:
+    if settings.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as log:
         start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=_ROOT)
+        process = subprocess.Popen(command, stdout=out, stderr=log, env=environment, cwd=_ROOT)
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
         log.seek(0)
-        printed = log.read()
+        printed, errors = out.read(), log.read()
     if process.returncode:
-        raise ExportError(f"{name} ended with {process.returncode}: {printed[-_KEPT:]}")
-    told = json.loads(printed.splitlines()[-1]) if name == "flora_fx" else {}
+        raise ExportError(f"{name} ended with {process.returncode}: {(printed + errors)[-_KEPT:]}")
+    told = json.loads(printed) if name == "flora_fx" else {}
     unit = 1 if sys.platform == "darwin" else 1024
     return {
         "seconds": seconds,
         "cpu_seconds": used.ru_utime + used.ru_stime,
         "peak_bytes": used.ru_maxrss * unit,
-        "stages": told.get("stages", {}),
-        "peaks": told.get("peaks", {}),
+        "stages": told.get("seconds", {}),
+        "peaks": told.get("peak_bytes", {}),
     }
 
 
 _ROOT = Path(__file__).parents[2]
 """Where a checkout finds its own packages; anywhere will do for what is installed."""
-
-
-def export_once(checkpoint: str, adapter: str, output: str, provider: str) -> None:
-    """What ``flora-fx export`` does; prints seconds by stage, and the process's peak at the end of each, as JSON."""
-    import resource  # of Unix, as all of this is
-
-    start = time.perf_counter()
-    from flora_fx.checkpoint import load_model
-    from flora_fx.export import export_onnx
-
-    loaded = load_model(checkpoint, adapter)
-    seconds = {"load": time.perf_counter() - start}
-    begun: list[tuple[str, int]] = [("load", 0)]
-
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-    result = export_onnx(
-        loaded,
-        output,
-        providers=[*dict.fromkeys((provider, PROVIDERS["cpu"]))],
-        progress=lambda name: begun.append((name, peak())),
-    )
-    ends = [*(bytes_ for _, bytes_ in begun[1:]), peak()]
-    peaks = {name: end for (name, _), end in zip(begun, ends, strict=True)}
-    print(json.dumps({"stages": seconds | dict(result.seconds), "peaks": peaks}))
 
 
 def sheets(result: Mapping[str, Any]) -> list[Sheet]:

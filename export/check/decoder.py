@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.errors import require
+from flora_fx.storage.mapped import give_back
 
 from ..directory.manifest import Manifest
 from ..run.decoder import Decoder
@@ -70,7 +71,8 @@ def check_decoder(opened: Callable[[], Decoder], model: nn.Module) -> Check:
     manifest = decoder.manifest
     crossings = find_crossings(decoder.session.inputs, manifest, model)
     found = _run_export(decoder, crossings)
-    del decoder  # and its memory
+    del decoder
+    give_back()
     differences = Differences(manifest.dtype)
     if any(length < found.text.shape[1] for length in crossings.lengths):
         equal = _compare_by_steps(found, manifest, model, differences)

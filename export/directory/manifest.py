@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -103,15 +103,20 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> dict[str, int]:
+def write_manifest(directory: Path, manifest: Manifest, digest: Callable[[Path], str] = sha256) -> dict[str, int]:
     """Write the manifest of all files in a directory.
+
+    Args:
+        directory: the directory.
+        manifest: all but the files.
+        digest: gives the SHA-256 of a file.
 
     Returns:
         their sizes in bytes, by relative path.
     """
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
     files: dict[str, dict[str, Any]] = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in paths
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths
     }
     content: dict[str, Any] = {**asdict(manifest), "files": files}
     content["sha256"] = _digest(content)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flora_fx.errors import require
+from flora_fx.storage.mapped import give_back
 
 from .manifest import DATA
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["save_graphs"]
 
+_READ = 64 * 2**20
+"""After so many bytes of weights have been read, they are given back, where they are mapped."""
 _INLINE = 256
 """Tensors of at most so many bytes stay in the graph's own file, as `onnx_ir.save` has it."""
 
@@ -36,7 +39,7 @@ def save_graphs(graphs: Mapping[str, onnx_ir.Model], place: Path) -> None:
         if value.const_value is not None and value.const_value.nbytes > _INLINE
     ]
     unique = {_identity(value.const_value): value.const_value for value in values}
-    written = ir.external_data.convert_tensors_to_external(list(unique.values()), place, DATA)
+    written = ir.external_data.convert_tensors_to_external(list(unique.values()), place, DATA, callback=_Reader())
     stored = dict(zip(unique, written, strict=True))
     for value in values:
         at = stored[_identity(value.const_value)]
@@ -45,6 +48,19 @@ def save_graphs(graphs: Mapping[str, onnx_ir.Model], place: Path) -> None:
         )
     for name, graph in graphs.items():
         ir.save(graph, place / name)
+
+
+class _Reader:
+    """Called before a weight is read; what was read of those before is given back, from time to time."""
+
+    def __init__(self) -> None:
+        self.read = 0
+
+    def __call__(self, tensor: Any, info: Any) -> None:
+        if self.read > _READ:
+            give_back()
+            self.read = 0
+        self.read += tensor.nbytes
 
 
 def _identity(tensor: Any) -> Hashable:

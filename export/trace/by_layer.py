@@ -15,9 +15,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .capture import capture
+from .model import private_copy
 from .observing import Observed, Tangled, observe
 from .refusals import NotCaptured, first_line
 from .repeating import repeat_layers
+from .shapes_alone import for_shapes
 
 __all__ = ["capture_by_layer", "shorten"]
 
@@ -56,22 +58,22 @@ def _by_kind(
     shortened: Callable[[str, Sequence[int]], nn.Module],
 ) -> ExportedProgram:
     *single, pairs = args
-    full = observe(module, args, path)
+    full = for_shapes(module, lambda: observe(module, args, path))
     kept, order = _kinds(full)
     if len(kept) == len(full.layers):
         raise Tangled("no two of its layers are alike")
     small = shortened(path, kept)
     fewer = (*single, tuple(pairs[2 * index + which] for index in kept for which in (0, 1)))
-    if _observed(small, fewer, path) != Observed(full.before, tuple(full.layers[i] for i in kept), full.after):
+    if _observed(module, small, fewer, path) != Observed(full.before, tuple(full.layers[i] for i in kept), full.after):
         raise Tangled("with fewer layers it computes something else")
     *dims, of_pairs = shapes
     short = capture(small, fewer, (*dims, of_pairs[: 2 * len(kept)]))
     return repeat_layers(short, module, args, path, order)
 
 
-def _observed(small: nn.Module, args: tuple[Any, ...], path: str) -> Observed:
+def _observed(module: nn.Module, small: nn.Module, args: tuple[Any, ...], path: str) -> Observed:
     try:
-        return observe(small, args, path)
+        return for_shapes(module, lambda: observe(small, args, path))  # as all of it is
     except Tangled:
         raise
     except Exception as error:  # whatever a model does that counts its layers
@@ -97,20 +99,33 @@ def _path_of_layers(module: nn.Module, count: int) -> str | None:
     return outer[0] if len(outer) == 1 else None
 
 
-def shorten(model: Any, layers: nn.ModuleList, kept: Sequence[int]) -> None:
-    """Leave some layers of a private transformers model, and of the lists in its config that have one entry a layer."""
-    count = len(layers)
+def shorten(module: nn.Module, path: str, kept: Sequence[int]) -> nn.Module:
+    """A private copy of a module with some of its layers, which are in the list at ``path``; no other is copied.
+
+    The layers are numbered anew, and so is what the config of a transformers model ``module.model`` has once a layer.
+    """
+    parent, _, name = path.rpartition(".")
+    holder, layers = module.get_submodule(parent), module.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    setattr(holder, name, nn.ModuleList(layers[index] for index in kept))
+    try:
+        private: Any = private_copy(module)
+    finally:
+        setattr(holder, name, layers)
+    _shorten_configs(private.model, len(layers), kept)
+    for index, layer in enumerate(private.get_submodule(path)):
+        part: Any
+        for part in layer.modules():
+            if isinstance(getattr(part, "layer_idx", None), int):
+                part.layer_idx = index
+    return private  # type: ignore[no-any-return]
+
+
+def _shorten_configs(model: Any, count: int, kept: Sequence[int]) -> None:
+    """Of so many layers leave those that are kept: their number, and lists of one entry a layer."""
     for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
         content = vars(config)
         for key, value in content.items():
             if isinstance(value, list | tuple) and len(value) == count:
                 content[key] = type(value)(value[index] for index in kept)
         content[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
-    left = [layers[index] for index in kept]
-    del layers[:]
-    layers.extend(left)
-    for index, layer in enumerate(layers):
-        part: Any
-        for part in layer.modules():
-            if isinstance(getattr(part, "layer_idx", None), int):
-                part.layer_idx = index

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,5 +80,23 @@ def _exportable() -> Iterator[None]:
     """
     require("transformers.exporters.exporter_onnx", "hf")
     patches = require("transformers.exporters.utils", "hf")
-    with patches.apply_patches("onnx"), patches.apply_patches("dynamo"):
+    with _applied(patches, "onnx"), _applied(patches, "dynamo"):
         yield
+
+
+@contextmanager
+def _applied(patches: Any, backend: str) -> Iterator[None]:
+    """As transformers' ``apply_patches``, which imports every model that it has something for: half a second."""
+    here = [
+        (holder, attribute, replacement)
+        for path, attribute, replacement in patches._PATCHES.get(backend, [])
+        if not _is_of_other_model(path) and (holder := patches.import_dotted_path(path, missing_ok=True)) is not None
+    ]
+    with patches.patch_attributes(here):
+        yield
+
+
+def _is_of_other_model(path: str) -> bool:
+    """Whether something is in a file of a model that nobody has imported."""
+    found = re.match(r"transformers\.models\.\w+\.\w+", path)
+    return found is not None and found[0] not in sys.modules

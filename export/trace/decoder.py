@@ -25,6 +25,7 @@ from .example import token_ids
 from .model import private_copy
 from .refusals import NotCaptured, Unsuited
 from .rotary_tables import switches_of, tabulate_rotary
+from .shapes_alone import for_shapes
 from .survey import AttentionLayer, survey
 from .traced import Traced, with_cache
 
@@ -50,7 +51,7 @@ def trace_decoder(model: nn.Module, provider: str = "CPUExecutionProvider") -> T
     private = private_copy(model)
     replace_attention(private)
     tabulate_rotary(private)
-    layers = survey(private)
+    layers = for_shapes(private, lambda: survey(private))
     if provider == "CUDAExecutionProvider" and next(model.parameters()).dtype == torch.float32:
         raise Unsuited("GroupQueryAttention has no float32 kernel on CUDA (dtype=torch.float16 has one)")
     program = _captured(private, layers)
@@ -100,10 +101,9 @@ class _Decoder(nn.Module):
 
     def shortened(self, path: str, kept: Sequence[int]) -> _Decoder:
         """The same with some of its layers, which are in the list at ``path``."""
-        private: Any = private_copy(self)
+        private: Any = shorten(self, path, kept)
         private.layers = [self.layers[index] for index in kept]
-        shorten(private.model, private.get_submodule(path), kept)
-        return private
+        return private  # type: ignore[no-any-return]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seqlens = (attention_mask.sum(1) - 1).to(torch.int32)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from flora_fx.internals import unset_fake_temporarily
+
 from .refusals import Unsuited
 
 __all__ = ["CausalMask", "classify_mask"]
@@ -38,13 +40,20 @@ def classify_mask(*, mask_function: Callable[..., Any], **_: Any) -> CausalMask:
     if mask_function is masking_utils.causal_mask_function:
         return CausalMask(-1)
     for window in _integers_in(mask_function):
+        if _is_window(mask_function, window):
+            return CausalMask(window)
+    raise Unsuited("its mask is neither causal nor a sliding window")
+
+
+def _is_window(mask_function: Callable[..., Any], window: int) -> bool:
+    from transformers import masking_utils
+
+    with unset_fake_temporarily():  # in what runs for its shapes, too
         reference = masking_utils.sliding_window_causal_mask_function(window)
         at = torch.cat([torch.arange(8), torch.arange(max(window - 3, 0), window + 5)])
         zero = torch.tensor(0)
         pairs = [(zero, zero, q, k) for q in at for k in at]
-        if all(bool(mask_function(*pair)) == bool(reference(*pair)) for pair in pairs):
-            return CausalMask(window)
-    raise Unsuited("its mask is neither causal nor a sliding window")
+        return all(bool(mask_function(*pair)) == bool(reference(*pair)) for pair in pairs)
 
 
 def _integers_in(function: Any) -> Iterator[int]:

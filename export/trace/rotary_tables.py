@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.decoder_ops import rotary_rows
+from flora_fx.internals import unset_fake_temporarily
 
 from .attention import current_run
 from .refusals import Unsuited
@@ -58,7 +59,8 @@ class RotaryTables(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         key = repr((args, sorted(kwargs.items())))
         if key not in self.known:
-            self.known[key] = self.tabulate(x, args, kwargs)
+            with unset_fake_temporarily():  # of what runs for its shapes this is wanted
+                self.known[key] = self.tabulate(torch.zeros(x.shape, dtype=x.dtype, device=x.device), args, kwargs)
         pair = self.known[key]
         if pair is None:
             return self.module(x, position_ids, *args, **kwargs)

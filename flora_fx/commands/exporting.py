@@ -10,7 +10,7 @@ from flora_fx.tasks import Task
 
 from .ending import Outcome, left_of
 from .quiet import quiet
-from .stages import staged_work
+from .stages import staged_work, uncollected
 
 __all__ = ["export"]
 
@@ -43,15 +43,17 @@ def export(
     """
     outcome.left = left_of(output)
     quiet()
-    with staged_work() as stages:
+    with uncollected(), staged_work() as stages:
         stages.begin("load")
         from flora_fx.checkpoint import load_model
         from flora_fx.export import export_onnx
         from flora_fx.export.directory.manifest import versions
+        from flora_fx.storage.mapped import giving_back
 
         loaded = load_model(model, adapter, task=task)
         chosen = _tokenizer(loaded, model, adapter, tokenizer)
-        result = export_onnx(loaded, output, tokenizer=chosen, progress=stages.begin, **options)
+        with giving_back(loaded):
+            result = export_onnx(loaded, output, tokenizer=chosen, progress=stages.begin, **options)
     report = result.report
     outcome.document.update(
         directory=str(output),
@@ -68,6 +70,7 @@ def export(
         notes=list(result.notes),
         files=dict(result.files),
         seconds=stages.seconds,
+        peak_bytes=stages.peaks,
         versions=versions(),
     )
     return result

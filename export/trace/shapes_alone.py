@@ -1,0 +1,45 @@
+"""A run of a model for its shapes: weights are not read, nothing is computed.
+
+A model that was loaded from a file is a mapping of that file: what no one reads takes no memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+from flora_fx.internals import FakeTensorMode
+
+from .refusals import first_line
+
+__all__ = ["for_shapes"]
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+_LARGE = 2**30
+
+
+def for_shapes(model: nn.Module, run: Callable[[], T]) -> T:
+    """What a run gives that looks at no number.
+
+    It is run with its numbers, where it looks at some, or the model is small: that is a few times faster, and a model
+    of 1 GiB is no longer small.
+
+    Args:
+        model: whose weights are not read.
+        run: runs it, and may be called twice.
+    """
+    if sum(parameter.nbytes for parameter in model.parameters()) < _LARGE:
+        return run()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return run()
+    except Exception as error:  # whatever comes of numbers that are not there; what comes of anything else comes again
+        log.debug("run with its numbers: %s", first_line(error))
+    return run()
