@@ -21,6 +21,7 @@ from flora_fx.reporting.fusion_report import combined
 from flora_fx.storage.mapped import give_back
 
 from .check.checking import check
+from .check.differences import Verify
 from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
@@ -54,6 +55,7 @@ def export_onnx(
     target: TargetName | None = None,
     hot_swap: bool = False,
     custom_ops: bool | None = None,
+    verify: Verify | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Write a model with its adapters fused in as a directory for ONNX Runtime, and check it there.
@@ -81,6 +83,11 @@ def export_onnx(
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
             False: plain operators. ``Manifest.custom_ops`` says what was written.
+        verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
+            greedy tokens are compared. ``"quick"``, of a causal LM on a CPU, and else as ``"full"``: the graph runs
+            part by part and the model layer by layer, so that neither has to stand in memory; logits are compared, no
+            tokens are generated. ``"none"``: not at all. None: ``"quick"`` for weights of more than 2 GiB, else
+            ``"full"``. ``ExportResult.verified`` and the manifest say which it was.
         progress: called with the name of each stage as it begins.
 
     Returns:
@@ -90,7 +97,7 @@ def export_onnx(
         ExportError: the model is of another kind, cannot be captured or translated, does not agree with PyTorch on
             ONNX Runtime, or the directory must not be written.
         TypeError: ``model`` is no module, ``dtype`` no dtype, ``config`` no `FuseConfig`.
-        ValueError: an unknown target.
+        ValueError: an unknown target, or way to verify.
         AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
             linear layers.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
@@ -121,6 +128,8 @@ def export_onnx(
         require(module, "onnx")
     if target not in (None, *get_args(TargetName)):
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
+    if verify not in (None, *get_args(Verify)):
+        raise ValueError(f"verify is {verify!r}; it must be 'full', 'quick', 'none' or None")
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
     operators = choose_operators(custom_ops, provider)
     core = unwrap(model)
@@ -177,8 +186,8 @@ def export_onnx(
             give_back()
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
-            checked = check(place, replace(manifest, generation={}), reference, providers, example)
-            manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked))
+            checked = check(place, replace(manifest, generation={}), reference, providers, example, verify)
+            manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked) if checked.verified != "none" else {"verified": "none"})
         with stage("seal"):
             files = write_manifest(place, manifest, sealing.sha256)
     return ExportResult(

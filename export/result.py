@@ -10,6 +10,8 @@ from pathlib import Path
 from flora_fx.reporting.fusion_report import FusionReport
 from flora_fx.reporting.notebook import as_html
 
+from .check.differences import Verify
+
 __all__ = ["ExportResult"]
 
 
@@ -27,6 +29,8 @@ class ExportResult:
         checked_on: the execution provider of the check.
         crossed: of a causal LM, lengths of a text on both sides of which a step was compared: where windows, rotary
             positions or the scale of attention may change, and where positions end.
+        verified: ``"full"``, ``"quick"`` or ``"none"``: how it was compared, see `export_onnx`; ``"none"`` has no errors:
+            they are NaN.
         not_crossed: those whose keys and values would take too much memory (a quarter of the weights').
         target: how the graph attends, see `export_onnx`.
         notes: what a reader should know: why the target is not the one that is usual, and what the model's generation
@@ -47,6 +51,7 @@ class ExportResult:
     seconds: Mapping[str, float]
     crossed: tuple[int, ...] = ()
     not_crossed: tuple[int, ...] = ()
+    verified: Verify = "full"
 
     def __repr__(self) -> str:
         error = f"max_abs_error {self.max_abs_error:.1e}"
@@ -61,11 +66,14 @@ class ExportResult:
     def __str__(self) -> str:
         tokens = {True: "greedy tokens equal", False: "greedy tokens differ at a near tie", None: "no tokens"}
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self.seconds.items())
+        check = "quick check" if self.verified == "quick" else "check"
         lines = [
             f"exported to {self.directory}: {len(self.report.fused)} adapters fused, "
             f"{len(self.report.declines)} declined",
-            f"check against PyTorch ({self.checked_on}): max abs error {self.max_abs_error:.1e}, "
-            f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}",
+            f"{check} against PyTorch ({self.checked_on}): max abs error {self.max_abs_error:.1e}, "
+            f"relative {self.max_rel_error:.1e}; {tokens[self.greedy_tokens_equal]}"
+            if self.checked_on
+            else "not checked against PyTorch",
             f"seconds: {stages}",
         ]
         if self.not_crossed:

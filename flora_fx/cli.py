@@ -42,6 +42,15 @@ class Target(StrEnum):
     general = "general"
 
 
+class Verify(StrEnum):
+    """Names of the ways to compare an export with its model."""
+
+    auto = "auto"
+    full = "full"
+    quick = "quick"
+    none = "none"
+
+
 def main() -> None:
     """The entry point of ``flora-fx``."""
     try:
@@ -145,6 +154,15 @@ def build_app() -> "typer.Typer":
         hot_swap: Annotated[
             bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
         ] = False,
+        verify: Annotated[
+            Verify,
+            typer.Option(
+                "--verify",
+                help="How the result is compared with PyTorch. full: as it will run; quick: a causal LM on a CPU part by "
+                "part, in little memory, without greedy tokens; none: not at all; auto: quick for weights of more than "
+                "2 GiB.",
+            ),
+        ] = Verify.auto,
         task: Annotated[str, task_option] = "auto",
         tokenizer: Annotated[
             str | None,
@@ -167,6 +185,7 @@ def build_app() -> "typer.Typer":
                 "overwrite": overwrite,
                 "target": None if target is Target.auto else target.value,
                 "hot_swap": hot_swap,
+                "verify": None if verify is Verify.auto else verify.value,
             }
             if inputs is not None:
                 options["example_inputs"] = read_inputs(inputs, options["dtype"])

@@ -18,7 +18,7 @@ from ..run.kv_memory import PAST
 from ..trace.text_config import text_config
 from .differences import Differences
 
-__all__ = ["Crossings", "Run", "Signature", "Step", "compare_steps", "find_crossings", "step_inputs"]
+__all__ = ["Crossings", "Signature", "Step", "compare_steps", "find_crossings", "step_inputs", "text_input"]
 
 _NAMES = (
     "sliding_window",
@@ -34,9 +34,6 @@ _SHARE = 4
 
 Signature = Mapping[str, tuple[tuple[int | str, ...], torch.dtype]]
 """Shapes, with names for dynamic axes, and dtypes of a graph's inputs."""
-
-Run = Callable[[dict[str, Tensor]], Tensor]
-"""Inputs of an export -> its logits [batch, seq, vocab]."""
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
 """Tokens [batch, seq], mask [batch, total], cache -> PyTorch's logits and cache."""
@@ -62,7 +59,7 @@ class Crossings:
         return tuple(length for length in self.lengths if length not in self.crossed)
 
 
-def find_crossings(signature: Signature, manifest: Manifest, model: nn.Module) -> Crossings:
+def find_crossings(signature: Signature, manifest: Manifest, model: nn.Module, *, by_layer: bool = False) -> Crossings:
     """The lengths of a model, and which steps are compared: the last of n tokens and the last of n + 1, for each n.
 
     Not those whose keys and values take more memory than a quarter of the weights, and more than 64 MiB.
@@ -71,8 +68,10 @@ def find_crossings(signature: Signature, manifest: Manifest, model: nn.Module) -
         signature: of the graph's inputs.
         manifest: of the export.
         model: the transformers model.
+        by_layer: the keys and values of one layer are in memory at a time; then they may take 64 MiB.
     """
-    room = max(_ALWAYS, sum(p.numel() * p.element_size() for p in model.parameters()) // _SHARE)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = _ALWAYS * manifest.layers if by_layer else max(_ALWAYS, weights // _SHARE)
     lengths = _lengths(manifest, model)
     crossed = [length for length in lengths if _bytes(signature, length) <= room]
     most = manifest.max_positions
@@ -109,19 +108,31 @@ def _bytes(signature: Signature, length: int) -> int:
 
 
 def step_inputs(signature: Signature, manifest: Manifest, total: int) -> dict[str, Tensor]:
-    """What an export is given for the last token of a text: that one, a mask, and the keys and values before it.
+    """What an export is given for the last token of a text: that one, a mask, and the keys and values before it."""
+    return {name: text_input(signature, manifest, name, 1, total, 1) for name in signature}
 
-    They are random, and for the same length always the same. What is kept in half precision is rounded to it, whatever
-    dtype the graph that is checked has.
+
+def text_input(signature: Signature, manifest: Manifest, name: str, batch: int, total: int, new: int) -> Tensor:
+    """An input of an export for the last tokens of a text. It is random, and for the same text always the same.
+
+    What is kept in half precision is rounded to it, whatever dtype the graph that is checked has.
+
+    Args:
+        signature: of the graph's inputs.
+        manifest: of the export.
+        name: of the input.
+        batch: how many rows.
+        total: how long the text is.
+        new: how many of its tokens are given; before them are keys and values.
     """
-    random = torch.Generator().manual_seed(total)
-    kept = getattr(torch, manifest.dtype)
-    past = {
-        name: torch.randn(shape, generator=random).to(kept).to(dtype)
-        for name, (shape, dtype) in _past(signature, total - 1).items()
-    }
-    token = torch.randint(0, manifest.vocab_size, (1, 1), generator=random)
-    return {"input_ids": token, "attention_mask": torch.ones(1, total, dtype=torch.int64), **past}
+    random = torch.Generator().manual_seed(1000 * total + list(signature).index(name))
+    shape, dtype = signature[name]
+    if name.startswith(PAST):
+        sizes = [axis if isinstance(axis, int) else {"batch": batch, "past": total - new}[axis] for axis in shape]
+        return torch.randn(sizes, generator=random).to(getattr(torch, manifest.dtype)).to(dtype)
+    if name == "input_ids":
+        return torch.randint(0, manifest.vocab_size, (batch, new), generator=random)
+    return torch.ones(batch, total, dtype=torch.int64)
 
 
 def compare_steps(
@@ -150,7 +161,7 @@ def compare_steps(
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for total, logits in found.items():
         inputs = step_inputs(signature, manifest, total)
-        token, mask, *past = inputs.values()
-        placed = [value.to(weight.device, weight.dtype) for value in past]
+        token, mask = inputs["input_ids"], inputs["attention_mask"]
+        placed = [inputs[name].to(weight.device, weight.dtype) for name in signature if name.startswith(PAST)]
         expected, _ = step(token, mask, DynamicCache(list(zip(placed[::2], placed[1::2], strict=True))))
         differences.add(f"the logits of token {total} of a text", logits[:, -1], expected[:, -1])

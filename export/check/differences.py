@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 
-__all__ = ["TOLERANCES", "Check", "Differences", "own_config", "same_tokens"]
+__all__ = ["TOLERANCES", "Check", "Differences", "Verify", "own_config", "same_tokens"]
+
+Verify = Literal["full", "quick", "none"]
+"""How an export is compared with its model; see `export_onnx`."""
 
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Allowed difference by dtype, over the largest magnitude that PyTorch computed: rounding adds up over the layers."""
@@ -27,6 +30,7 @@ class Check:
     checked_on: str
     crossed: tuple[int, ...] = ()
     not_crossed: tuple[int, ...] = ()
+    verified: Verify = "full"
 
 
 class Differences:

@@ -21,7 +21,7 @@ from .refusals import NotCaptured, first_line
 from .repeating import repeat_layers
 from .shapes_alone import for_shapes
 
-__all__ = ["capture_by_layer", "shorten"]
+__all__ = ["capture_by_layer", "path_of_layers", "shorten"]
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def capture_by_layer(
         NotCaptured: torch.export fails.
     """
     pairs = args[-1]
-    path = _path_of_layers(module, len(pairs) // 2)
+    path = path_of_layers(module, len(pairs) // 2)
     if path is not None and len(pairs) > 4:
         try:
             return _by_kind(module, args, shapes, path, shortened)
@@ -92,7 +92,7 @@ def _kinds(full: Observed) -> tuple[list[int], list[int]]:
     return kept, order
 
 
-def _path_of_layers(module: nn.Module, count: int) -> str | None:
+def path_of_layers(module: nn.Module, count: int) -> str | None:
     """Where the list of so many layers is, if there is one such list that is in no other."""
     found = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child) == count]
     outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]

@@ -1,0 +1,167 @@
+"""A graph run in parts, one after the other: no more than one part's weights are in memory.
+
+A part is some nodes that stand one behind the other, wherever that is; it is given the values that the parts before it
+made for it and for those behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flora_fx.errors import ExportError, require
+from flora_fx.storage.mapped import give_back
+
+from ..run.session import Session
+from .crossing import Signature
+from .upcast import save_in_float32
+
+__all__ = ["Inputs", "Parts"]
+
+_BYTES = 192 * 2**20
+"""Of weights, in a part that has more than one."""
+_PART, _DATA = ".part.onnx", ".part.onnx.data"
+
+Inputs = Callable[[str], Tensor]
+"""Gives an input by its name, when it is needed."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Nodes, by their numbers, and the names of what they are given, keep, and give."""
+
+    nodes: range
+    given: tuple[str, ...]
+    weights: tuple[str, ...]
+    made: tuple[str, ...]
+
+
+class Parts:
+    """A graph in parts.
+
+    Args:
+        path: of the ``.onnx`` file; parts are written beside it, and removed.
+        output: the one that is wanted.
+        providers: see `Session`.
+        wide: compute in float32 what the graph has in bfloat16.
+
+    Attributes:
+        signature: of the graph's inputs.
+        provider: where it ran.
+
+    Raises:
+        ExportError: the graph cannot be read, or the type of a value is not in it.
+    """
+
+    def __init__(self, path: Path, output: str, *, providers: Sequence[Any] | None, wide: bool) -> None:
+        onnx = require("onnx", "onnx")
+        self._onnx = onnx
+        self._path = path
+        self._output = output
+        self._providers = providers
+        self._wide = wide
+        self._model = onnx.load(str(path), load_external_data=False)
+        graph = self._model.graph
+        self._weights = {tensor.name: tensor for tensor in graph.initializer}
+        self._values = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
+        self._inputs = [value.name for value in graph.input if value.name not in self._weights]
+        self.signature: Signature = {name: self._typed(name) for name in self._inputs}
+        self.provider = ""
+
+    def _typed(self, name: str) -> tuple[tuple[int | str, ...], torch.dtype]:
+        kind = self._values[name].type.tensor_type
+        shape = tuple(size.dim_param or size.dim_value for size in kind.shape.dim)
+        dtype = getattr(torch, _DTYPES[self._onnx.TensorProto.DataType.Name(kind.elem_type)])
+        return shape, torch.float32 if self._wide and dtype == torch.bfloat16 else dtype
+
+    def run(self, texts: Sequence[Inputs]) -> list[Tensor]:
+        """The output for each of several inputs; every part is opened once.
+
+        Raises:
+            ExportError: ONNX Runtime fails.
+        """
+        parts = list(self._parts())
+        known: list[dict[str, Tensor]] = [{} for _ in texts]
+        for index, part in enumerate(parts):
+            session = self._opened(part)
+            for values, inputs in zip(known, texts, strict=True):
+                given = {name: inputs(name) if name in self._inputs else values[name] for name in part.given}
+                values.update(session.run(dict(given)))
+            self.provider = session.provider
+            del session
+            give_back()
+            needed = {self._output, *(name for later in parts[index + 1 :] for name in later.given)}
+            known = [{name: value for name, value in values.items() if name in needed} for values in known]
+        return [values[self._output] for values in known]
+
+    def _parts(self) -> Iterator[_Part]:
+        nodes = list(self._model.graph.node)
+        starts, held, known = [0], 0, set[str]()
+        for index, node in enumerate(nodes):
+            new = {name for name in node.input if name in self._weights} - known
+            size = sum(self._size(name) for name in new)
+            if held and held + size > _BYTES:
+                starts.append(index)
+                held, known, new = 0, set(), {name for name in node.input if name in self._weights}
+                size = sum(self._size(name) for name in new)
+            held, known = held + size, known | new
+        ends = [*starts[1:], len(nodes)]
+        later: set[str] = {self._output}
+        found = []
+        for start, end in reversed(list(zip(starts, ends, strict=True))):
+            read = [name for node in nodes[start:end] for name in node.input if name]
+            made = {name for node in nodes[start:end] for name in node.output if name}
+            given = [name for name in dict.fromkeys(read) if name not in made and name not in self._weights]
+            weights = [name for name in dict.fromkeys(read) if name in self._weights]
+            found.append(_Part(range(start, end), tuple(given), tuple(weights), tuple(sorted(made & later))))
+            later = later | set(given)
+        return reversed(found)
+
+    def _size(self, name: str) -> int:
+        tensor = self._weights[name]
+        lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
+        return lengths[0] if lengths else len(tensor.raw_data)
+
+    def _opened(self, part: _Part) -> Session:
+        helper = self._onnx.helper
+        nodes = self._model.graph.node
+        graph = helper.make_graph(
+            [nodes[index] for index in part.nodes],
+            "part",
+            [self._value(name) for name in part.given],
+            [self._value(name) for name in part.made],
+            [self._weights[name] for name in part.weights],
+        )
+        model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
+        written = [self._path.with_name(name) for name in (_PART, f"wide{_PART}", f"wide{_DATA}")]
+        plain, wide, _ = written
+        try:
+            plain.write_bytes(model.SerializeToString())
+            if self._wide:
+                save_in_float32(plain, wide, data=written[2].name)
+            return Session(wide if self._wide else plain, providers=self._providers)
+        finally:
+            for path in written:
+                path.unlink(missing_ok=True)
+
+    def _value(self, name: str) -> Any:
+        if (found := self._values.get(name)) is None:
+            raise ExportError(f"{self._path} does not say what {name} is; export the model with verify='full'")
+        return found
+
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "FLOAT16": "float16",
+    "BFLOAT16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
+    "UINT8": "uint8",
+}
+"""torch's names of ONNX's."""
