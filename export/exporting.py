@@ -187,7 +187,8 @@ def export_onnx(
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example, verify)
-            manifest = replace(manifest, fusion=fusion.to_dict(), check=asdict(checked) if checked.verified != "none" else {"verified": "none"})
+            told = asdict(checked) if checked.verified != "none" else {"verified": "none"}
+            manifest = replace(manifest, fusion=fusion.to_dict(), check=told)
         with stage("seal"):
             files = write_manifest(place, manifest, sealing.sha256)
     return ExportResult(

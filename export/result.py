@@ -29,8 +29,8 @@ class ExportResult:
         checked_on: the execution provider of the check.
         crossed: of a causal LM, lengths of a text on both sides of which a step was compared: where windows, rotary
             positions or the scale of attention may change, and where positions end.
-        verified: ``"full"``, ``"quick"`` or ``"none"``: how it was compared, see `export_onnx`; ``"none"`` has no errors:
-            they are NaN.
+        verified: ``"full"``, ``"quick"`` or ``"none"``: how it was compared, see `export_onnx`. Of ``"none"`` the
+            errors are NaN.
         not_crossed: those whose keys and values would take too much memory (a quarter of the weights').
         target: how the graph attends, see `export_onnx`.
         notes: what a reader should know: why the target is not the one that is usual, and what the model's generation

@@ -158,9 +158,9 @@ def build_app() -> "typer.Typer":
             Verify,
             typer.Option(
                 "--verify",
-                help="How the result is compared with PyTorch. full: as it will run; quick: a causal LM on a CPU part by "
-                "part, in little memory, without greedy tokens; none: not at all; auto: quick for weights of more than "
-                "2 GiB.",
+                help="How the result is compared with PyTorch. full: as it will run; quick: a causal LM on a CPU part "
+                "by part, in little memory, without greedy tokens; none: not at all; auto: quick for weights of more "
+                "than 2 GiB.",
             ),
         ] = Verify.auto,
         task: Annotated[str, task_option] = "auto",

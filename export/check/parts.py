@@ -35,7 +35,7 @@ Inputs = Callable[[str], Tensor]
 class _Part:
     """Nodes, by their numbers, and the names of what they are given, keep, and give."""
 
-    nodes: range
+    nodes: tuple[int, ...]
     given: tuple[str, ...]
     weights: tuple[str, ...]
     made: tuple[str, ...]
@@ -71,6 +71,8 @@ class Parts:
         self._values = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
         self._inputs = [value.name for value in graph.input if value.name not in self._weights]
         self.signature: Signature = {name: self._typed(name) for name in self._inputs}
+        self._nodes = list(graph.node)
+        self._steps = self._in_steps()
         self.provider = ""
 
     def _typed(self, name: str) -> tuple[tuple[int | str, ...], torch.dtype]:
@@ -100,27 +102,43 @@ class Parts:
         return [values[self._output] for values in known]
 
     def _parts(self) -> Iterator[_Part]:
-        nodes = list(self._model.graph.node)
         starts, held, known = [0], 0, set[str]()
-        for index, node in enumerate(nodes):
-            new = {name for name in node.input if name in self._weights} - known
-            size = sum(self._size(name) for name in new)
+        for index, nodes in enumerate(self._steps):
+            read = {name for number in nodes for name in self._nodes[number].input if name in self._weights}
+            size = sum(map(self._size, read - known))
             if held and held + size > _BYTES:
                 starts.append(index)
-                held, known, new = 0, set(), {name for name in node.input if name in self._weights}
-                size = sum(self._size(name) for name in new)
-            held, known = held + size, known | new
-        ends = [*starts[1:], len(nodes)]
+                held, known, size = 0, set(), sum(map(self._size, read))
+            held, known = held + size, known | read
+        ends = [*starts[1:], len(self._steps)]
         later: set[str] = {self._output}
         found = []
         for start, end in reversed(list(zip(starts, ends, strict=True))):
-            read = [name for node in nodes[start:end] for name in node.input if name]
-            made = {name for node in nodes[start:end] for name in node.output if name}
-            given = [name for name in dict.fromkeys(read) if name not in made and name not in self._weights]
-            weights = [name for name in dict.fromkeys(read) if name in self._weights]
-            found.append(_Part(range(start, end), tuple(given), tuple(weights), tuple(sorted(made & later))))
+            numbers = sorted({number for nodes in self._steps[start:end] for number in nodes})
+            read_here = dict.fromkeys(name for number in numbers for name in self._nodes[number].input if name)
+            made = {name for number in numbers for name in self._nodes[number].output if name}
+            weights = tuple(name for name in read_here if name in self._weights)
+            given = tuple(name for name in read_here if name not in made and name not in self._weights)
+            found.append(_Part(tuple(numbers), given, weights, tuple(sorted(made & later))))
             later = later | set(given)
         return reversed(found)
+
+    def _in_steps(self) -> list[list[int]]:
+        """The nodes that read inputs, in order, each behind those that make what it reads of weights alone.
+
+        Such a one is made wherever it is read: a transposed weight is as large as the weight.
+        """
+        makers: dict[str, list[int]] = {}
+        steps = []
+        for number, node in enumerate(self._nodes):
+            names = [name for name in node.input if name]
+            before = [other for name in names for other in makers.get(name, ())]
+            own = [*dict.fromkeys(before), number]
+            if all(name in self._weights or name in makers for name in names):
+                makers.update(dict.fromkeys(node.output, own))
+            else:
+                steps.append(own)
+        return steps
 
     def _size(self, name: str) -> int:
         tensor = self._weights[name]
@@ -129,9 +147,8 @@ class Parts:
 
     def _opened(self, part: _Part) -> Session:
         helper = self._onnx.helper
-        nodes = self._model.graph.node
         graph = helper.make_graph(
-            [nodes[index] for index in part.nodes],
+            [self._nodes[number] for number in part.nodes],
             "part",
             [self._value(name) for name in part.given],
             [self._value(name) for name in part.made],
@@ -144,10 +161,19 @@ class Parts:
             plain.write_bytes(model.SerializeToString())
             if self._wide:
                 save_in_float32(plain, wide, data=written[2].name)
-            return Session(wide if self._wide else plain, providers=self._providers)
+            return Session(
+                wide if self._wide else plain, providers=self._providers, session_options=self._session_options()
+            )
         finally:
             for path in written:
                 path.unlink(missing_ok=True)
+
+    def _session_options(self) -> Any:
+        options = require("onnxruntime", "onnx").SessionOptions()
+        options.log_severity_level = 3
+        options.enable_cpu_mem_arena = False  # which would keep what it once had
+        options.enable_mem_pattern = False
+        return options
 
     def _value(self, name: str) -> Any:
         if (found := self._values.get(name)) is None:
