@@ -1,0 +1,214 @@
+"""The check of a model that need not stand in memory: a graph in parts, a model layer by layer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flora_fx.errors import ExportError
+from flora_fx.export import export_onnx
+from flora_fx.export.check import parts
+from flora_fx.export.check.crossing import text_input
+from flora_fx.export.check.layered import in_float32
+from flora_fx.export.check.parts import Parts
+from flora_fx.export.check.quick import check_quickly
+from flora_fx.export.directory.manifest import read_manifest
+from flora_fx.export.trace.model import private_copy, unwrap
+from tests.export.exported_models import Export, Exported, build
+
+CPU = ["CPUExecutionProvider"]
+
+
+def quick(export: Exported, model: nn.Module | None = None, **changes: Any) -> Any:
+    manifest = replace(read_manifest(export.directory), **changes)
+    reference = unwrap(export.model.eval()) if model is None else model
+    with torch.no_grad():
+        return check_quickly(export.directory / "model.onnx", manifest, reference, CPU, wide=False)
+
+
+@pytest.mark.parametrize(("name", "target"), [("Llama", None), ("Mistral", None), ("llama", "general")])
+def test_what_is_compared(exported: Export, name: str, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = exported(name, target)
+    before = sorted(path.name for path in export.directory.iterdir())
+    whole = quick(export)
+    monkeypatch.setattr(parts, "_BYTES", 1)  # each weight in a part of its own
+    found = quick(export)
+    assert found.max_abs_error == pytest.approx(whole.max_abs_error, abs=1e-6)
+    assert 0 < found.max_rel_error < 1e-4
+    assert (found.verified, found.greedy_tokens_equal, found.checked_on) == ("quick", None, CPU[0])
+    assert found.crossed == export.result.crossed
+    assert sorted(path.name for path in export.directory.iterdir()) == before
+
+
+def test_parts_are_the_graph(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tied embedding is transposed at run time: in the part that multiplies by it, not in front of it."""
+    export = exported("llama", "general")
+    monkeypatch.setattr(parts, "_BYTES", 1)
+    graph = Parts(export.directory / "model.onnx", "logits", providers=CPU, wide=False)
+    manifest = read_manifest(export.directory)
+
+    def given(new: int, name: str) -> Tensor:
+        return text_input(graph.signature, manifest, name, 2, 9, new)
+
+    named = [partial(given, new) for new in (9, 4)]
+    pieces = list(graph._parts())
+    assert len(pieces) > 8
+    nodes = onnx.load(str(export.directory / "model.onnx"), load_external_data=False).graph.node
+    assert {number for piece in pieces for number in piece.nodes} >= {
+        number for number, node in enumerate(nodes) if any(node.output[0] in other.input for other in nodes)
+    }
+    assert not any("embed_tokens" in name or name.endswith(".T") for piece in pieces for name in piece.made)
+    (turning,) = [
+        number for number, node in enumerate(nodes) if node.op_type == "Transpose" and "weight" in node.input[0]
+    ]
+    made = [piece for piece in pieces if turning in piece.nodes]
+    assert all(nodes[turning].output[0] not in piece.made for piece in made)
+    for give, logits in zip(named, graph.run(named), strict=True):
+        wanted = export.decoder.session.run({name: give(name) for name in graph.signature})["logits"]
+        torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_weight_that_is_another(exported: Export, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_BYTES", 1)
+    export = exported("Llama")
+    model: Any = private_copy(unwrap(export.model))
+    weight = model.model.layers[layer].mlp.down_proj.base_layer.weight
+    weight.data = weight.data * 1.01
+    with pytest.raises(ExportError, match="does not agree with PyTorch: the logits of a prompt differs"):
+        quick(export, model)
+
+
+def test_keys_that_are_read_otherwise(exported: Export) -> None:
+    """A window that is another one is seen where it ends, by no prompt that is shorter."""
+    export = exported("Mistral")
+    model: Any = private_copy(unwrap(export.model))
+    model.config.sliding_window = 64
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = 64
+    with pytest.raises(ExportError, match=r"the logits of token (7|64|65) of a text differs|the logits of a prompt"):
+        quick(export, model)
+
+
+# A model in float32, layer by layer
+
+
+def test_one_layer_is_in_memory(exported: Export) -> None:
+    core = private_copy(unwrap(exported("Llama").model), torch.float16)
+    ids = torch.tensor([[3, 14, 15, 92]])
+    with torch.no_grad(), in_float32(core, 2) as layered:
+        held: list[list[int]] = []
+        layers = layered.model.model.layers  # type: ignore[union-attr]
+
+        def note(index: int) -> None:
+            held.append([sum(p.untyped_storage().nbytes() for p in layer.parameters()) for layer in layers])
+
+        layered.begins = layered.ends = note
+        found = layered.model(ids).logits
+        assert found.dtype == torch.float32
+        full = sum(p.numel() * 4 for p in layers[0].parameters())
+        empty = sum(4 for _ in layers[0].parameters())
+        assert held == [[full, empty]] * 2 + [[empty, full]] * 2
+        expected = private_copy(core, torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(p.dtype == torch.float16 for p in core.parameters())
+
+
+def test_a_tied_weight_stays_one() -> None:
+    core = private_copy(unwrap(build("llama")), torch.float16)
+    with in_float32(core, 2) as layered:
+        model: Any = layered.model
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_layers_that_are_not_found() -> None:
+    model = nn.Sequential(nn.Linear(3, 4)).half()
+    with torch.no_grad(), in_float32(model, 7) as layered:
+        assert layered.layers == 0
+        x = torch.randn(2, 3)
+        torch.testing.assert_close(layered.model(x), private_copy(model, torch.float32)(x), rtol=0, atol=0)
+
+
+# What is asked for, and what was done
+
+
+@pytest.mark.parametrize(("verify", "dtype"), [("quick", torch.bfloat16), ("none", None)])
+def test_what_the_manifest_says(verify: Any, dtype: Any, tmp_path: Path) -> None:
+    result = export_onnx(build("Llama"), tmp_path / "out", verify=verify, dtype=dtype)
+    told = json.loads((tmp_path / "out" / "flora_fx.json").read_text())["check"]
+    assert result.verified == told["verified"] == verify
+    if verify == "none":
+        assert told == {"verified": "none"}
+        assert "not checked against PyTorch" in str(result)
+    else:
+        assert result.checked_on == "CPUExecutionProvider, in float32"
+        assert 0 < told["max_rel_error"] < 0.1
+        assert "quick check against PyTorch" in str(result)
+
+
+def test_a_way_that_there_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="verify is 'soon'; it must be 'full', 'quick', 'none' or None"):
+        export_onnx(build("tiny"), tmp_path / "out", verify="soon")  # type: ignore[arg-type]
+
+
+# In little memory
+
+_LIMITED = """
+import resource, sys
+import torch, onnxruntime
+import transformers.exporters.exporter_onnx
+from flora_fx.checkpoint import load_model
+from flora_fx.export import export_onnx
+from flora_fx.export.check import parts
+from flora_fx.storage.mapped import giving_back
+
+place, verify, more = sys.argv[1:]
+parts._BYTES = 2**24
+torch.set_num_threads(1)
+torch.ones(64, 64) @ torch.ones(64, 64)
+model = load_model(place + "/model")
+held = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (held + int(more), held + int(more)))
+with giving_back(model):
+    print(export_onnx(model, place + "/" + verify, providers=["CPUExecutionProvider"], verify=verify).verified)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+def test_in_less_memory_than_the_weights_take(tmp_path: Path) -> None:
+    """The whole graph in ONNX Runtime packs all weights once more; a part of it packs a part of them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        **{"vocab_size": 97, "hidden_size": 256, "intermediate_size": 2**15, "num_hidden_layers": 4},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 64},
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, value in (*model.named_parameters(), *model.named_buffers()):
+            value.fill_(1.0) if "norm" in name else value.normal_(0, 0.02)
+    model.save_pretrained(tmp_path / "model")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    limit = str(size * 3 // 5)
+
+    def run(verify: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-W", "ignore", "-c", _LIMITED, str(tmp_path), verify, limit]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    done = run("quick")
+    assert done.stdout == "quick\n", done.stderr[-2000:]
+    assert run("full").returncode != 0
