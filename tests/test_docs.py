@@ -15,7 +15,7 @@ import torch
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-PAGES = sorted([*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")])
 
 
 def run(page: str, blocks_at_least: int = 3) -> dict[str, Any]:
