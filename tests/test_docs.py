@@ -12,6 +12,8 @@ import onnx
 import pytest
 import torch
 
+from flora_fx.internals import compiler
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -82,6 +84,20 @@ def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = run("serving.md")
     expected = found["decoder"].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, eos_token_id=[])
     assert found["served"] == expected[0].tolist()
+
+
+def test_training_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the backend AOTAutograd without Inductor, which takes half a minute and has its own tests."""
+    monkeypatch.setattr("flora_fx.backend._compiler", lambda inner, mode, options: compiler("aot_eager"))
+    found = run("training.md")
+    assert len(found["last_report"]().fused) == 7
+    assert found["options"] == {"unroll_reductions_threshold": 9}
+
+
+def test_every_page_with_python_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
+    with_python = [page.name for page in DOCS.rglob("*.md") if "\n```python\n" in page.read_text(encoding="utf-8")]
+    assert [name for name in with_python if f'"{name}"' not in tests] == []
 
 
 def test_generating_runs_as_it_stands() -> None:
