@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .weight import values_of
 
-__all__ = ["dequantized", "quantized_linear"]
+__all__ = ["OPERATOR", "dequantized", "quantized_linear"]
 
 
 @torch.library.custom_op("flora_fx::dequantized", mutates_args=())
@@ -116,3 +116,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 quantized_linear.register_autograd(_backward, setup_context=_keep)
+
+OPERATOR = torch.ops.flora_fx.quantized_linear.default
+"""What a node of a graph calls."""
