@@ -53,14 +53,8 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("bias", bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See `flora_fx.quantized.ops.quantized_linear`; under autocast in its dtype, as `nn.Linear`.
-
-        Raises:
-            TypeError: ``input`` is of no floating-point dtype.
-        """
-        if not input.is_floating_point():
-            raise TypeError(f"a QuantizedLinear takes floating-point numbers, not {input.dtype}")
-        if autocasts(input.device.type) and input.dtype != torch.float64:
+        """See `flora_fx.quantized.ops.quantized_linear`; under autocast in its dtype, as `nn.Linear`."""
+        if autocasts(input.device.type) and input.is_floating_point() and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(input.device.type))
         of = (self.kind, self.bits, self.block, self.out_features)
         result: Tensor = quantized_linear(input, self.codes, self.scales, self.zeros, self.order, self.bias, *of)

@@ -75,7 +75,11 @@ def quantized_linear(
 
     Returns:
         [..., out], x's dtype. It has gradients with respect to x and the bias; the weight is frozen.
+
+    Raises:
+        TypeError: x is of no floating-point dtype.
     """
+    _require_floats(x)
     weight = values_of(codes, scales, zeros, order, kind, bits, block, (out_features, x.shape[-1])).to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -93,7 +97,13 @@ def _(
     block: int,
     out_features: int,
 ) -> Tensor:
+    _require_floats(x)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _require_floats(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"a quantized linear layer takes floating-point numbers, not {x.dtype}")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
