@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from .errors import CaptureError
 from .ops import autocasts
+from .quantized.formats.live import with_quantized_linears
 from .storage.module import PLAIN
 
 __all__ = ["CAPTURING", "capture"]
@@ -30,6 +31,8 @@ def capture(
 
     Args:
         model: any module that torch.export takes: transformers models, PEFT models, your own.
+            Linear layers that bitsandbytes, torchao or compressed-tensors hold quantized are
+            `flora_fx.quantized.QuantizedLinear` in the graph, with the same codes; the model keeps its own.
         args: example positional inputs, as the model is called.
         dynamic_shapes: per argument name, which dimensions vary, as in `torch.export.export`. By default none does:
             the graph takes inputs of the example's shapes, and raises a RuntimeError that says so on others.
@@ -54,6 +57,8 @@ def capture(
     if not isinstance(model, nn.Module):
         raise TypeError(f"capture needs a torch.nn.Module, not {type(model).__name__}")
     _register_caches(model)
+    copied = with_quantized_linears(model)
+    model = copied.model
     names = _argument_names(model, args, kwargs)
     if unknown := set(dynamic_shapes or {}) - set(names):
         raise CaptureError(
@@ -67,11 +72,11 @@ def capture(
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
     except Exception as error:
-        raise CaptureError(
-            f"torch.export could not trace {type(model).__name__}: {error}\n"
-            "Remedy: give it example inputs that the model itself accepts; if dynamic_shapes are given, check that "
-            "each names an argument and a dimension that really varies."
-        ) from error
+        remedy = copied.told() or (
+            "give it example inputs that the model itself accepts; if dynamic_shapes are given, check that each names "
+            "an argument and a dimension that really varies."
+        )
+        raise CaptureError(f"torch.export could not trace {type(model).__name__}: {error}\nRemedy: {remedy}") from error
     devices = {"cpu", *(tensor.device.type for tensor in model.state_dict().values())}
     graph.meta[PLAIN] = not any(map(autocasts, devices))
     return graph

@@ -13,7 +13,19 @@ from enum import Enum
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["Decline", "Derived", "Factor", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
+__all__ = [
+    "Decline",
+    "Derived",
+    "Factor",
+    "Held",
+    "LowRankPath",
+    "Pack",
+    "Projection",
+    "Reason",
+    "Role",
+    "Slice",
+    "Weight",
+]
 
 
 class Role(Enum):
@@ -87,6 +99,31 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """How a projection's weight is held quantized: what its operator takes beside the codes.
+
+    Attributes:
+        scales, zeros, order, kind, bits, block: as `flora_fx.quantized.QuantizedWeight` has them.
+        shape: of the weight, (out, in).
+        dtype: that it computes in.
+    """
+
+    scales: Weight
+    zeros: Weight | None
+    order: Weight | None
+    kind: str
+    bits: int
+    block: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> tuple[Weight, ...]:
+        """What stands in packs beside the codes; an order is the same for all."""
+        return (self.scales,) if self.zeros is None else (self.scales, self.zeros)
+
+
+@dataclass(frozen=True, eq=False)
 class Projection:
     """A linear node: ``node = reads @ weightᵀ + bias``.
 
@@ -96,6 +133,7 @@ class Projection:
         operand: the node actually given to the linear.
         cast_to: where the user allowed a cast, the weight whose dtype its own is copied in.
         obstacle: why its weight may not move and its node may not be rewritten.
+        held: how its weight is held quantized; ``weight`` is its codes then.
     """
 
     node: Node
@@ -105,14 +143,15 @@ class Projection:
     bias: Weight | None
     cast_to: Weight | None = None
     obstacle: Decline | None = None
+    held: Held | None = None
 
     @property
     def out_features(self) -> int:
-        return int(self.weight.matrix.shape[0])
+        return self.held.shape[0] if self.held else int(self.weight.matrix.shape[0])
 
     @property
     def in_features(self) -> int:
-        return int(self.weight.matrix.shape[1])
+        return self.held.shape[1] if self.held else int(self.weight.matrix.shape[1])
 
     @property
     def stored_like(self) -> Weight:
@@ -122,7 +161,7 @@ class Projection:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
-        return self.stored_like.tensor.dtype
+        return self.held.dtype if self.held else self.stored_like.tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -194,6 +233,7 @@ class Pack:
         reads: the name of the value that all members read.
         like: the source of the parameter whose dtype and device the pack has.
         trains: whether gradients reach the parameters (those that require them) through the nodes that read it.
+        held: how the members are held quantized, for readers: ``"4 bits"``; ``""`` where they are not.
     """
 
     name: str
@@ -202,6 +242,7 @@ class Pack:
     reads: str
     like: str | int
     trains: bool = False
+    held: str = ""
 
     def across(self) -> Pack:
         """The same matrix, stored transposed."""

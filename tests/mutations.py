@@ -148,6 +148,15 @@ MUTATIONS = [
         first=["tests/test_guards.py", GRAPHS, "tests/test_not_widened.py", "tests/test_declines.py"],
     ),
     *passes(
+        "plan/quantized",
+        ("other groups are packed", '        ("groups", one.block, other.block),\n', ""),
+        ("scales of other dtypes are packed", "_name(one.scales.tensor), _name(other.scales.tensor)", '"", ""'),
+        ("zero points that only some have", "if (one.zeros is None) != (other.zeros is None):", "if False:"),
+        ("columns of another order are packed", "known and torch.equal(first, second)", "known"),
+        ("a bias that trains is packed", "if not alone and not difference", "if not difference"),
+        first=["tests/quantized/test_fusing.py"],
+    ),
+    *passes(
         "plan/layout",
         ("wrong column range", "edge + first, config)", "edge, config)"),
         (
@@ -222,7 +231,7 @@ MUTATIONS = [
     *passes(
         "analysis/projections",
         ("a hooked module", "is not nn.Linear.forward or hooked:", "is not nn.Linear.forward:"),
-        ("a changed operand", "bias.node if bias else None} & effects.touched:", "None} & set():"),
+        ("a changed operand", "for weight in weights)} & effects.touched:", "for weight in weights)} & set():"),
         ("a transpose is forgotten", "transposed=not weight.transposed", "transposed=weight.transposed"),
         ("a bias is forgotten", "    return x, weight, bias\n", "    return x, weight, None\n"),
         first=[GRAPHS, "tests/test_declines.py"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,10 @@ __all__ = ["QuantizedLinear"]
 class QuantizedLinear(nn.Linear):
     """``y = x Wᵀ + bias`` over a frozen weight that is held as codes, scales and zero points.
 
-    It is an `nn.Linear` for whoever looks for linear layers (PEFT puts adapters beside it), and it has no ``weight``:
-    `dequantize` computes one. Codes, scales, zeros and order are buffers; ``.to(dtype)`` and the like convert the bias
-    alone, since scales of another dtype would be other weights.
+    It is an `nn.Linear` for whoever looks for linear layers: PEFT puts adapters beside it. As in bitsandbytes its
+    ``weight`` is the codes, [bytes, 1], to which nothing can be added; `dequantize` computes one of numbers. Codes,
+    scales, zeros and order are buffers; ``.to(dtype)`` and the like convert the bias alone, since scales of another
+    dtype would be other weights.
 
     Args:
         weight: the weight.
@@ -39,7 +39,6 @@ class QuantizedLinear(nn.Linear):
     scales: Tensor
     zeros: Tensor | None
     order: Tensor | None
-    weight: Tensor  # for type checkers: `nn.Linear` says so
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | Tensor | None = None) -> None:
         nn.Module.__init__(self)
@@ -60,6 +59,11 @@ class QuantizedLinear(nn.Linear):
         of = (self.kind, self.bits, self.block, self.out_features)
         result: Tensor = quantized_linear(input, self.codes, self.scales, self.zeros, self.order, self.bias, *of)
         return result
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The codes, uint8 [bytes, 1]: what PEFT asks for a device."""
+        return self.codes.reshape(-1, 1)
 
     @property
     def quantized(self) -> QuantizedWeight:
@@ -87,14 +91,6 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.source}"
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                "a QuantizedLinear has no weight in floating point, so nothing can be merged into it or read from it: "
-                "dequantize() makes an nn.Linear of it"
-            )
-        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         """`.to()`, `.half()`, `.cuda()`, …: scales move and keep their dtype."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .weight import values_of
 
-__all__ = ["dequantized", "quantized_linear"]
+__all__ = ["OPERATOR", "dequantized", "quantized_linear"]
 
 
 @torch.library.custom_op("flora_fx::dequantized", mutates_args=())
@@ -75,7 +75,11 @@ def quantized_linear(
 
     Returns:
         [..., out], x's dtype. It has gradients with respect to x and the bias; the weight is frozen.
+
+    Raises:
+        TypeError: x is of no floating-point dtype.
     """
+    _require_floats(x)
     weight = values_of(codes, scales, zeros, order, kind, bits, block, (out_features, x.shape[-1])).to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -93,7 +97,13 @@ def _(
     block: int,
     out_features: int,
 ) -> Tensor:
+    _require_floats(x)
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _require_floats(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"a quantized linear layer takes floating-point numbers, not {x.dtype}")
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -116,3 +126,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 quantized_linear.register_autograd(_backward, setup_context=_keep)
+
+OPERATOR = torch.ops.flora_fx.quantized_linear.default
+"""What a node of a graph calls."""

@@ -101,7 +101,7 @@ def _leaf(name: str) -> str:
     >>> _leaf("model.layers.0.self_attn.q_proj.base_layer.weight")
     'q_proj'
     """
-    noise = ("weight", "base_layer", "default", "lora_A", "lora_B", "flora_A", "flora_B")
+    noise = ("weight", "codes", "base_layer", "default", "lora_A", "lora_B", "flora_A", "flora_B")
     parts = [part for part in name.split(".") if part not in noise]
     return parts[-1] if parts else name
 

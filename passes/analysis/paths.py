@@ -58,7 +58,7 @@ def find_paths(context: Context) -> Paths:
     """Find the paths; decline those that must stay as they are."""
     program, values, by_node = context.program, context[Values], context[Projections].by_node()
     factors = Factors(program, values, by_node)
-    finder = _Finder(program, values, by_node, factors)
+    finder = _Finder(program, values, context[Projections].dense(), factors)
     refuser = Refuser(program, values, context[Effects], by_node, context[Regions], factors)
     paths: list[LowRankPath] = []
     declines: list[Decline] = []

@@ -18,7 +18,7 @@ Any other path is written where its add stands.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -36,6 +36,7 @@ from flora_fx.passes.analysis.values import Values
 from flora_fx.passes.context import Context
 
 from .decide import Decisions, adapted_projection
+from .quantized import alike, difference
 
 __all__ = ["Group", "Grouping", "Placement", "form_groups"]
 
@@ -97,22 +98,32 @@ def form_groups(context: Context) -> Grouping:
             buckets[key].append(member)
     groups: list[Group] = []
     home: dict[Node, int] = {}
+    beside: set[int] = set()
     for (reads, *_), members in buckets.items():
         if any(m.node in downs for m in members) or (config.pack_base and len(members) > 1):
             context.declines.extend(m.obstacle for m in members if m.obstacle is not None)
             context.declines.extend(kept_out for m in members if (kept_out := _shared(m, decisions)) is not None)
         private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
         private.sort(key=lambda m: order[m.node])
-        for member in private:
-            home[member.node] = len(groups)
-        bases = tuple(m for m in private if m.node not in downs)
-        groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs)))
+        its_downs = tuple(m for m in private if m.node in downs)
+        first, *rest = alike(program, [m for m in private if m.node not in downs])
+        if its_downs:
+            context.declines.extend(_apart(first, bases) for bases in rest)
+            beside.update(range(len(groups) + 1, len(groups) + 1 + len(rest)))
+        for bases, joined in ((first, its_downs), *((bases, ()) for bases in rest)):
+            home.update((member.node, len(groups)) for member in (*bases, *joined))
+            groups.append(Group(reads, tuple(bases), joined))
     placer = _Placer(program, values, decisions, groups, home, order, regions)
     groups, singles = placer.place(config)
-    kept = tuple(g for g in groups if g.widened or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
-    joined = {down.node for group in kept if group.bases for down in group.downs}
+    kept = tuple(
+        group
+        for index, group in enumerate(groups)
+        if group.widened
+        or (len((*group.bases, *group.downs)) > 1 and (group.downs or config.pack_base or index in beside))
+    )
+    packed = {down.node for group in kept if group.bases for down in group.downs}
     others = {p.node: p for p in projections if p.node not in ups and p.node not in downs}
-    for path in _without_company(decisions, joined):
+    for path in _without_company(decisions, packed):
         own = adapted_projection(values, others, path.onto)
         context.declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
     return Grouping(kept, tuple(singles))
@@ -211,7 +222,7 @@ class _Placer:
 
         Columns are strided: what trains must not be stored so. Without shapes, all has to be seen to agree.
         """
-        if not self.is_sole_way(tip.base.node, add):
+        if tip.base.held is not None or not self.is_sole_way(tip.base.node, add):
             return False
         group = self.groups[tip.group]
         members = (*group.bases, *group.downs)
@@ -238,6 +249,13 @@ class _Placer:
         same = self.values.earliest
         direct = path.onto is tip.base.node and same(tip.base.operand) is same(group.reads)
         return direct and same(path.up.operand) is same(path.low)
+
+
+def _apart(first: Sequence[Projection], other: Sequence[Projection]) -> Decline:
+    """Why quantized bases stand in a pack of their own beside other bases of the same read."""
+    names = " and ".join(group[0].weight.name for group in (first, other) if group)
+    why = "only one of them is quantized" if first[0].held is None else difference(first[0], other[0])
+    return Decline(Reason.WEIGHT_NOT_DENSE, other[0].node.name, f"{names} read one value and stay apart: {why}")
 
 
 def _shared(projection: Projection, decisions: Decisions) -> Decline | None:

@@ -24,17 +24,19 @@ from typing import NamedTuple
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
-from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Slice
+from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Slice, Weight
 
 from .group import Group, Placement
 
 __all__ = [
     "Block",
     "Columns",
+    "HeldPacks",
     "Layout",
     "Scale",
     "bias_pack",
     "features_of",
+    "held_packs",
     "lay_out",
     "offsets",
     "ranges",
@@ -158,11 +160,12 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
     ahead = sorted(widened, key=lambda p: scales_ahead.index(_scale(p, config)))  # one range a scale
     own = tuple(_unique(used, (p.path.down for p in ahead)))
     downs = tuple(_unique(own, group.downs))
+    quantized = any(base.held is not None for base in group.bases)  # no row of floating point fits under it
     apart = {
         "joined": 0,
         "beside": len(downs),
         "ahead": len(own) if len(group.bases) > 1 else len(downs),
-    }[config.layout]
+    }["beside" if quantized else config.layout]
     position = {down.node: index for index, down in enumerate(downs)}
     blocks = []
     for index, scale, placements in wanted:
@@ -250,6 +253,47 @@ def bias_pack(name: str, weights: Pack, members: Sequence[Projection]) -> Pack |
         if member.bias is not None
     )
     return Pack(name, weights.shape[:1], slices, weights.reads, weights.like) if slices else None
+
+
+class HeldPacks(NamedTuple):
+    """The parts of several quantized weights, each part's under each other."""
+
+    codes: Pack
+    scales: Pack
+    zeros: Pack | None
+    bias: Pack | None
+
+
+def held_packs(name: str, bases: Sequence[Projection]) -> HeldPacks:
+    """The packs of quantized bases that are alike, see `flora_fx.passes.plan.quantized`.
+
+    What a part has no bytes of is left out: zero points that all go without saying, biases that none has.
+    """
+    helds = [base.held for base in bases if base.held is not None]
+    told, reads = f"{helds[0].bits} bits", bases[0].reads.name
+
+    def stacked(ending: str, weights: Sequence[Weight]) -> Pack:
+        edges = offsets(int(weight.tensor.shape[0]) for weight in weights)
+        slices = tuple(
+            Slice(weight.source, Role.BASE, rows, label=weight.label)
+            for weight, rows in zip(weights, pairwise(edges), strict=True)
+        )
+        shape = (edges[-1], *(int(size) for size in weights[0].tensor.shape[1:]))
+        return Pack(f"{name}{ending}", shape, slices, reads, weights[0].source, held=told)
+
+    zeros = [held.zeros for held in helds if held.zeros is not None]
+    edges = offsets(base.out_features for base in bases)
+    biases = [(base.bias, rows) for base, rows in zip(bases, pairwise(edges), strict=True) if base.bias is not None]
+    bias = None
+    if biases:
+        slices = tuple(Slice(weight.source, Role.BASE, rows, label=weight.label) for weight, rows in biases)
+        bias = Pack(f"{name}_bias", (edges[-1],), slices, reads, biases[0][0].source)
+    return HeldPacks(
+        stacked("", [base.weight for base in bases]),
+        stacked("_scales", [held.scales for held in helds]),
+        stacked("_zeros", zeros) if zeros else None,
+        bias,
+    )
 
 
 def up_pack(name: str, layout: Layout, block: Block, config: FuseConfig) -> Pack:

@@ -69,6 +69,7 @@ HOUSES = (
         (
             Room("flora_fx", "the words: what a projection, a slice, a pack, a decline is", "flora_fx: words"),
             Room("flora_fx/quantized", "linear layers whose weights are held in few bits"),
+            Room("flora_fx/quantized/formats", "GPTQ, AWQ, compressed-tensors, bitsandbytes, torchao"),
             Room("flora_fx/reporting", "what became of each adapter; the drawing"),
             Room("flora_fx/storage", "packed weights, and the fused module that holds them"),
             Room("flora_fx/graph", "a program's graph and weights; operations counted"),

@@ -132,10 +132,28 @@ def test_dequantized_it_is_a_plain_layer(weight: QuantizedWeight) -> None:
     assert layer.dequantize().weight.dtype == weight.dtype
 
 
-def test_it_has_no_weight_and_says_what_to_do() -> None:
+def test_it_shows_its_source_and_takes_floating_point_alone() -> None:
     layer = QuantizedLinear(affine(6, 32)[0])
-    with pytest.raises(AttributeError, match=r"dequantize\(\) makes an nn.Linear"):
-        _ = layer.weight
     assert "by hand, 4 bits" in repr(layer)
-    with pytest.raises(AttributeError, match="no attribute 'length'"):
-        _ = layer.length
+    with pytest.raises(TypeError, match=r"not torch\.uint8"):
+        layer(torch.ones(2, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_peft_puts_a_lora_beside_it_and_merges_nothing_into_it(bits: int) -> None:
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(QuantizedLinear(affine(6, 32, bits=bits)[0]), nn.LayerNorm(6))
+    held = {name: value.clone() for name, value in model[0].state_dict().items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], r=3, init_lora_weights=False))
+    x = torch.randn(4, 32)
+    layer = adapted.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    wanted = model[1](layer.base_layer(x) + layer.scaling["default"] * (x @ a.t() @ b.t()))
+    torch.testing.assert_close(adapted(x), wanted)
+    adapted(x).square().sum().backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    for safe in (True, False):
+        with pytest.raises(RuntimeError):
+            adapted.merge_adapter(safe_merge=safe)
+    assert all(torch.equal(layer.base_layer.get_buffer(name), value) for name, value in held.items())
