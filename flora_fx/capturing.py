@@ -67,7 +67,12 @@ def capture(
         )
     shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in names}
     try:
-        with CAPTURING, warnings.catch_warnings(), _explicit_signature(model, names, len(args)):
+        with (
+            CAPTURING,
+            _attributes_kept(model),
+            warnings.catch_warnings(),
+            _explicit_signature(model, names, len(args)),
+        ):
             warnings.simplefilter("ignore")  # tracing warns of the model's own deprecated calls
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             graph = program.module(check_guards=False)
@@ -120,3 +125,30 @@ def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int)
         del model.forward
         if own is not None:
             model.forward = own
+
+
+@contextlib.contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave each module the dicts and lists that it has.
+
+    torch.export (2.13) undoes what a trace assigned by giving each module copies of its attributes. PEFT and transformers
+    share one dict of configurations, and would each have their own from then on: a further adapter is missing in one.
+    """
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            own.update({name: _put_back(value, own[name]) for name, value in kept.items() if name in own})
+
+
+def _put_back(kept: Any, copy: Any) -> Any:
+    """The object that there was, with the content that there was: in a container a trace may have left something."""
+    if kept is not copy and type(kept) is type(copy):
+        if isinstance(kept, dict):
+            content = {key: _put_back(kept.get(key, value), value) for key, value in copy.items()}
+            kept.clear()
+            kept.update(content)
+        elif isinstance(kept, list):
+            kept[:] = [_put_back(kept[i], value) if i < len(kept) else value for i, value in enumerate(copy)]
+    return kept
