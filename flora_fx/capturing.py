@@ -131,8 +131,9 @@ def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int)
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """Leave each module the dicts and lists that it has.
 
-    torch.export (2.13) undoes what a trace assigned by giving each module copies of its attributes. PEFT and transformers
-    share one dict of configurations, and would each have their own from then on: a further adapter is missing in one.
+    torch.export (2.13) undoes what a trace assigned by giving each module copies of its attributes. PEFT and
+    transformers share one dict of configurations, and would each have their own from then on: an adapter that is added
+    later is missing in one.
     """
     before = [(vars(module), dict(vars(module))) for module in model.modules()]
     try:
