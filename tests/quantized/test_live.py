@@ -131,6 +131,9 @@ def test_a_layer_of_compressed_tensors_is_read_by_its_parts(symmetric: bool) -> 
     assert torch.equal(copied.model[0].quantized.dequantize(torch.float32), expected)  # type: ignore[index]
     layer.quantization_scheme.input_activations = object()
     assert "activations" in with_quantized_linears(model).left["0"]
+    layer.quantization_scheme.input_activations = None
+    del layer._parameters["weight_scale"]
+    assert "not that of format 'pack-quantized'" in with_quantized_linears(model).left["0"]
 
 
 def test_the_users_model_stays_as_it_is() -> None:
@@ -243,6 +246,13 @@ def test_what_is_not_quantized_yet_is_told() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
     assert "not quantized it yet" in with_quantized_linears(nn.Sequential(layer)).left["0"]
+
+
+def test_an_embedding_of_torchaos_tensors_is_no_linear_layer() -> None:
+    model = torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4)
+    table = nn.Embedding(64, 128)
+    table.weight = model.q.weight
+    assert with_quantized_linears(nn.Sequential(table)).left["0"] == "a Embedding is no linear layer"
 
 
 def test_a_quantized_embedding_is_no_linear_layer() -> None:
