@@ -14,7 +14,7 @@ from torch import nn
 
 import flora_fx
 from flora_fx.checkpoint import load_model
-from flora_fx.quantized import QuantizedLinear
+from flora_fx.quantized import QuantizedLinear, dequantize
 
 from . import checkpoints
 from .checkpoints import change_config, tiny, write
@@ -70,6 +70,19 @@ def test_a_base_and_its_adapter_compute_what_float64_does(name: str, tmp_path: P
     operators = [n for n in fused.graph.nodes if n.target is torch.ops.flora_fx.quantized_linear.default]
     assert len(operators) == 2 * 4
     assert (fused(input_ids=IDS, use_cache=False).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_dequantized_it_is_a_plain_model_into_which_an_adapter_merges(tmp_path: Path) -> None:
+    wanted = adapter(tmp_path / "lora", write(tiny(), tmp_path / "base", *checkpoints.gptq(act_order=True)))
+    model: Any = load_model(tmp_path / "base", tmp_path / "lora", dtype=torch.float32)
+    plain: Any = dequantize(model, torch.float64).double()
+    assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 14
+    assert not any(isinstance(module, QuantizedLinear) for module in plain.modules())
+    with torch.no_grad():
+        expected = wanted(input_ids=IDS).logits
+        torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(plain.merge_and_unload()(input_ids=IDS).logits, expected, rtol=1e-9, atol=1e-9)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_nobody_is_told_that_its_parts_have_no_place(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
