@@ -27,6 +27,9 @@ class QuantizedLinear(nn.Linear):
         weight: the weight.
         bias: [out], kept as it is given; None for none.
 
+    Attributes:
+        compute_dtype: in which PEFT makes adapters beside it; it computes in its input's dtype.
+
     Example:
 
     >>> weight = QuantizedWeight("affine", 4, 2, torch.tensor([[0x98, 0x07]], dtype=torch.uint8),
@@ -46,6 +49,7 @@ class QuantizedLinear(nn.Linear):
         self.kind: Kind = weight.kind
         self.bits, self.block = weight.bits, weight.block
         self.dtype, self.source = weight.dtype, weight.source
+        self.compute_dtype = weight.dtype
         for name in _PARTS:
             self.register_buffer(name, getattr(weight, name))
         if isinstance(bias, Tensor) and not isinstance(bias, nn.Parameter):

@@ -47,8 +47,8 @@ class QuantizedWeight:
     Attributes:
         kind: ``"affine"``, or a codebook of bitsandbytes.
         bits: of a code: 2, 4 or 8; 4 for a codebook.
-        block: how many codes share a scale: neighbours along K (affine), or in the flattened weight (codebooks), of
-            which K is a multiple.
+        block: how many codes share a scale: neighbours along K (affine), or in the flattened weight (codebooks), whose
+            size is a multiple of it; a block may go across rows there.
         codes: uint8. Affine: [N, blocks · bytes of a block], each block in whole bytes, the first code in the lowest
             bits, the last block filled up with zeros. Codebooks: [N·K / 2], the first code in the highest bits.
         scales: affine: [N, blocks]; codebooks: float32 [N·K / block].
@@ -90,8 +90,9 @@ class QuantizedWeight:
                     f"{name} of {self.source} is {list(part.shape)} of {part.dtype}; it must be {list(shape)} of "
                     f"{' or '.join(map(str, dtypes))}"
                 )
-        if self.kind != "affine" and (self.zeros is not None or self.order is not None or self.shape[1] % self.block):
-            raise ValueError(f"{self.source}: a codebook has no zero points and no order, and whole blocks in a row")
+        whole = self.shape[0] * self.shape[1] % self.block == 0
+        if self.kind != "affine" and (self.zeros is not None or self.order is not None or not whole):
+            raise ValueError(f"{self.source}: a codebook has no zero points, no order, and whole blocks")
 
     def _expected(self) -> dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]]:
         """The dtypes and the shape that each part must have."""

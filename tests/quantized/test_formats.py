@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from flora_fx.quantized.formats.awq import read_awq
+from flora_fx.quantized.formats.bitsandbytes import read_serialized
 from flora_fx.quantized.formats.compressed import bits_of, read_compressed
 from flora_fx.quantized.formats.gptq import read_gptq
 from flora_fx.quantized.formats.packing import container, unpack_words
 from flora_fx.quantized.formats.refusal import InexactError
+from flora_fx.quantized.weight import CODEBOOKS
 
 from . import encoders
 
@@ -102,8 +106,65 @@ def test_bits_that_words_do_not_tell_are_refused() -> None:
         bits_of(torch.zeros(4, 5, dtype=torch.int32), 96, {4, 8})
     with pytest.raises(InexactError, match=r"\[4, 8\] bits"):
         bits_of(torch.zeros(4, 1, dtype=torch.int32), 4, {4, 8})
-    with pytest.raises(InexactError, match="hold no 96 codes"):
+    with pytest.raises(InexactError, match="do not hold 96 codes"):
         unpack_words(torch.zeros(4, 1, dtype=torch.int32), 4, 96)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bits", "told"),
+    [
+        ({}, 5, "with 5 bits has no layout"),
+        ({"weight_scale": torch.ones(64, 5)}, 4, "5 scales stand over 96 columns"),
+        ({"weight_scale": torch.ones(64, 2)}, 4, "scales for"),
+        ({"weight_zero_point": torch.full((64, 3), 20, dtype=torch.int8)}, 4, "none of its 16 codes"),
+    ],
+)
+def test_parts_of_compressed_tensors_that_do_not_fit_are_refused(
+    changes: dict[str, torch.Tensor], bits: int, told: str
+) -> None:
+    parts = encoders.compressed(64, 96, symmetric=False)[0] | changes
+    given = [parts[f"weight_{name}"] for name in ("packed", "scale", "zero_point", "shape")]
+    with pytest.raises(InexactError, match=told):
+        read_compressed(*given, None, bits=bits)
+
+
+def test_zero_points_and_scales_of_a_whole_tensor_are_those_of_each_row() -> None:
+    parts, _ = encoders.compressed(64, 96, block=96)
+    one = {"packed": parts["weight_packed"], "scale": torch.tensor([0.5]), "shape": parts["weight_shape"]}
+    weight = read_compressed(**one, zero_point=torch.tensor([-3], dtype=torch.int8), g_idx=None, bits=4)
+    assert torch.equal(weight.dequantize(), (weight.unpacked().float() - 5) * 0.5)
+
+
+def _state(**changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    told = {"quant_type": "nf4", "blocksize": 16, "dtype": "float32", "shape": [4, 32]}
+    parts: dict[str, torch.Tensor | None] = {
+        "weight": torch.arange(64, dtype=torch.uint8).reshape(-1, 1),
+        "weight.absmax": torch.linspace(1, 2, 8),
+        "weight.quant_map": torch.tensor(CODEBOOKS["nf4"]),
+        "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8),
+        **changes,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def test_a_serialized_state_of_bitsandbytes() -> None:
+    weight = read_serialized(_state())
+    assert (weight.kind, weight.block, weight.shape) == ("nf4", 16, (4, 32))
+    assert weight.dequantize()[0, 0] == CODEBOOKS["nf4"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "told"),
+    [
+        ("weight.absmax", None, "not complete"),
+        ("weight.quant_state.bitsandbytes__nf4", None, "not complete"),
+        ("weight.quant_map", torch.linspace(-1, 1, 16), "codebook is not that of NF4 or FP4"),
+        ("weight.absmax", torch.full((8,), torch.inf), "NaN or infinite"),
+    ],
+)
+def test_a_state_that_is_another_is_refused(name: str, part: torch.Tensor | None, told: str) -> None:
+    with pytest.raises(InexactError, match=told):
+        read_serialized(_state(**{name: part}))
 
 
 def test_codes_wider_than_a_byte_are_refused() -> None:

@@ -131,6 +131,9 @@ def test_a_layer_of_compressed_tensors_is_read_by_its_parts(symmetric: bool) -> 
     assert torch.equal(copied.model[0].quantized.dequantize(torch.float32), expected)  # type: ignore[index]
     layer.quantization_scheme.input_activations = object()
     assert "activations" in with_quantized_linears(model).left["0"]
+    layer.quantization_scheme.input_activations = None
+    del layer._parameters["weight_scale"]
+    assert "not that of format 'pack-quantized'" in with_quantized_linears(model).left["0"]
 
 
 def test_the_users_model_stays_as_it_is() -> None:
@@ -233,16 +236,46 @@ def test_float_zero_points_are_told() -> None:
     assert "float zero points" in with_quantized_linears(model).left["q"]
 
 
-def test_blocks_that_go_across_rows_are_told() -> None:
+def test_blocks_go_across_rows_as_they_were_quantized() -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(80, 64, quant_type="nf4").to("cpu")
-    assert "across rows of 80" in with_quantized_linears(nn.Sequential(layer)).left["0"]
+    layer = bnb.nn.Linear4bit(96, 64, bias=False, quant_type="nf4")
+    original = layer.weight.data.clone()
+    layer = layer.to("cpu")
+    found: Any = with_quantized_linears(nn.Sequential(layer)).model[0]  # type: ignore[index]
+    # bitsandbytes' CPU kernel takes each row's blocks for whole (0.50.2); flattened it is told the same as on a GPU.
+    state = copy.copy(layer.weight.quant_state)
+    state.shape = torch.Size([1, 64 * 96])
+    wanted = bnb.functional.dequantize_4bit(layer.weight.data, state).reshape(64, 96)
+    assert torch.equal(found.quantized.dequantize(), wanted)
+    assert (wanted - original).abs().max() < 0.2 * original.abs().max()
+
+
+def test_a_last_block_that_is_not_whole_is_told() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(6, 5, quant_type="nf4").to("cpu")
+    assert "not whole blocks of 5 × 6" in with_quantized_linears(nn.Sequential(layer)).left["0"]
+
+
+def test_pefts_layers_around_them_are_not_taken_for_them() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False).to("cpu"), nn.Linear(32, 8))
+    model.is_loaded_in_8bit = True
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"]))
+    assert set(with_quantized_linears(adapted).left) == {"base_model.model.0.base_layer"}
 
 
 def test_what_is_not_quantized_yet_is_told() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(64, 64, quant_type="nf4")
     assert "not quantized it yet" in with_quantized_linears(nn.Sequential(layer)).left["0"]
+
+
+def test_an_embedding_of_torchaos_tensors_is_no_linear_layer() -> None:
+    model = torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4)
+    table = nn.Embedding(64, 128)
+    table.weight = model.q.weight
+    assert with_quantized_linears(nn.Sequential(table)).left["0"] == "a Embedding is no linear layer"
 
 
 def test_a_quantized_embedding_is_no_linear_layer() -> None:

@@ -106,6 +106,10 @@ def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any]) -> None:
         replace(weight, **changed)
 
 
-def test_a_codebook_has_whole_blocks_in_a_row() -> None:
-    with pytest.raises(ValueError, match="whole blocks"):
-        codebook(2, 24, block=16)
+def test_a_codebook_has_whole_blocks_also_across_rows() -> None:
+    weight = codebook(2, 24, block=16)
+    table = torch.tensor(CODEBOOKS["nf4"])
+    assert weight.dequantize()[1, 7] == table[int(weight.codes[15] & 15)] * weight.scales[1]
+    assert weight.dequantize()[1, 8] == table[int(weight.codes[16] >> 4)] * weight.scales[2]
+    with pytest.raises(ValueError, match=r"must be|whole blocks"):
+        codebook(3, 24, block=16)

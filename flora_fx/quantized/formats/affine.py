@@ -42,6 +42,8 @@ def affine_weight(
     n, k = codes.shape
     held = container(bits)
     order = order_of(groups, k, block)
+    if tuple(scales.shape) != (n, -(-k // block)) or (zeros is not None and zeros.shape != scales.shape):
+        raise InexactError(f"it has scales for {list(scales.shape)} groups, and {-(-k // block)} groups a row of {k}")
     if not bool(scales.isfinite().all()):
         raise InexactError("a scale is NaN or infinite")
     half = 2 ** (bits - 1)

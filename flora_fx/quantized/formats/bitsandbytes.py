@@ -43,7 +43,7 @@ def read_state(weight: Tensor, state: Any) -> QuantizedWeight:
         state: its ``QuantState``.
 
     Raises:
-        InexactError: another codebook, or blocks that go across rows.
+        InexactError: another codebook, or a last block that is not whole.
     """
     packed = bool(getattr(state, "packing_format_for_cpu", False))
     n, k = (int(size) for size in state.shape)
@@ -100,12 +100,10 @@ def _weight(
 ) -> QuantizedWeight:
     if kind not in CODEBOOKS or not torch.equal(codebook.cpu().to(torch.float32), torch.tensor(CODEBOOKS[kind])):
         raise InexactError(f"its codebook is not that of NF4 or FP4 ({kind})")
-    if shape[1] % block:
-        raise InexactError(
-            f"its blocks of {block} go across rows of {shape[1]}: bitsandbytes' kernels do not agree on what they mean"
-        )
-    source = f"bitsandbytes {kind.upper()}, 4 bits, blocks of {block}{told}"
     absmax = absmax.to(torch.float32).reshape(-1)
+    if absmax.numel() * block != shape[0] * shape[1]:
+        raise InexactError(f"its {absmax.numel()} blocks of {block} are not whole blocks of {shape[0]} × {shape[1]}")
+    source = f"bitsandbytes {kind.upper()}, 4 bits, blocks of {block}{told}"
     if not bool(absmax.isfinite().all()):
         raise InexactError("a scale is NaN or infinite")
     return QuantizedWeight(kind, 4, block, codes, absmax, None, None, shape, dtype, source)

@@ -138,6 +138,8 @@ def _read(module: nn.Module, known: dict[int, QuantizedWeight]) -> QuantizedWeig
         return None
     names = {kind.__name__ for kind in type(module).__mro__}
     package = type(module).__module__.partition(".")[0]
+    if package == "peft":
+        return None  # its layers are named like those that they are around
     why = next((_REFUSED[name] for name in _REFUSED if name in names), None)
     if package in _PACKAGES and module._parameters.keys() | module._buffers.keys():
         why = why or _PACKAGES[package]

@@ -37,13 +37,13 @@ def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
         uint8 [count, ...].
 
     Raises:
-        InexactError: there are too few words.
+        InexactError: so many codes are another number of words.
 
     >>> unpack_words(torch.tensor([[0x4321]], dtype=torch.int32), bits=4, count=3).flatten().tolist()
     [1, 2, 3]
     """
-    if words.shape[0] * 32 < bits * count:
-        raise InexactError(f"{words.shape[0]} words of 32 bits hold no {count} codes of {bits} bits")
+    if words.shape[0] != -(-bits * count // 32):
+        raise InexactError(f"{words.shape[0]} words of 32 bits do not hold {count} codes of {bits} bits")
     mask = 2**bits - 1
     if 32 % bits == 0:
         parts = [((words >> shift) & mask).to(torch.uint8) for shift in range(0, 32, bits)]
