@@ -90,7 +90,7 @@ def load_model(
         check_places(shell, choice, config, tensors, path)
         fit_labels(shell, config, supplied)
         if quantized is not None:
-            quantized.check_supplied(tensors, supplied, path)
+            quantized.check_adapter(settings, tensors, supplied, path)
     base = load_base(directory, choice, config, dtype=dtype, supplied=supplied, quantized=quantized)
     if path is None:
         return base.eval()

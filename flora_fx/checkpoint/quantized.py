@@ -78,17 +78,26 @@ class Quantized:
             raise AdapterError(f"{directory}: config.json says that it is quantized, and no layer of it is; {_REMEDY}")
         self._places: dict[str, str] = {}
 
-    def check_supplied(self, tensors: Mapping[str, Tensor], supplied: Collection[str], path: Path) -> None:
-        """Does an adapter bring along what stands in a quantized layer's place?
+    def check_adapter(
+        self, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], supplied: Collection[str], path: Path
+    ) -> None:
+        """Does an adapter need weights in floating point, or bring along what stands in a quantized layer's place?
 
         Args:
-            tensors: of the adapter.
+            settings: of the adapter.
+            tensors: of it.
             supplied: the names of those that stand in a weight's place, see `whole_weights`.
             path: of them, for messages.
 
         Raises:
             AdapterError: it does.
         """
+        if settings.get("use_dora"):
+            raise AdapterError(
+                f"{path.parent}: a DoRA takes the norms of its base's weights, which are quantized here; load the base "
+                "alone, give it to flora_fx.quantized.dequantize, and load the adapter with "
+                "peft.PeftModel.from_pretrained"
+            )
         owners = set(self.layers)
         whole = sorted(name for name in supplied if name.rpartition(".")[0] in owners)
         coded = sorted(name for name, tensor in tensors.items() if not tensor.is_floating_point())

@@ -15,7 +15,7 @@ __all__ = ["dequantize"]
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a model with an `nn.Linear` for every `QuantizedLinear`: several times as large, and of the same numbers.
+    """A copy of a model with an `nn.Linear` for every `QuantizedLinear`: the same numbers, in several times the memory.
 
     For what needs weights in floating point: to merge an adapter, to train them, to put a DoRA beside them.
 

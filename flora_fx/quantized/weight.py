@@ -202,15 +202,16 @@ def values_of(
         float32 [N, K].
     """
     n, k = shape
-    found = unpack_codes(codes, kind, bits, block, shape)
     scales = scales.to(torch.float32)
     if kind != "affine":
         table = torch.tensor(CODEBOOKS[kind], dtype=torch.float32, device=codes.device)
-        return (table[found.long()].reshape(-1, block) * scales[:, None]).reshape(n, k)
-    group = torch.arange(k, device=codes.device) // block
-    zero = 2.0 ** (bits - 1) if zeros is None else zeros.to(torch.float32)[:, group]
-    values = (found.to(torch.float32) - zero) * scales[:, group]
-    return values if order is None else torch.empty_like(values).index_copy_(1, order, values)
+        byte = torch.arange(256, device=codes.device)
+        pairs = table[torch.stack([byte >> 4, byte & 15], -1)]  # of each byte
+        return pairs[codes.int()].reshape(-1, block).mul_(scales[:, None]).reshape(n, k)
+    values = _by_block(codes, bits, block, shape).to(torch.float32)
+    values.sub_(2.0 ** (bits - 1) if zeros is None else zeros.to(torch.float32)[:, :, None]).mul_(scales[:, :, None])
+    values = values.flatten(1)[:, :k]
+    return values.contiguous() if order is None else torch.empty_like(values).index_copy_(1, order, values)
 
 
 def pack_codes(codes: Tensor, bits: int, block: int) -> Tensor:
@@ -253,10 +254,14 @@ def unpack_codes(codes: Tensor, kind: str, bits: int, block: int, shape: tuple[i
     n, k = shape
     if kind != "affine":
         return torch.stack([codes >> 4, codes & 15], -1).reshape(n, k)
-    shifts = range(0, 8, bits)
-    parts = torch.stack([(codes >> shift) & (2**bits - 1) for shift in shifts], -1)
-    blocks = -(-k // block)
-    return parts.reshape(n, blocks, -1)[:, :, :block].reshape(n, blocks * block)[:, :k]
+    return _by_block(codes, bits, block, shape).flatten(1)[:, :k]
+
+
+def _by_block(codes: Tensor, bits: int, block: int, shape: tuple[int, int]) -> Tensor:
+    """The codes of an affine weight, [N, blocks, block], with what fills up the last block."""
+    n, k = shape
+    parts = torch.stack([(codes >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    return parts.reshape(n, -(-k // block), -1)[:, :, :block]
 
 
 def _bytes(block: int, bits: int) -> int:

@@ -243,6 +243,17 @@ def test_a_quantized_head_that_is_the_embedding_is_refused(tmp_path: Path) -> No
         load_model(tmp_path)
 
 
+def test_a_dora_is_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    wanted = adapter(tmp_path / "lora", write(tiny(), tmp_path / "base", *checkpoints.gptq()), use_dora=True)
+    with pytest.raises(flora_fx.AdapterError, match="norms of its base's weights"):
+        load_model(tmp_path / "base", tmp_path / "lora")
+    plain = dequantize(load_model(tmp_path / "base", dtype=torch.float32), torch.float32)
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()
+    with torch.no_grad():
+        found, expected = model(input_ids=IDS).logits, wanted(input_ids=IDS).logits
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
 def test_a_whole_weight_for_a_quantized_layer_is_refused(tmp_path: Path) -> None:
     base = write(tiny(), tmp_path / "base", *checkpoints.gptq())
     adapter(tmp_path / "lora", base)

@@ -256,6 +256,16 @@ def test_a_last_block_that_is_not_whole_is_told() -> None:
     assert "not whole blocks of 5 × 6" in with_quantized_linears(nn.Sequential(layer)).left["0"]
 
 
+def test_a_dora_beside_it_is_told() -> None:
+    peft = pytest.importorskip("peft")
+    model = bitsandbytes(quant_type="nf4", compute_dtype=torch.float32)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q"], use_dora=True))
+    assert "takes the norms of its weight" in with_quantized_linears(adapted).left["base_model.model.q.base_layer"]
+    with pytest.raises(flora_fx.CaptureError, match="takes the norms of its weight"):
+        flora_fx.capture(adapted, torch.randn(2, 128))
+
+
 def test_pefts_layers_around_them_are_not_taken_for_them() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")

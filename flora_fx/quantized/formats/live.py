@@ -101,6 +101,7 @@ def with_quantized_linears(model: nn.Module) -> Copied:
     >>> with_quantized_linears(layer).model is layer
     True
     """
+    normed = {id(module.base_layer) for module in model.modules() if getattr(module, "lora_magnitude_vector", None)}
     found: dict[int, QuantizedLinear] = {}
     weights: dict[int, QuantizedWeight] = {}
     left: dict[str, str] = {}
@@ -110,7 +111,9 @@ def with_quantized_linears(model: nn.Module) -> Copied:
         except InexactError as why:
             left[name or type(module).__name__] = str(why)
             continue
-        if weight is not None:
+        if weight is not None and id(module) in normed:
+            left[name] = "a DoRA beside it takes the norms of its weight at each call"
+        elif weight is not None:
             found[id(module)] = _replacement(module, weight)
     if not found:
         return Copied(model, left)
