@@ -16,7 +16,14 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-FACES = ("flora_fx", "flora_fx.adapters", "flora_fx.backend", "flora_fx.checkpoint", "flora_fx.export")
+FACES = (
+    "flora_fx",
+    "flora_fx.adapters",
+    "flora_fx.backend",
+    "flora_fx.checkpoint",
+    "flora_fx.quantized",
+    "flora_fx.export",
+)
 
 
 def configuration() -> dict[str, Any]:
