@@ -101,7 +101,8 @@ class MixedAdapters(nn.Module):
         Raises:
             AdapterError: a name is none of `adapters`.
         """
-        index = {None: -1, **{name: i for i, name in enumerate(self.adapters)}}
+        index: dict[str | None, int] = {name: i for i, name in enumerate(self.adapters)}
+        index[None] = -1
         if unknown := [name for name in names if name not in index]:
             raise AdapterError(f"there is no adapter {unknown[0]!r} here; it must be None or {_or(self.adapters)}")
         return torch.tensor([index[name] for name in names], dtype=torch.int64, device=device)
