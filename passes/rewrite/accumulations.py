@@ -19,6 +19,7 @@ from flora_fx.passes.plan.choosing import HIGHEST_RANK, unrolls
 from flora_fx.passes.plan.layout import Block, Layout, features_of, offsets, up_pack, up_slice
 from flora_fx.passes.plan.names import Names
 
+from .gates import GateWriter
 from .written import Unrolled, Written
 
 __all__ = ["AccumulationWriter"]
@@ -40,6 +41,7 @@ class AccumulationWriter:
         self.config = config
         self.names = names
         self.written = written
+        self.gates = GateWriter(program, written)
 
     def write_blocks(self, layout: Layout, segments: Sequence[Node], z: Node) -> list[Node]:
         """Accumulate a layout's blocks onto its segments.
@@ -55,9 +57,18 @@ class AccumulationWriter:
         values = list(segments)
         downs = layout.downs_of_blocks
         edges = offsets(down.out_features for down in downs)
-        runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
-        lows = self.written.slice_last(z, edges[-1], runs) if runs else []
-        for block, low in zip(layout.blocks, lows, strict=True):
+        runs = {block: (edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks}
+        lows: dict[Block, Node] = {}
+        of_all, of_gated = z, None
+        if layout.gates:
+            width = edges[len(layout.gates)]
+            of_gated = self.gates.write(self.written.slice_last(z, edges[-1], [(0, width)])[0], layout.gates)
+        for value, width, gated in ((of_gated, edges[len(layout.gates)], True), (of_all, edges[-1], False)):
+            wanted = [block for block in layout.blocks if block.scale.gated == gated]
+            if value is not None and wanted:
+                pieces = self.written.slice_last(value, width, [runs[block] for block in wanted])
+                lows.update(zip(wanted, pieces, strict=True))
+        for block, low in lows.items():
             low = self.written.multiply(low, block.scale.numbers)
             rank = features_of(downs[slice(*block.columns)])
             up = self._read_block(layout, block)
@@ -70,6 +81,9 @@ class AccumulationWriter:
     def write_path(self, y: Node, path: LowRankPath) -> Node:
         """Accumulate one path, whatever it reads."""
         low = self.written.multiply(self.written.successor(path.low), (*path.numbers, *path.factors))
+        if path.select is not None:
+            low = self.build.reshape_beside(low, path.down.reads, path.down.out_features)
+            low = self.gates.write_one(low, path.select)
         scale = 1.0 if self.config.fold_scale else path.scale
         y = self.write_add(y, low, self._read_up(path), scale, path.up.in_features)
         return self.write_bias(y, path)
@@ -97,6 +111,8 @@ class AccumulationWriter:
         if path.up.bias is None:
             return y
         term = self.written.multiply(self.program.read_weight(path.up.bias), (*path.numbers, *path.factors))
+        if path.select is not None:
+            term = self.gates.write_one(term, path.select)
         return self.build.call(torch.ops.aten.add.Tensor, y, term, alpha=path.scale)
 
     def _read_block(self, layout: Layout, block: Block) -> Node:

@@ -43,7 +43,8 @@ def batch(rows: int, width: int = WIDTH) -> Tensor:
 
 
 def alone(model: Any, x: Tensor, names: Sequence[str | None]) -> Tensor:
-    """Each row by a call of its own, with its adapter active and no other."""
+    """Each row by a call of its own, with its adapter active and no other, which leaves ``requires_grad`` as it was."""
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
     rows = []
     for row, name in zip(x, names, strict=True):
         if name is None:
@@ -52,6 +53,8 @@ def alone(model: Any, x: Tensor, names: Sequence[str | None]) -> Tensor:
         else:
             model.set_adapter(name)
             rows.append(model(row[None]))
+    for parameter, own in zip(model.parameters(), wanted, strict=True):
+        parameter.requires_grad_(own)
     return torch.cat(rows)
 
 
