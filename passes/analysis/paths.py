@@ -216,7 +216,7 @@ class _Finder:
                 if way.select is None and up.bias is None and self.selections.per_token(source, masked):
                     way, node = replace(way, select=masked.select), masked.value
                     continue
-                below = self.by_node.get(self.unscaled(masked.value))
+                below = self.by_node.get(self.elementwise(masked.value))
                 fits = below is not None and below.out_features == up.in_features and is_low_rank(below, up)
                 return self.part(below, up, source, way) if below and fits else None
             product = self.factors.product(source)
@@ -243,12 +243,14 @@ class _Finder:
         """A path to be, and the dropout in front of it."""
         return Part(down, up, low, way.scale, way.factors, way.chain, self.active_dropout(down.reads), way.select)
 
-    def unscaled(self, node: Node) -> Node:
-        """What a value is the product of, whatever it is multiplied by."""
-        node = self.values.earliest_rows(node)
-        while (product := self.factors.product(node)) is not None:
-            node = self.values.earliest_rows(product[0])
-        return node
+    def elementwise(self, node: Node) -> Node:
+        """What a value is an elementwise function of: products and activations are left out."""
+        while True:
+            node = self.values.earliest_rows(node)
+            product = self.factors.product(node)
+            if product is None and not self.is_activation(node):
+                return node
+            node = product[0] if product else node.all_input_nodes[0]
 
     def active_dropout(self, node: Node) -> Node | None:
         """The node itself where it is a dropout of the adapter's own; those that do nothing were seen through."""

@@ -58,25 +58,42 @@ class AccumulationWriter:
         downs = layout.downs_of_blocks
         edges = offsets(down.out_features for down in downs)
         runs = {block: (edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks}
+        picked = [block for block in layout.blocks if self._picks(layout, block, z)]
         lows: dict[Block, Node] = {}
-        of_all, of_gated = z, None
+        plain, scaled, gated = z, None, None
+        width = edges[len(layout.gates)]
         if layout.gates:
-            width = edges[len(layout.gates)]
-            of_gated = self.gates.write(self.written.slice_last(z, edges[-1], [(0, width)])[0], layout.gates)
-        for value, width, gated in ((of_gated, edges[len(layout.gates)], True), (of_all, edges[-1], False)):
-            wanted = [block for block in layout.blocks if block.scale.gated == gated]
+            scaled = self.gates.scale(self.written.slice_last(z, edges[-1], [(0, width)])[0], layout.gates)
+            if any(block.scale.gated and block not in picked for block in layout.blocks):
+                gated = self.gates.write(scaled, layout.gates)
+        for value, size, wanted in (
+            (scaled, width, picked),
+            (gated, width, [block for block in layout.blocks if block.scale.gated and block not in picked]),
+            (plain, edges[-1], [block for block in layout.blocks if not block.scale.gated]),
+        ):
             if value is not None and wanted:
-                pieces = self.written.slice_last(value, width, [runs[block] for block in wanted])
+                pieces = self.written.slice_last(value, size, [runs[block] for block in wanted])
                 lows.update(zip(wanted, pieces, strict=True))
         for block, low in lows.items():
             low = self.written.multiply(low, block.scale.numbers)
             rank = features_of(downs[slice(*block.columns)])
             up = self._read_block(layout, block)
+            if block in picked:
+                gates = layout.gates[slice(*block.columns)]
+                low, up = self.gates.pick(low, up, gates)
+                rank = max(gate.rank for gate in gates)
             adapted = self.write_add(values[block.segment], low, up, block.scale.constant, rank)
             sources = [base.weight.name for base in layout.segments[block.segment]]
             self.written.labels[adapted] = f"{Names.joined(sources)}_adapted"
             values[block.segment] = adapted
         return values
+
+    def _picks(self, layout: Layout, block: Block, z: Node) -> bool:
+        """Whether a block's up-projections become a loop over those columns alone that a token has."""
+        gates = layout.gates[slice(*block.columns)]
+        if self.config.accumulate != "unrolled" or not block.scale.gated or not self.build.picks:
+            return False
+        return self.gates.may_pick(gates) and self._unrolls(z, max(gate.rank for gate in gates))
 
     def write_path(self, y: Node, path: LowRankPath) -> Node:
         """Accumulate one path, whatever it reads."""

@@ -7,6 +7,11 @@ z_2' = where(m_2, z_2, 0)
 
 Where the masks are no such comparisons of one value they stand beside each other instead. Either is written once for
 all groups whose columns are alike; a compiler makes ``owner`` of the column's place, and loads nothing.
+
+Where up-projections become loops, these need not run over the columns of all adapters: each token's are picked.
+
+columns = first(ids) + [0, 1, …]                   z' = where(there, z[columns], 0)
+                                                   B' = where(there, B[:, columns], 0)
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from torch.fx import Node
 from flora_fx.graph.examples import same_sizes
 from flora_fx.graph.program import Program
 from flora_fx.ir import Select
+from flora_fx.ops import pick_columns
 from flora_fx.passes.plan.layout import Gate
 
 from .written import Written
@@ -60,14 +66,63 @@ class GateWriter:
             return self.build.call(aten.where.ScalarOther, mask, value, 0)
         return self.build.call(aten.where.ScalarSelf, mask, 0, value)
 
+    def scale(self, z: Node, gates: Sequence[Gate]) -> Node:
+        """Values that stand beside each other, each times its factor."""
+        if all(gate.factor == 1.0 for gate in gates):
+            return z
+        example, runs = self.program.value(z), _merged(_places(gates, [gate.factor for gate in gates]))
+        factors = self._once((runs, example.dtype), lambda: self._steps(runs, example.dtype, example.device))
+        return self.build.call(self.build.ops.mul, z, factors)
+
     def write(self, z: Node, gates: Sequence[Gate]) -> Node:
-        """Values that stand beside each other, each in its tokens and times its factor."""
-        example = self.program.value(z)
-        if any(gate.factor != 1.0 for gate in gates):
-            runs = _merged(_places(gates, [gate.factor for gate in gates]))
-            factors = self._once((runs, example.dtype), lambda: self._steps(runs, example.dtype, example.device))
-            z = self.build.call(self.build.ops.mul, z, factors)
-        return self.build.call(aten.where.ScalarOther, self._mask(gates, example.device), z, 0)
+        """Values that stand beside each other, each in its tokens, zero in the others."""
+        return self.build.call(aten.where.ScalarOther, self._mask(gates, self.program.value(z).device), z, 0)
+
+    def may_pick(self, gates: Sequence[Gate]) -> bool:
+        """Whether each token says which of the values that stand beside each other are its own."""
+        numbers = {gate.select.choice.number for gate in gates if gate.select.choice}
+        return len(numbers) == len(gates) > 1 and self._ids([gate.select for gate in gates]) is not None
+
+    def pick(self, z: Node, up: Node, gates: Sequence[Gate]) -> tuple[Node, Node]:
+        """Of values that stand beside each other each token's own, and the columns of a matrix that multiply them.
+
+        Args:
+            z: [..., columns].
+            up: [out, columns].
+            gates: of all of the columns.
+
+        Returns:
+            [..., rank] and [..., out, rank], where rank is the highest; what an adapter does not have of it is zero.
+        """
+        device, rank = self.program.value(z).device, max(gate.rank for gate in gates)
+        key = ("columns", *((gate.select, gate.rank) for gate in gates))
+        columns = self._once((*key, "first"), lambda: self._columns(gates, rank, device))
+        there = self._once((*key, "there"), lambda: self.build.call(aten.ge.Scalar, columns, 0))
+        columns = self._once((*key, "any"), lambda: self.build.call(aten.clamp.default, columns, 0))
+        wide = self.build.call(aten.expand.default, columns, [*self.build.sizes(z)[:-1], rank])
+        low = self.build.call(aten.where.ScalarOther, there, self.build.call(aten.gather.default, z, -1, wide), 0)
+        return low, self.build.call(pick_columns, up, columns, there)
+
+    def _columns(self, gates: Sequence[Gate], rank: int, device: torch.device) -> Node:
+        """[..., rank]: the columns of each token's adapter, -1 for what it does not have."""
+        call, ids = self.build.call, self._grouped([gate.select for gate in gates])
+        place = call(aten.arange.default, rank, device=device)
+        numbers = [gate.select.choice.number for gate in gates if gate.select.choice is not None]
+        found: Node | int = -1
+        for run in _merged(_places(gates, numbers), counting=True):
+            width = run.width or run.stop - run.start
+            count, first = (run.stop - run.start) // width, int(run.first)
+            own = call(aten.sub.Tensor, ids, first) if first else ids
+            is_own = call(aten.eq.Scalar, own, 0)
+            if count > 1:
+                is_own = call(aten.logical_and.default, call(aten.ge.Scalar, own, 0), call(aten.lt.Scalar, own, count))
+            if width < rank:
+                is_own = call(aten.logical_and.default, is_own, call(aten.lt.Scalar, place, width))
+            columns = call(aten.add.Tensor, call(aten.add.Tensor, call(aten.mul.Tensor, own, width), place), run.start)
+            where = aten.where.self if isinstance(found, Node) else aten.where.ScalarOther
+            found = call(where, is_own, columns, found)
+        assert isinstance(found, Node)
+        return found
 
     def _mask(self, gates: Sequence[Gate], device: torch.device) -> Node:
         """[..., columns], bool."""
@@ -80,12 +135,18 @@ class GateWriter:
         runs = _merged(_places(gates, numbers), counting=True)
 
         def write() -> Node:
-            value = self.written.successor(ids)
-            for _ in range(len(self.program.shape(selects[0].mask) or ()) - len(self.program.shape(ids) or ())):
-                value = self.build.call(aten.unsqueeze.default, value, -1)
-            return self.build.call(aten.eq.Tensor, value, self._steps(runs, torch.int64, device))
+            return self.build.call(aten.eq.Tensor, self._grouped(selects), self._steps(runs, torch.int64, device))
 
-        return self._once((ids, runs), write)
+        return self._once((ids, runs, len(self.program.shape(selects[0].mask) or ())), write)
+
+    def _grouped(self, selects: Sequence[Select]) -> Node:
+        """The ids that masks compare, in the masks' shape."""
+        ids = self._ids(selects)
+        assert ids is not None
+        value = self.written.successor(ids)
+        for _ in range(len(self.program.shape(selects[0].mask) or ()) - len(self.program.shape(ids) or ())):
+            value = self.build.call(aten.unsqueeze.default, value, -1)
+        return value
 
     def _ids(self, selects: Iterable[Select]) -> Node | None:
         """The value that all masks compare, if these have its shape, with ones behind it."""
