@@ -91,6 +91,7 @@ HOUSES = (
     House(
         "face",
         (
+            Room("flora_fx/mixed", "a model whose rows each have an adapter of their own"),
             Room("flora_fx/compile", "graphs of torch.compile: lifted weights, checkpointed regions"),
             Room("flora_fx", 'capture, fuse, report, verify; backend="flora"', "flora_fx: face", _FACE),
         ),
