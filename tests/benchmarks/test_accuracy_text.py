@@ -277,14 +277,14 @@ def test_frozen_features_are_where_every_method_begins(base: nn.Module, tmp_path
     for split, percent in (("validation", baseline.validation), ("test", baseline.test)):
         assert percent_right(learner, model, SPLITTED[split], RECIPE) == pytest.approx(percent)
     assert baseline.test > 60
-    [kept] = tmp_path.iterdir()
+    [kept] = (tmp_path / "accuracy-heads").iterdir()
     written = kept.read_bytes()
     again, same = fitted(base, SPLITTED, tmp_path, "base")
     assert same == baseline
     assert torch.equal(again.weight, head.weight)
     assert kept.read_bytes() == written
     fitted(base, SPLITTED, tmp_path, "another base")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(kept.parent.iterdir())) == 2
 
 
 def test_every_method_trains_on_an_encoder_what_was_counted(base: nn.Module, tmp_path: Path) -> None:

@@ -31,10 +31,10 @@ def fitted(encoder: nn.Module, splits: Splits, folder: Path, identity: object) -
     Args:
         encoder: the frozen base.
         splits: examples of one task.
-        folder: where a head is kept: it is computed once.
+        folder: heads are kept in a folder in it: each is computed once.
         identity: what it depends on besides the examples.
     """
-    file = folder / f"accuracy-head-{digest([identity, dict(splits), _PENALTIES, torch.__version__])}.json"
+    file = folder / "accuracy-heads" / f"{digest([identity, dict(splits), _PENALTIES, torch.__version__])}.json"
     if file.is_file():
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Head(torch.tensor(kept["weight"]), torch.tensor(kept["bias"])), Baseline(**kept["baseline"])
@@ -43,7 +43,7 @@ def fitted(encoder: nn.Module, splits: Splits, folder: Path, identity: object) -
         labels = {split: torch.tensor([one.answer[0] for one in splits[split]]) for split in SPLITS}
         head, baseline = _best(found, labels)
     kept = {"weight": head.weight.tolist(), "bias": head.bias.tolist(), "baseline": asdict(baseline)}
-    folder.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
     unfinished.write_text(json.dumps(kept), encoding="utf-8")
     unfinished.rename(file)
