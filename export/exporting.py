@@ -24,9 +24,10 @@ from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
 from .directory.manifest import MANIFEST, MODEL, write_manifest
-from .directory.operators import choose_operators, copy_operators
+from .directory.operators import choose_operators, copy_operators, without_operators
 from .directory.saving import save_graphs
 from .directory.staging import staged
+from .lora.stacking import plan_slots, stack
 from .lora.swappable import check_swappable
 from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
@@ -34,6 +35,7 @@ from .targets import Target, TargetName, trace
 from .trace.model import DTYPES, kind_of, private_copy, unwrap
 from .translate.lora_operators import use_lora_operators
 from .translate.lowering import lower
+from .translate.slots import make_slots
 from .translate.swappable import make_swappable
 
 __all__ = ["export_onnx"]
@@ -51,6 +53,9 @@ def export_onnx(
     config: FuseConfig | None = None,
     target: TargetName | None = None,
     hot_swap: bool = False,
+    adapters: Sequence[str] | None = None,
+    slots: int | None = None,
+    rank: int | None = None,
     custom_ops: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -76,6 +81,10 @@ def export_onnx(
             model's attention is such, the second where it is not; `ExportResult.notes` says why.
         hot_swap: let `Decoder.load_adapter` replace the LoRA in the exported graph (target ``"decoder"``). This
             costs about 2% of prefill and decode on a CPU.
+        adapters: names of LoRAs of the model, between which each row of a batch chooses when it runs, see
+            `Decoder.generate` (target ``"decoder"``). They may differ in rank, layers and scale, and can be replaced.
+        slots: places for LoRAs, those that ``adapters`` names (None: the active ones) in the first of them.
+        rank: of every slot; None for the highest of those adapters.
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
             False: plain operators. ``Manifest.custom_ops`` says what was written.
@@ -90,7 +99,7 @@ def export_onnx(
         TypeError: ``model`` is no module, ``dtype`` no dtype, ``config`` no `FuseConfig`.
         ValueError: an unknown target.
         AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
-            linear layers.
+            linear layers, or ``adapters`` that are unknown, are more than that, or do not fit the slots.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
 
     What `generate` is not told it takes from the model's generation config (``Manifest.generation``); what that asks
@@ -123,7 +132,10 @@ def export_onnx(
     operators = choose_operators(custom_ops, provider)
     core = unwrap(model)
     kind = kind_of(core)
-    if hot_swap:
+    plan = None if adapters is slots is rank is None else plan_slots(core, adapters, slots, rank)
+    if plan is not None:
+        operators = without_operators(custom_ops)
+    elif hot_swap:
         check_swappable(core)
     seconds: dict[str, float] = {}
 
@@ -139,14 +151,15 @@ def export_onnx(
     with staged(destination, overwrite=overwrite, marker=MANIFEST) as place:
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
-            chosen, traced = trace(reference, kind, example_inputs, target, provider)
+            whole = reference if plan is None else stack(reference, plan)
+            chosen, traced = trace(whole, kind, example_inputs, target, provider)
             why_not = "; ".join(traced.notes) or kind
             if custom_ops and chosen.operator_forms is None:
                 raise ExportError(f"custom_ops is for target 'decoder'; {why_not}")
             operators = operators and chosen.operator_forms is not None
             own_forms = (chosen.operator_forms if operators else None) or chosen.forms
-            if hot_swap:
-                own_forms = _swappable_forms(chosen, why_not)
+            if hot_swap or plan is not None:
+                own_forms = _swappable_forms(chosen, "hot_swap" if plan is None else "adapters=", why_not)
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)
             fused = {name: fuse_unstored(part.program, config or own_forms) for name, part in captured.items()}
@@ -155,7 +168,10 @@ def export_onnx(
         with CAPTURING, stage("translate"):
             graphs = {name: lower(fused[name], part) for name, part in captured.items()}
             operators = operators and bool(use_lora_operators(graphs[MODEL], fusion))
-            swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
+            if plan is not None:
+                swappable = make_slots(graphs[MODEL], fusion, plan)
+            else:
+                swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
             write_companions(place, core, reference, tokenizer)
@@ -165,11 +181,16 @@ def export_onnx(
             library = copy_operators(place, provider) if operators else None
             notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider, library)]
             manifest = replace(
-                manifest, identity=identify(model, core), live=swappable, custom_ops=operators, notes=notes
+                manifest,
+                identity=identify(model, core, None if plan is None else plan.names),
+                live=swappable,
+                slots=() if plan is None else plan.slots,
+                custom_ops=operators,
+                notes=notes,
             )
             example = traced.example
             # What torch.onnx has translated holds the packs: a second copy of the weights, not needed for the check.
-            del graphs, fused, captured, traced
+            del graphs, fused, captured, traced, whole
         with stage("check"):
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example)
@@ -187,7 +208,7 @@ def export_onnx(
     )
 
 
-def _swappable_forms(target: Target, why_not: str) -> FuseConfig:
+def _swappable_forms(target: Target, asked: str, why_not: str) -> FuseConfig:
     if target.swappable_forms is None:
-        raise ExportError(f"hot_swap is for target 'decoder'; {why_not}")
+        raise ExportError(f"{asked} is for target 'decoder'; {why_not}")
     return target.swappable_forms
