@@ -27,7 +27,8 @@ from .directory.manifest import MANIFEST, MODEL, write_manifest
 from .directory.operators import choose_operators, copy_operators, without_operators
 from .directory.saving import save_graphs
 from .directory.staging import staged
-from .lora.stacking import plan_slots, stack
+from .lora.slots import ADAPTER_IDS
+from .lora.stacking import SlotPlan, plan_slots, stack
 from .lora.swappable import check_swappable
 from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
@@ -82,8 +83,9 @@ def export_onnx(
         hot_swap: let `Decoder.load_adapter` replace the LoRA in the exported graph (target ``"decoder"``). This
             costs about 2% of prefill and decode on a CPU.
         adapters: names of LoRAs of the model, between which each row of a batch chooses when it runs, see
-            `Decoder.generate` (target ``"decoder"``). They may differ in rank, layers and scale, and can be replaced.
-        slots: places for LoRAs, those that ``adapters`` names (None: the active ones) in the first of them.
+            `Decoder.generate` (target ``"decoder"``). They may differ in rank, layers and scale.
+        slots: so many places for LoRAs, which `Decoder.load_adapter` fills and replaces; ``adapters`` (None: the active
+            ones) stand in the first of them. Like ``hot_swap=True`` beside ``adapters``, it costs speed on a CPU.
         rank: of every slot; None for the highest of those adapters.
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
@@ -129,14 +131,17 @@ def export_onnx(
     if target not in (None, *get_args(TargetName)):
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
-    operators = choose_operators(custom_ops, provider)
     core = unwrap(model)
     kind = kind_of(core)
-    plan = None if adapters is slots is rank is None else plan_slots(core, adapters, slots, rank)
-    if plan is not None:
+    plan: SlotPlan | None = None
+    if adapters is not None or slots is not None or rank is not None:
         operators = without_operators(custom_ops)
-    elif hot_swap:
-        check_swappable(core)
+        plan = plan_slots(core, adapters, slots, rank, replaceable=hot_swap)
+        hot_swap = plan.replaceable
+    else:
+        operators = choose_operators(custom_ops, provider)
+        if hot_swap:
+            check_swappable(core)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -158,8 +163,10 @@ def export_onnx(
                 raise ExportError(f"custom_ops is for target 'decoder'; {why_not}")
             operators = operators and chosen.operator_forms is not None
             own_forms = (chosen.operator_forms if operators else None) or chosen.forms
-            if hot_swap or plan is not None:
-                own_forms = _swappable_forms(chosen, "hot_swap" if plan is None else "adapters=", why_not)
+            if plan is not None and chosen.swappable_forms is None:
+                raise ExportError(f"adapters= is for target 'decoder'; {why_not}")
+            if hot_swap:
+                own_forms = _swappable_forms(chosen, why_not)
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)
             fused = {name: fuse_unstored(part.program, config or own_forms) for name, part in captured.items()}
@@ -184,6 +191,7 @@ def export_onnx(
                 manifest,
                 identity=identify(model, core, None if plan is None else plan.names),
                 live=swappable,
+                inputs=manifest.inputs if plan is None else [*manifest.inputs, ADAPTER_IDS],
                 slots=() if plan is None else plan.slots,
                 custom_ops=operators,
                 notes=notes,
@@ -208,7 +216,7 @@ def export_onnx(
     )
 
 
-def _swappable_forms(target: Target, asked: str, why_not: str) -> FuseConfig:
+def _swappable_forms(target: Target, why_not: str) -> FuseConfig:
     if target.swappable_forms is None:
-        raise ExportError(f"{asked} is for target 'decoder'; {why_not}")
+        raise ExportError(f"hot_swap is for target 'decoder'; {why_not}")
     return target.swappable_forms

@@ -16,7 +16,7 @@ from .reading import Lora
 __all__ = ["ADAPTER_IDS", "EMPTY", "Slot", "checked_name", "digest", "rank_of"]
 
 ADAPTER_IDS = "adapter_ids"
-"""The graph's input: for each row the number of its slot, -1 for none. Who does not give it gets none for all rows."""
+"""The graph's input [batch], int64: for each row the number of its slot, -1 for none."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
     A = [A₀; A₁; …]   B = [s₀·B₀, s₁·B₁, …]
 
-Each has as many rows of A and columns of B as a slot has; those that its rank leaves are zero. Which slot a row of a
-batch takes is written into the graph, see `select_slots`.
+Where another LoRA may take the place of one, each slot has as many rows of A and columns of B; those that a rank leaves
+are zero. Which slot a row of a batch takes is written into the graph, see `export.translate.slots`.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,17 +35,24 @@ class SlotPlan:
 
     Attributes:
         names: of the adapters of the model that stand in the first ones.
-        rank: of every slot.
         slots: all of them.
+        widths: of each slot, in each layer that has any, by the layer's name: rows of A, columns of B.
+        replaceable: whether another LoRA may take the place of one; then a slot is as wide everywhere.
     """
 
     names: tuple[str, ...]
-    rank: int
     slots: tuple[Slot, ...]
+    widths: Mapping[str, tuple[int, ...]]
+    replaceable: bool
 
 
 def plan_slots(
-    model: nn.Module, names: Sequence[str] | None = None, count: int | None = None, rank: int | None = None
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    count: int | None = None,
+    rank: int | None = None,
+    *,
+    replaceable: bool = False,
 ) -> SlotPlan:
     """What an export of several LoRAs holds.
 
@@ -52,6 +61,7 @@ def plan_slots(
         names: of its adapters; None for the active ones.
         count: slots; None for as many as there are names.
         rank: of every slot; None for the highest of the adapters.
+        replaceable: whether others may take their place; so it is where there is ``count`` or ``rank``.
 
     Raises:
         AdapterError: an unknown adapter, one that is no LoRA of linear layers, too few slots, or too low a rank.
@@ -83,7 +93,14 @@ def plan_slots(
         name = next(lora.name for lora in loras if rank_of(lora) == highest)
         raise AdapterError(f"rank is {rank}, and {name} has rank {highest}; pass rank={highest} or more")
     filled = tuple(Slot.of(name, lora) for name, lora in zip(names, loras, strict=True))
-    return SlotPlan(names, rank or highest, filled + (EMPTY,) * ((count or len(names)) - len(names)))
+    slots = filled + (EMPTY,) * ((count or len(names)) - len(names))
+    replaceable = replaceable or count is not None or rank is not None
+    widths = {}
+    for path in dict.fromkeys(path for lora in loras for path in lora.layers):
+        own = (lora.layers.get(path) for lora in loras)
+        exact = tuple(0 if layer is None else layer.down.shape[0] for layer in own)
+        widths[path] = (rank or highest,) * len(slots) if replaceable else exact
+    return SlotPlan(names, slots, widths, replaceable)
 
 
 def named_lora(model: nn.Module, name: str) -> Lora:
@@ -137,7 +154,7 @@ def stack(model: nn.Module, plan: SlotPlan) -> nn.Module:
     for path, layer in layers:
         base = layer.get_base_layer()
         parts = [lora.layers.get(path) for lora in loras]
-        private.set_submodule(path, _stacked(path, base, parts, plan) if any(parts) else base)
+        private.set_submodule(path, _stacked(path, base, parts, plan) if path in plan.widths else base)
     return private
 
 
@@ -176,18 +193,15 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def _stacked(path: str, base: nn.Module, parts: Sequence[LoraLayer | None], plan: SlotPlan) -> StackedLora:
-    known = [part for part in parts if part is not None]
-    first, width = known[0], plan.rank * len(plan.slots)
-    dtype = known[0].down.dtype
-    for part in known:
-        dtype = torch.promote_types(dtype, part.down.dtype)
-    down = first.down.new_zeros(width, first.down.shape[1], dtype=dtype)
-    up = first.up.new_zeros(first.up.shape[0], width, dtype=dtype)
+    starts = list(itertools.accumulate(plan.widths[path], initial=0))
+    first, *others = [part for part in parts if part is not None]
+    dtype = functools.reduce(torch.promote_types, (part.down.dtype for part in others), first.down.dtype)
+    down = first.down.new_zeros(starts[-1], first.down.shape[1], dtype=dtype)
+    up = first.up.new_zeros(first.up.shape[0], starts[-1], dtype=dtype)
     for slot, part in enumerate(parts):
         if part is None:
             continue
-        start = slot * plan.rank
-        stop = start + part.down.shape[0]
+        start, stop = starts[slot], starts[slot] + part.down.shape[0]
         down[start:stop] = part.down
         torch.mul(part.up, part.scale, out=up[:, start:stop])
         if not up[:, start:stop].isfinite().all():

@@ -61,9 +61,7 @@ class Decoder:
         """What stands in each slot now; none where the export has one adapter for all rows."""
         return () if self._table is None else tuple(self._table.slots)
 
-    def __call__(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, adapters: Adapters = None
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, adapters: Adapters = None) -> Tensor:
         """See `forward`."""
         return self.forward(input_ids, attention_mask, adapters=adapters)
 
@@ -115,12 +113,11 @@ class Decoder:
         """
         if self._table is None and (slot, name) != (None, None):
             raise without_slots()
-        if self._adapter is None:
-            raise ExportError("the LoRA in this export cannot be replaced; export the model again with hot_swap=True")
+        adapter = self._swappable()
         lora = read_lora(source)
         if self._table is None:
             self._one.swaps += 1  # before, for Ctrl-C may come while it is written
-            self._adapter.write(lora)
+            adapter.write(lora)
             return
         name = name_of(source) if name is None else name
         self._write(self._table.place_for(name, slot), lora, Slot.of(name, lora))
@@ -132,7 +129,7 @@ class Decoder:
             slot: its number, or the name of what stands in it.
 
         Raises:
-            ExportError: the export has no slots.
+            ExportError: the export has no slots, or was made without ``slots`` and ``hot_swap``.
             AdapterError: there is no such slot.
 
         >>> decoder.unload_adapter("sql")  # doctest: +SKIP
@@ -143,13 +140,18 @@ class Decoder:
 
     def _write(self, number: int, lora: Lora, slot: Slot) -> None:
         assert self._table is not None
-        assert self._adapter is not None
+        adapter = self._swappable()
         before = self._table.put(number, slot)  # before, for Ctrl-C may come while it is written
         try:
-            self._adapter.write(lora, number)
+            adapter.write(lora, number)
         except AdapterError:
             self._table.put(number, before)
             raise
+
+    def _swappable(self) -> SwappableAdapter:
+        if self._adapter is None:
+            raise ExportError("the LoRA in this export cannot be replaced; export the model again with hot_swap=True")
+        return self._adapter
 
     def new_cache(self, *, adapters: Adapters = None, keeps: bool = False) -> TextCache:
         """What runs one prompt and then its tokens, unchecked: see `TextCache`.
@@ -276,4 +278,6 @@ class Decoder:
         """The prompts, checked, and their tokens to come."""
         ids, mask = checked_prompt(input_ids, attention_mask, self.manifest.vocab_size)
         planned = plan(options, self.manifest, ids, mask, record)
-        return ids, TokenStream(*continuation(self.new_cache(adapters=adapters), ids, mask, planned, self.manifest.max_positions))
+        return ids, TokenStream(
+            *continuation(self.new_cache(adapters=adapters), ids, mask, planned, self.manifest.max_positions)
+        )

@@ -24,6 +24,7 @@ __all__ = ["SwappableAdapter"]
 _Write = tuple[Tensor, Tensor, float]
 """Where (a view of a swappable weight), what, and times what."""
 
+
 @dataclass(frozen=True)
 class _Remedies:
     """What is said where a LoRA adapts further layers, and where its rank is too high."""
@@ -95,9 +96,7 @@ class SwappableAdapter:
         unknown = [module for module in lora.layers if module not in regions]
         if unknown:
             more = ", …" if len(unknown) > 3 else ""
-            raise AdapterError(
-                f"{lora.name} adapts {', '.join(unknown[:3])}{more}, {self._remedies.layers}"
-            )
+            raise AdapterError(f"{lora.name} adapts {', '.join(unknown[:3])}{more}, {self._remedies.layers}")
         writes: list[_Write] = []
         for module, layer in lora.layers.items():
             writes += _checked(regions[module], module, layer, lora.name, self._remedies)
@@ -145,9 +144,7 @@ def _checked(regions: dict[str, Tensor], module: str, layer: LoraLayer, name: st
             f"inputs and {outside} outputs: is it the adapter of another model?"
         )
     if rank > room:
-        raise AdapterError(
-            f"{name}: {module} has rank {rank}, {remedies.rank.format(room=room, rank=rank)} or more"
-        )
+        raise AdapterError(f"{name}: {module} has rank {rank}, {remedies.rank.format(room=room, rank=rank)} or more")
     return [
         (down, _cast(layer.down, 1.0, down, f"{name}: A of {module}"), 1.0),
         (up, _cast(layer.up, layer.scale, up, f"{name}: B of {module}"), layer.scale),

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 __all__ = ["make_slots"]
 
+
 def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tuple[SwappableWeight, ...]:
-    """Let a row choose its LoRA, and let each be replaced; the graph is changed in place.
+    """Let a row choose its LoRA, and let each be replaced if that is planned; the graph is changed in place.
 
     Args:
         model: a decoder's graph, of a program of `stack`, as it was translated.
@@ -33,7 +34,7 @@ def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tu
         plan: the slots.
 
     Returns:
-        the weights that the slots stand in.
+        the weights that the slots stand in, if they can be replaced.
 
     Raises:
         ExportError: a LoRA is not fused completely, or a low-rank value does not stand alone.
@@ -42,6 +43,8 @@ def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tu
         raise ExportError(f"adapters= needs adapters that are fused completely; declined: {fusion.declines[0]}")
     weights = tuple(swappable_weights(model, fusion))
     _Selection(model, plan).write(weights)
+    if not plan.replaceable:
+        return ()
     for weight in weights:
         model.graph.inputs.append(model.graph.initializers[weight.name])
     return weights
@@ -69,9 +72,9 @@ class _Selection:
         sizes = [int(size) for size in self._graph.initializers[weight.name].shape or ()]
         owners = [-1] * sizes[1 if weight.transposed else 0]
         for part in weight.parts:
-            start, stop = part.rows
-            if part.which == "A" and stop - start == self._plan.rank * len(self._plan.slots):
-                owners[start:stop] = [slot for slot in range(len(self._plan.slots)) for _ in range(self._plan.rank)]
+            widths = self._plan.widths[part.module]
+            if part.which == "A" and part.rows[1] - part.rows[0] == sum(widths):
+                owners[slice(*part.rows)] = [slot for slot, width in enumerate(widths) for _ in range(width)]
         if -1 in owners:
             raise ExportError(
                 f"adapters= needs A's that are packed by themselves; {weight.name} holds other rows too: leave "
@@ -82,7 +85,9 @@ class _Selection:
     def _select(self, node: onnx_ir.Node, weight: SwappableWeight, mask: onnx_ir.Value) -> None:
         z = node.outputs[0]
         if node.op_type != "MatMul" or z.shape is None or len(z.shape) != 3 or z.dtype is None:
-            raise ExportError(f"adapters= needs a product with {weight.name} [batch, seq, rank]; {node.name} is another")
+            raise ExportError(
+                f"adapters= needs a product with {weight.name} [batch, seq, rank]; {node.name} is another"
+            )
         readers = list(z.uses())
         wide, narrow = self._ir.DataType.FLOAT, self._ir.DataType.BFLOAT16
         last, value = node, z
@@ -126,8 +131,7 @@ class _Selection:
         """The input, [batch, 1, 1]."""
         if self._rows is None:
             integers = self._ir.TensorType(self._ir.DataType.INT64)
-            given = self._constant(ADAPTER_IDS, [-1], self._ir.DataType.INT64)
-            given.shape = self._ir.Shape(["batch"])  # what is given; the default is for every row
+            given = self._ir.Value(name=ADAPTER_IDS, type=integers, shape=self._ir.Shape(["batch"]))
             self._graph.inputs.append(given)
             self._rows = self._ir.Value(
                 name=f"{ADAPTER_IDS}_rows", type=integers, shape=self._ir.Shape(["batch", 1, 1])
@@ -150,9 +154,7 @@ class _Selection:
         self._graph.register_initializer(value)
         return value
 
-    def _node(
-        self, op: str, inputs: list[onnx_ir.Value], output: onnx_ir.Value, **attributes: int
-    ) -> onnx_ir.Node:
+    def _node(self, op: str, inputs: list[onnx_ir.Value], output: onnx_ir.Value, **attributes: int) -> onnx_ir.Node:
         given = self._ir.convenience.convert_attributes(attributes)
         made: onnx_ir.Node = self._ir.Node("", op, inputs, given, outputs=[output], name=f"{op}_{output.name}")
         return made
