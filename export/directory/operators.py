@@ -62,7 +62,7 @@ def without_operators(asked: bool | None) -> bool:
         ExportError: they are asked for.
     """
     if asked:
-        raise ExportError("custom_ops has one adapter for all rows of a batch; leave it out where there is adapters=")
+        raise ExportError("custom_ops has one adapter for all rows of a batch; leave it out where rows have their own")
     return False
 
 

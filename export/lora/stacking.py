@@ -70,7 +70,7 @@ def plan_slots(
     """
     known: Mapping[str, Any] = getattr(model, "peft_config", {})
     if not known:
-        raise ExportError("adapters=, slots= and rank= need a PEFT model: its LoRAs say which layers are adapted")
+        raise ExportError("adapters, slots and rank are for a PEFT model, whose LoRAs say which layers have slots")
     if isinstance(names, str):
         raise TypeError(f"adapters is {names!r}; it must be a list of names")
     names = tuple(_active(model) if names is None else names)

@@ -138,7 +138,7 @@ def enormous() -> Any:
 
 BOTH = {"adapters": ["sql", "chat"]}
 REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = {
-    "no adapter": (base, BOTH, ExportError, "need a PEFT model: its LoRAs say which layers"),
+    "no adapter": (base, BOTH, ExportError, "are for a PEFT model, whose LoRAs say which layers have"),
     "unknown": (lambda: two(lora()), {"adapters": ["sql", "sqk"]}, AdapterError, "no adapter 'sqk'; it has 'sql', 'ch"),
     "one twice": (lambda: two(lora()), {"adapters": ["sql", "sql"]}, ValueError, "at least one adapter, and each once"),
     "none": (lambda: two(lora()), {"adapters": []}, ValueError, "at least one adapter"),
