@@ -94,9 +94,9 @@ def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(found["refused"]) == "no prompt, or no adapter 'nobody'"
 
 
-def test_many_adapters_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_adapters_on_onnx_runtime_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    found = run("many-adapters.md", blocks_at_least=2)
+    found = run("many-adapters-onnx.md", blocks_at_least=2)
     fixed, slots = load_decoder(tmp_path / "mixed"), load_decoder(tmp_path / "slots")
     assert [slot.name for slot in fixed.slots] == ["sql", "chat", "poem"]
     assert [slot.name for slot in slots.slots] == ["sql", "", ""]
