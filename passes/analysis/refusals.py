@@ -74,10 +74,8 @@ class Refuser:
             if not all(self._reaches_down(factor.node, part) for factor in part.factors):
                 detail = f"a factor has one number per token, in another shape than {part.down.node.name}"
                 return Decline(Reason.SCALE_NOT_SCALAR, add.name, detail)
-            for value in (part.down.reads, *((onto,) if part.up.bias else ())) if part.select else ():
-                if not self.selections.same_tokens(part.select, value):
-                    detail = f"{part.select.of.name} is selected by token, and {value.name} groups them otherwise"
-                    return Decline(Reason.NOT_BY_TOKEN, add.name, detail)
+            if (decline := self._groups_otherwise(add, onto, part)) is not None:
+                return decline
             for inner in part.chain:
                 names = [user.name for user in readers(inner)]
                 if len(names) > 1:
@@ -94,6 +92,16 @@ class Refuser:
             has = "has another shape than" if known else "is not known to have the shape of"
             detail = f"{onto.name} {has} what is added to it"
             return Decline(Reason.SHAPE_UNKNOWN, add.name, detail)
+        return None
+
+    def _groups_otherwise(self, add: Node, onto: Node, part: Part) -> Decline | None:
+        """A decline where the tokens that a path is for are not those of what it reads, or of what its bias is for."""
+        if part.select is None:
+            return None
+        for value in (part.down.reads, onto) if part.up.bias else (part.down.reads,):
+            if not self.selections.same_tokens(part.select, value):
+                detail = f"{part.select.of.name} is selected by token, and {value.name} groups them otherwise"
+                return Decline(Reason.NOT_BY_TOKEN, add.name, detail)
         return None
 
     def _reaches_down(self, factor: Node, part: Part) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -152,7 +153,7 @@ class GateWriter:
         """The value that all masks compare, if these have its shape, with ones behind it."""
         ids = {select.choice.ids if select.choice else None for select in selects}
         found = ids.pop() if len(ids) == 1 else None
-        sizes = found and self.program.shape(found)
+        sizes = None if found is None else self.program.shape(found)
         if found is None or sizes is None:
             return None
         masks = [self.program.shape(select.mask) or () for select in selects]
@@ -171,25 +172,22 @@ class GateWriter:
 
     def _steps(self, runs: Sequence[_Run], dtype: torch.dtype, device: torch.device) -> Node:
         """[columns]: the runs' numbers."""
-        columns = runs[-1].stop
-        place = None
-        if len(runs) > 1 or runs[0].width:
-            place = self.build.call(aten.arange.default, columns, device=device)
-        value = None
+        call, columns = self.build.call, runs[-1].stop
+        place = call(aten.arange.default, columns, device=device) if len(runs) > 1 or runs[0].width else None
+        value: Node | None = None
         for run in reversed(runs):
-            own: Node | float = run.first
+            if value is None and not run.width:
+                value = call(aten.full.default, [columns], run.first, dtype=dtype, device=device)
+                continue
+            own: Any = run.first
             if run.width:
-                own = self.build.call(aten.sub.Tensor, place, run.start) if run.start else place
-                own = self.build.call(aten.floor_divide.default, own, run.width)
-                own = self.build.call(aten.add.Tensor, own, run.first) if run.first else own
-            if value is None:
-                value = own
-                if not isinstance(value, Node):
-                    value = self.build.call(aten.full.default, [columns], value, dtype=dtype, device=device)
-            else:
-                before = self.build.call(aten.lt.Scalar, place, run.stop)
+                own = call(aten.sub.Tensor, place, run.start) if run.start else place
+                own = call(aten.floor_divide.default, own, run.width)
+                own = call(aten.add.Tensor, own, run.first) if run.first else own
+            if value is not None:
                 where = aten.where.self if isinstance(own, Node) else aten.where.ScalarSelf
-                value = self.build.call(where, before, own, value)
+                own = call(where, call(aten.lt.Scalar, place, run.stop), own, value)
+            value = own
         assert value is not None
         return value
 
