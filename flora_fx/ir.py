@@ -7,13 +7,27 @@ the part of a pack that one parameter owns. A *decline* is a refusal with its re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["Decline", "Derived", "Factor", "LowRankPath", "Pack", "Projection", "Reason", "Role", "Slice", "Weight"]
+__all__ = [
+    "Choice",
+    "Decline",
+    "Derived",
+    "Factor",
+    "Held",
+    "LowRankPath",
+    "Pack",
+    "Projection",
+    "Reason",
+    "Role",
+    "Select",
+    "Slice",
+    "Weight",
+]
 
 
 class Role(Enum):
@@ -33,6 +47,7 @@ class Reason(Enum):
     DTYPE_DIFFERS = "the adapter has another dtype than what it is added to"
     DROPOUT_ACTIVE = "dropout is active"
     SCALE_NOT_SCALAR = "the scale is not known to be one number per token"
+    NOT_BY_TOKEN = "the adapter is not known to be selected by token, with zeros elsewhere"
     OTHER_READER = "an intermediate value has another reader"
     READS_ANOTHER_VALUE = "no projection that could share a pack reads what the adapter reads"
     MUTATED = "a value is changed in place, or its memory layout is read"
@@ -87,6 +102,31 @@ class Weight:
 
 
 @dataclass(frozen=True, eq=False)
+class Held:
+    """How a projection's weight is held quantized: what its operator takes beside the codes.
+
+    Attributes:
+        scales, zeros, order, kind, bits, block: as `flora_fx.quantized.QuantizedWeight` has them.
+        shape: of the weight, (out, in).
+        dtype: that it computes in.
+    """
+
+    scales: Weight
+    zeros: Weight | None
+    order: Weight | None
+    kind: str
+    bits: int
+    block: int
+    shape: tuple[int, int]
+    dtype: torch.dtype
+
+    @property
+    def stored(self) -> tuple[Weight, ...]:
+        """What stands in packs beside the codes; an order is the same for all."""
+        return (self.scales,) if self.zeros is None else (self.scales, self.zeros)
+
+
+@dataclass(frozen=True, eq=False)
 class Projection:
     """A linear node: ``node = reads @ weightᵀ + bias``.
 
@@ -96,6 +136,7 @@ class Projection:
         operand: the node actually given to the linear.
         cast_to: where the user allowed a cast, the weight whose dtype its own is copied in.
         obstacle: why its weight may not move and its node may not be rewritten.
+        held: how its weight is held quantized; ``weight`` is its codes then.
     """
 
     node: Node
@@ -105,14 +146,15 @@ class Projection:
     bias: Weight | None
     cast_to: Weight | None = None
     obstacle: Decline | None = None
+    held: Held | None = None
 
     @property
     def out_features(self) -> int:
-        return int(self.weight.matrix.shape[0])
+        return self.held.shape[0] if self.held else int(self.weight.matrix.shape[0])
 
     @property
     def in_features(self) -> int:
-        return int(self.weight.matrix.shape[1])
+        return self.held.shape[1] if self.held else int(self.weight.matrix.shape[1])
 
     @property
     def stored_like(self) -> Weight:
@@ -122,7 +164,7 @@ class Projection:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype it computes in."""
-        return self.stored_like.tensor.dtype
+        return self.held.dtype if self.held else self.stored_like.tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -138,6 +180,36 @@ class Factor:
     divides: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """``ids == number``: tokens say which adapter they have.
+
+    Attributes:
+        ids: the value that says it, int64, before it was given the shape of a mask.
+        number: the adapter's.
+    """
+
+    ids: Node
+    number: int
+
+
+@dataclass(frozen=True)
+class Select:
+    """The tokens that a path is for; it adds nothing to the others.
+
+    Attributes:
+        mask: bool, at most one number per token.
+        of: a value with these tokens, which was selected from.
+        kept: whether it is true for the path's tokens; otherwise for the others.
+        choice: what the mask is made of, where that is known.
+    """
+
+    mask: Node
+    of: Node = field(compare=False)
+    kept: bool = True
+    choice: Choice | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankPath:
     """``add = onto + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
@@ -150,6 +222,7 @@ class LowRankPath:
         factors: all other factors: those that are tensors, and numbers that are computed from tensors.
         onto: the value that it is added to.
         add: the node that adds it.
+        select: the tokens that it is for, the bias of its up-projection too; None for all.
     """
 
     down: Projection
@@ -160,6 +233,7 @@ class LowRankPath:
     factors: tuple[Factor, ...]
     onto: Node
     add: Node
+    select: Select | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +268,7 @@ class Pack:
         reads: the name of the value that all members read.
         like: the source of the parameter whose dtype and device the pack has.
         trains: whether gradients reach the parameters (those that require them) through the nodes that read it.
+        held: how the members are held quantized, for readers: ``"4 bits"``; ``""`` where they are not.
     """
 
     name: str
@@ -202,6 +277,7 @@ class Pack:
     reads: str
     like: str | int
     trains: bool = False
+    held: str = ""
 
     def across(self) -> Pack:
         """The same matrix, stored transposed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 from torch import Tensor, nn
@@ -54,6 +55,42 @@ def test_the_model_is_left_as_it_was() -> None:
     with pytest.raises(CaptureError):
         flora_fx.capture(model, torch.ones(4, 5))
     assert model.__dict__ == before
+
+
+def test_the_model_keeps_its_dicts_and_lists_and_what_is_in_them() -> None:
+    """torch.export gives modules copies: an adapter added later was then missing in one of PEFT's two dicts."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.calls: list[int] = [1]
+            self.seen = {"sizes": [7], "kept": {"a": 1}}
+            self.linear.shared = self.seen
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(len(self.calls))
+            self.seen["sizes"].append(x.shape[0])
+            self.seen["more"] = [x.shape[1]]
+            return self.linear(x)
+
+    model = Counting()
+    calls, seen, sizes, kept = model.calls, model.seen, model.seen["sizes"], model.seen["kept"]
+    flora_fx.capture(model, torch.ones(4, 3))
+    assert model.calls is calls
+    assert model.seen is seen
+    assert model.linear.shared is seen
+    assert seen["sizes"] is sizes
+    assert seen["kept"] is kept
+    assert (calls, seen) == ([1], {"sizes": [7], "kept": {"a": 1}})
+
+
+def test_an_adapter_can_be_added_after_a_capture() -> None:
+    model = lora_model("llama")
+    flora_fx.capture(model, **example_inputs("llama"))
+    model.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.get_base_model().peft_config is model.peft_config
+    assert "other" in model.get_base_model().peft_config
 
 
 def test_a_patched_forward_survives() -> None:

@@ -23,7 +23,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def test_all_of_them_are_tested() -> None:
-    tested = {"compile.py", "deploy.py", "ffba.py", "graph.py", "tour.ipynb", "train.py"}
+    tested = {"compile.py", "deploy.py", "ffba.py", "graph.py", "skills.ipynb", "tour.ipynb", "train.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")} == tested
 
 
@@ -72,20 +72,41 @@ def test_ffba_counts_fewer_gemms_than_the_base() -> None:
     assert sum(isinstance(module, torch.nn.Linear) for module in layers.modules()) == 7
 
 
-def test_the_notebook_runs_and_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [cell for cell in json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"] if cell["cell_type"] == "code"]
+def run_notebook(name: str, capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Its names at the end; and what each cell stored and shows now, of its printed lines."""
+    cells = [cell for cell in json.loads((EXAMPLES / name).read_text())["cells"] if cell["cell_type"] == "code"]
     namespace: dict[str, Any] = {}
+    told = []
+    for cell in cells:
+        exec(compile("".join(cell["source"]), name, "exec"), namespace)
+        stored = "".join(text for output in cell["outputs"] for text in output.get("text", ()))
+        told.append((stored, capsys.readouterr().out))
+        assert bool(stored) == bool(told[-1][1])
+    return namespace, told
+
+
+def test_the_tour_runs_and_shows_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    namespace, told = run_notebook("tour.ipynb", capsys)
 
     def lines(text: str) -> list[str]:
         """What is the same on each machine: counts and packs."""
         return [line for line in text.splitlines() if "gemm" in line or "base + " in line]
 
-    for cell in cells:
-        exec(compile("".join(cell["source"]), "tour.ipynb", "exec"), namespace)
-        stored = "".join(text for output in cell["outputs"] for text in output["text"])
-        shown = capsys.readouterr().out
-        assert bool(stored) == bool(shown)
-        assert lines(shown) == lines(stored)
+    assert [lines(shown) for _, shown in told] == [lines(stored) for stored, _ in told]
     assert not torch.equal(namespace["before"], namespace["after"])
     assert not torch.equal(namespace["first"], namespace["second"])
     assert Path("example-output/layer.svg").is_file()
+
+
+def test_the_notebook_of_skills_trains_swaps_and_draws(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    namespace, told = run_notebook("skills.ipynb", capsys)
+    assert [text.count("22 -> 12 gemm") for text in told[1]] == [3, 3]
+    assert list(namespace["right"]) == ["up by three", "down by one", "there and back"]
+    assert all(share > 0.8 for share in namespace["right"].values())
+    assert len(namespace["figure"].axes) == 4
+    assert Path("example-output/skills.png").stat().st_size > 10_000
+    last = json.loads((EXAMPLES / "skills.ipynb").read_text())["cells"][-1]["outputs"]
+    assert [list(output["data"]) for output in last] == [["image/png", "text/plain"]]

@@ -182,6 +182,28 @@ def test_other_joins_stay_as_they_are(rotate: Rotate) -> None:
     torch.testing.assert_close(fused(x), expected, rtol=0, atol=1e-13)
 
 
+class AcrossTokens(nn.Module):
+    """The heads of all tokens in one dimension: a head's features are one token's, but a token is no row of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(IN, HEADS * WIDTH)
+        self.a, self.b = nn.Linear(IN, RANK, bias=False), nn.Linear(RANK, HEADS * WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = (self.w(x) + SCALE * self.b(self.a(x))).view(x.shape[0], x.shape[1] * HEADS, WIDTH)
+        return q + 2 * halves(q)
+
+
+def test_heads_of_several_tokens_in_one_dimension_are_no_heads_of_a_token() -> None:
+    model = AcrossTokens().double().eval().requires_grad_(False)
+    x = torch.randn(2, 5, IN, dtype=torch.float64)
+    fused = flora_fx.fuse(module(model, x), config=UNROLLED)
+    assert not [n for n in fused.graph.nodes if n.target is torch.ops.aten.flip.default]
+    assert flora_fx.report(fused).fused == ("b.weight",)
+    torch.testing.assert_close(fused(x), model(x), rtol=0, atol=1e-13)
+
+
 def test_a_piece_that_is_changed_after_it_was_negated_is_no_half() -> None:
     """Dynamo's graphs read the negated piece, and change it beside that."""
 

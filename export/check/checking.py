@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from ..directory.manifest import DATA, ENCODER, MODEL, Manifest
 from ..run.cuda_graph import open_decoder
+from ..run.decoder import Decoder
 from ..run.encoder import Encoder
 from ..run.seq2seq import Seq2Seq
 from ..run.session import Session, usable_providers
-from .decoder import check_decoder
+from .decoder import check_decoder, run_model
 from .differences import TOLERANCES, Check, Differences, Verify
 from .quick import check_quickly
 from .seq2seq import check_seq2seq
+from .slots import adapted, check_slots
 from .upcast import save_in_float32
 
 __all__ = ["TOLERANCES", "Check", "check"]
@@ -56,7 +59,12 @@ def check(
     usable = usable_providers(providers)
     on_cpu = usable == ["CPUExecutionProvider"]
     size = sum(path.stat().st_size for path in directory.glob(f"{DATA}*"))
-    if manifest.kind == "causal-lm" and on_cpu and (verify == "quick" or (verify is None and size > _LARGE)):
+    if (
+        manifest.kind == "causal-lm"
+        and not manifest.slots
+        and on_cpu
+        and (verify == "quick" or (verify is None and size > _LARGE))
+    ):
         wide = manifest.dtype == "bfloat16"
         with torch.no_grad():
             found = check_quickly(directory / MODEL, manifest, model, usable, wide=wide)
@@ -76,12 +84,31 @@ def _check(
     directory: Path, manifest: Manifest, model: nn.Module, providers: Sequence[Any], example: Mapping[str, Tensor]
 ) -> Check:
     if manifest.kind == "causal-lm":
-        return check_decoder(lambda: open_decoder(directory / MODEL, manifest, providers=providers)[0], model)
+
+        def opened() -> Decoder:
+            return open_decoder(directory / MODEL, manifest, providers=providers)[0]
+
+        if not manifest.slots:
+            return check_decoder(opened, model)
+        with adapted(model, None):
+            found = check_decoder(opened, model)
+        return _check_rows(opened(), model, found)
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
         runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)
         return check_seq2seq(runner, model, example)
     return _check_encoder(Encoder(session, manifest), model, example)
+
+
+def _check_rows(decoder: Decoder, model: nn.Module, found: Check) -> Check:
+    """Where each row chooses its adapter, beside what was found without any."""
+    differences = Differences(decoder.manifest.dtype)
+    check_slots(decoder, model, partial(run_model, model), differences)
+    return replace(
+        found,
+        max_abs_error=max(found.max_abs_error, differences.max_abs),
+        max_rel_error=max(found.max_rel_error, differences.max_rel),
+    )
 
 
 def _check_encoder(encoder: Encoder, model: nn.Module, inputs: Mapping[str, Tensor]) -> Check:

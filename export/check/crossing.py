@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..directory.manifest import Manifest
+from ..lora.slots import ADAPTER_IDS
 from ..run.kv_memory import PAST
 from ..trace.text_config import text_config
 from .differences import Differences
@@ -132,6 +133,8 @@ def text_input(signature: Signature, manifest: Manifest, name: str, batch: int, 
         return torch.randn(sizes, generator=random).to(getattr(torch, manifest.dtype)).to(dtype)
     if name == "input_ids":
         return torch.randint(0, manifest.vocab_size, (batch, new), generator=random)
+    if name == ADAPTER_IDS:
+        return torch.full((batch,), -1)  # none
     return torch.ones(batch, total, dtype=torch.int64)
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.errors import ExportError, require
+from flora_fx.quantized import QuantizedLinear
+from flora_fx.quantized.formats.live import with_quantized_linears
 
 __all__ = ["DTYPES", "Kind", "kind_of", "private_copy", "unwrap"]
 
@@ -83,21 +85,30 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
 
     Its Parameters are frozen objects of their own on the same storage. Its modules, configs and mode are its own, as
     are the buffers that are in no state dict: some modules write to those as they run (LongRoPE its frequencies).
+    Quantized linear layers of other libraries are `QuantizedLinear` in it.
 
     Args:
         model: in any mode, on any device.
-        dtype: cast the floating-point weights (then they are not shared). What is not in the state dict, such as
-            rotary frequencies, keeps its dtype, as it does in ``from_pretrained(dtype=...)``.
+        dtype: cast the floating-point weights (then they are not shared). Scales of quantized weights keep theirs, and
+            what is not in the state dict, such as rotary frequencies, as it does in ``from_pretrained(dtype=...)``.
 
     Returns:
         the copy, in eval mode.
+
+    Raises:
+        ExportError: a quantized layer cannot be taken over as it is.
 
     >>> layer = nn.Linear(2, 3)
     >>> private = private_copy(layer)
     >>> private.weight.data_ptr() == layer.weight.data_ptr(), private.training, layer.training
     (True, False, True)
     """
+    copied = with_quantized_linears(model)
+    if copied.left:
+        raise ExportError(f"{type(model).__name__} cannot be exported: its {copied.told()}")
+    model = copied.model
     saved = set(model.state_dict())
+    scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     memo: dict[int, Any] = {}
     for name, tensor in itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
@@ -105,7 +116,7 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         value = tensor.detach()
         if name not in saved and not isinstance(tensor, nn.Parameter):
             value = value.clone()
-        if dtype is not None and value.is_floating_point() and name in saved:
+        if dtype is not None and value.is_floating_point() and name in saved - scales:
             value = value.to(dtype)
         memo.setdefault(id(tensor), _like(tensor, value))
     private = copy.deepcopy(model, memo).eval()

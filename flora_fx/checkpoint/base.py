@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flora_fx.errors import AdapterError
 
 from .architecture import Choice
+from .quantized import Quantized
 from .skeleton import skeleton, tasks_that_hold, told
 from .tasks import classes_for
 from .wording import all_lines, examples, shape
@@ -44,7 +45,13 @@ def fit_labels(shell: nn.Module, config: Any, supplied: Mapping[str, Tensor]) ->
 
 
 def load_base(
-    directory: Path, choice: Choice, config: Any, *, dtype: torch.dtype | None, supplied: Iterable[str] = ()
+    directory: Path,
+    choice: Choice,
+    config: Any,
+    *,
+    dtype: torch.dtype | None,
+    supplied: Iterable[str] = (),
+    quantized: Quantized | None = None,
 ) -> nn.Module:
     """Load a base and account for every weight.
 
@@ -54,12 +61,14 @@ def load_base(
         config: to load it with.
         dtype: of the weights; None keeps the checkpoint's own.
         supplied: names of weights that the adapter brings along, so that the checkpoint need not have them.
+        quantized: the layers that the checkpoint holds quantized; None leaves them to transformers.
 
     Raises:
         AdapterError: transformers cannot load it, weights are missing, have other shapes, or have no place.
     """
     try:
-        model, info = choice.model_class.from_pretrained(
+        model_class = choice.model_class if quantized is None else quantized.awaiting(choice.model_class)
+        model, info = model_class.from_pretrained(
             directory,
             config=config,
             dtype="auto" if dtype is None else dtype,
@@ -69,6 +78,8 @@ def load_base(
             ignore_mismatched_sizes=True,  # told below, with the shapes
             output_loading_info=True,
         )
+    except AdapterError:
+        raise
     except (
         ArithmeticError,
         AttributeError,
@@ -83,6 +94,8 @@ def load_base(
             f"{directory}: transformers cannot load this model as {choice.model_class.__name__} ({all_lines(error)})"
         ) from error
     brought = set(supplied)
+    if quantized is not None:
+        quantized.place(model)
     _check_shapes(directory, model, [entry for entry in info["mismatched_keys"] if entry[0] not in brought])
     missing = sorted(set(info["missing_keys"]) - brought)
     if missing and all(key.startswith("pooler.") for key in missing):

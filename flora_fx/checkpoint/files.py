@@ -14,7 +14,7 @@ from flora_fx.errors import AdapterError, CheckpointNotFoundError, require
 from .places import ADAPTER_CONFIG
 from .wording import examples, first_line
 
-__all__ = ["check_model_files", "check_safetensors", "read_json", "read_tensors", "refuse_pickles"]
+__all__ = ["check_model_files", "check_safetensors", "read_json", "read_tensors", "refuse_pickles", "weight_files"]
 
 _MODEL_FILE = "model.safetensors"
 _MODEL_INDEX = "model.safetensors.index.json"
@@ -35,15 +35,20 @@ def check_model_files(directory: Path, *, verify: bool) -> None:
             )
         raise CheckpointNotFoundError(f"{directory} has no config.json; pass a directory written by save_pretrained()")
     read_json(directory / "config.json")
-    paths = _weight_files(directory)
+    paths = weight_files(directory)
     for path in paths:
         check_safetensors(path)
     for path in (directory / "config.json", *paths) if verify else ():
         check_sum(path)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The files of the weights, one or the shards that the index names. All of them exist."""
+def weight_files(directory: Path) -> list[Path]:
+    """The files of the weights, one or the shards that the index names. All of them exist.
+
+    Raises:
+        CheckpointNotFoundError: one is missing.
+        AdapterError: there are pickles alone.
+    """
     if (directory / _MODEL_INDEX).is_file():
         shards = sorted(set(read_json(directory / _MODEL_INDEX).get("weight_map", {}).values()))
         missing = [name for name in shards if not (directory / name).is_file()]

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from flora_fx.ops import accumulate, accumulate_unrolled, matrix_vector, packed_projection
+from flora_fx.quantized.ops import OPERATOR
 
 from .program import Program
 
@@ -34,6 +35,7 @@ GEMMS: set[Any] = {
     aten.mm.default,
     aten.bmm.default,
     aten.matmul.default,
+    OPERATOR,
     "matmul",
     "mm",
 }

@@ -72,6 +72,8 @@ class FusionReport:
                 f"  {name:<{width}} {'×' + str(count):>4} {members:<{middle}}  {shape}"
                 for (name, members, shape), count in counts.items()
             ]
+        if any(pack.held for pack in self.packs):
+            lines += ["", "quantized bases have no row in floating point: the A's beside them are packs of their own"]
         if self.declines:
             lines += ["", "declined (node: reason: detail)"]
             alike = Counter((_pattern(d.node), d.reason, _pattern(d.detail)) for d in self.declines)
@@ -171,7 +173,8 @@ def _count(items: Iterable[object], noun: str) -> str:
 
 def _members(pack: Pack) -> str:
     roles = Counter(piece.role for piece in pack.slices)
-    return " + ".join(f"{roles[role]} {role.value}" for role in Role if roles[role])
+    told = " + ".join(f"{roles[role]} {role.value}" for role in Role if roles[role])
+    return f"{told}, {pack.held}" if pack.held else told
 
 
 def _shape(shape: tuple[int, ...]) -> str:

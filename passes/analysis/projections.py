@@ -1,14 +1,16 @@
 """Find the linear nodes.
 
     nn.Linear called as a module     linear(x, W, b)     addmm(b, x, Wᵀ)     x @ Wᵀ     mm(x, Wᵀ)     bmm(x, expand(Wᵀ))
+    quantized_linear(x, codes, scales, …)
 
 become one thing: ``Projection(reads=x, weight=W [out, in] or its transpose, bias=b)``. What is linear but may not be
-rewritten (quantized, changed in place) carries the obstacle.
+rewritten (a tensor subclass, changed in place) carries the obstacle.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +21,9 @@ from torch.fx import Node
 
 from flora_fx.graph.program import Program
 from flora_fx.internals import FakeTensor
-from flora_fx.ir import Decline, Projection, Reason, Weight
+from flora_fx.ir import Decline, Held, Projection, Reason, Weight
 from flora_fx.passes.context import Context
+from flora_fx.quantized.ops import OPERATOR
 
 from .mutation import Effects
 from .operations import CASTS, operation
@@ -53,12 +56,19 @@ class Projections(tuple[Projection, ...]):
         """The projections, each under its node."""
         return {projection.node: projection for projection in self}
 
+    def dense(self) -> dict[Node, Projection]:
+        """Those whose weights are numbers, each under its node: what an adapter may be made of."""
+        return {projection.node: projection for projection in self if projection.held is None}
+
 
 def find_projections(context: Context) -> Projections:
     """Look at every node of the graph."""
     program, values, effects = context.program, context[Values], context[Effects]
     found = []
     for node in program.graph.nodes:
+        if (held := _quantized(program, values, effects, node)) is not None:
+            found.append(held)
+            continue
         parts = _parts(program, values, node)
         if parts is not None:
             operand, weight, bias = parts
@@ -85,13 +95,37 @@ def _obstacle(node: Node, operand: Node, weight: Weight, bias: Weight | None, ef
     if not all(_is_dense(tensor) for tensor in dense):
         detail = f"{weight.name} is a {type(weight.tensor).__name__} of {weight.tensor.dtype}; it stays where it is"
         return Decline(Reason.WEIGHT_NOT_DENSE, node.name, detail)
-    for managed in (found for found in (weight, bias) if found is not None and found.manager):
+    return _touched(node, operand, [weight, *([] if bias is None else [bias])], effects)
+
+
+def _touched(node: Node, operand: Node, weights: Sequence[Weight], effects: Effects) -> Decline | None:
+    for managed in (found for found in weights if found.manager):
         detail = f"{managed.name} is {managed.manager}'s, which fills it anew for each forward; it stays where it is"
         return Decline(Reason.MEMORY_MANAGED, node.name, detail)
-    if {node, operand, weight.node, bias.node if bias else None} & effects.touched:
+    if {node, operand, *(weight.node for weight in weights)} & effects.touched:
         detail = f"what {node.name} reads or computes is changed in place, or its memory layout is read"
         return Decline(Reason.MUTATED, node.name, detail)
     return None
+
+
+_OPERANDS = ("x", "codes", "scales", "zeros", "order", "bias", "kind", "bits", "block", "out_features")
+
+
+def _quantized(program: Program, values: Values, effects: Effects, node: Node) -> Projection | None:
+    """A projection over a quantized weight; None for any other node, and where a part of it is no weight."""
+    if node.op != "call_function" or node.target is not OPERATOR:
+        return None
+    arguments: dict[str, Any] = {**dict(zip(_OPERANDS, node.args, strict=False)), **node.kwargs}
+    x, *given, kind, bits, block, out_features = (arguments[name] for name in _OPERANDS)
+    parts = [program.weight(values.earliest(part)) if isinstance(part, Node) else None for part in given]
+    codes, scales, zeros, order, bias = parts
+    shape, dtype = program.shape(x), program.dtype(node)
+    lost = any(isinstance(part, Node) and found is None for part, found in zip(given, parts, strict=True))
+    if lost or codes is None or scales is None or shape is None or dtype is None:
+        return None
+    held = Held(scales, zeros, order, kind, bits, block, (out_features, int(shape[-1])), dtype)
+    obstacle = _touched(node, x, [found for found in parts if found is not None], effects)
+    return Projection(node, values.earliest_rows(x), x, codes, bias, obstacle=obstacle, held=held)
 
 
 def _parts(program: Program, values: Values, node: Node) -> tuple[Node, Weight, Weight | None] | None:

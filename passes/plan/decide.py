@@ -66,7 +66,7 @@ def decide(context: Context) -> Decisions:
             continue
         cast = None
         trains = program.trains([path.up.weight, path.down.weight])  # a copy would go stale with the next step
-        may_cast = program.copies and not trains and base and base.dtype == wanted
+        may_cast = program.copies and not trains and base and base.held is None and base.dtype == wanted
         if base and may_cast and shared.keys().isdisjoint((base.node, path.down.node)):
             cast = _without_cast(values, path, base)
         if cast is not None and context.config.allow_cast:
@@ -150,7 +150,7 @@ def _shared(program: Program, values: Values, projections: Iterable[Projection])
 
     found: dict[Node, str] = {}
     for projection in projections:
-        for weight in (projection.bias, projection.weight):
+        for weight in (projection.bias, projection.weight, *(projection.held.stored if projection.held else ())):
             if weight is not None and id(weight.tensor) in overlapping:
                 found[projection.node] = f"{weight.name} shares memory with another parameter"
             if weight is not None and len(used_by[id(weight.tensor)]) != 1:

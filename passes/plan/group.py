@@ -17,8 +17,9 @@ Any other path is written where its add stands.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -28,16 +29,30 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.graph.program import Program
-from flora_fx.ir import Decline, LowRankPath, Projection, Reason
+from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Select
 from flora_fx.passes.analysis.modes import Regions
-from flora_fx.passes.analysis.operations import RESHAPES, operation, readers
+from flora_fx.passes.analysis.operations import (
+    CASTS,
+    EQUALS,
+    EXPANDS,
+    RESHAPES,
+    SIZES,
+    UNSQUEEZES,
+    dependencies,
+    operation,
+    readers,
+)
 from flora_fx.passes.analysis.projections import Projections
 from flora_fx.passes.analysis.values import Values
 from flora_fx.passes.context import Context
 
 from .decide import Decisions, adapted_projection
+from .quantized import alike, difference
 
 __all__ = ["Group", "Grouping", "Placement", "form_groups"]
+
+MOVABLE = EQUALS | RESHAPES | UNSQUEEZES | CASTS | EXPANDS | SIZES | {operator.getitem}
+"""What a mask is made by: pure functions, which may be computed earlier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,22 +112,32 @@ def form_groups(context: Context) -> Grouping:
             buckets[key].append(member)
     groups: list[Group] = []
     home: dict[Node, int] = {}
+    beside: set[int] = set()
     for (reads, *_), members in buckets.items():
         if any(m.node in downs for m in members) or (config.pack_base and len(members) > 1):
             context.declines.extend(m.obstacle for m in members if m.obstacle is not None)
             context.declines.extend(kept_out for m in members if (kept_out := _shared(m, decisions)) is not None)
         private = [m for m in members if m.obstacle is None and m.node not in decisions.shared]
         private.sort(key=lambda m: order[m.node])
-        for member in private:
-            home[member.node] = len(groups)
-        bases = tuple(m for m in private if m.node not in downs)
-        groups.append(Group(reads, bases, tuple(m for m in private if m.node in downs)))
+        its_downs = tuple(m for m in private if m.node in downs)
+        first, *rest = alike(program, [m for m in private if m.node not in downs])
+        if its_downs:
+            context.declines.extend(_apart(first, bases) for bases in rest)
+            beside.update(range(len(groups) + 1, len(groups) + 1 + len(rest)))
+        for bases, joined in ((first, its_downs), *((bases, ()) for bases in rest)):
+            home.update((member.node, len(groups)) for member in (*bases, *joined))
+            groups.append(Group(reads, tuple(bases), joined))
     placer = _Placer(program, values, decisions, groups, home, order, regions)
     groups, singles = placer.place(config)
-    kept = tuple(g for g in groups if g.widened or (len((*g.bases, *g.downs)) > 1 and (g.downs or config.pack_base)))
-    joined = {down.node for group in kept if group.bases for down in group.downs}
+    kept = tuple(
+        group
+        for index, group in enumerate(groups)
+        if group.widened
+        or (len((*group.bases, *group.downs)) > 1 and (group.downs or config.pack_base or index in beside))
+    )
+    packed = {down.node for group in kept if group.bases for down in group.downs}
     others = {p.node: p for p in projections if p.node not in ups and p.node not in downs}
-    for path in _without_company(decisions, joined):
+    for path in _without_company(decisions, packed):
         own = adapted_projection(values, others, path.onto)
         context.declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
     return Grouping(kept, tuple(singles))
@@ -147,6 +172,10 @@ class _Placer:
         self.home = home
         self.order = order
         self.regions = regions
+        self.masked: dict[int, Select] = {}
+        self.told: dict[Node, set[Hashable]] = defaultdict(set)
+        for path in decisions.paths:
+            self.told[path.down.node].add((path.select, path.scale, path.numbers))
         self.at = {base.node: _Tip(i, base, base.node, ()) for i, group in enumerate(groups) for base in group.bases}
         self.started: set[Node] = set()
 
@@ -161,7 +190,7 @@ class _Placer:
             tip = self.tip_under(parts[0].onto)
             if tip is not None and widen and self.may_widen(parts, tip, add, ahead=ahead):
                 chosen = columns
-            elif tip is not None and all(self.is_inside(part, tip) for part in parts):
+            elif tip is not None and all(self.is_inside(part, tip) and self.may_gate(part, tip) for part in parts):
                 chosen = inside
             else:
                 singles.extend(parts)
@@ -196,6 +225,28 @@ class _Placer:
         plain = not path.factors and path.low is path.down.node and path.up.node not in self.decisions.shared
         return plain and self.home.get(path.down.node) == tip.group
 
+    def may_gate(self, path: LowRankPath, tip: _Tip) -> bool:
+        """Whether a path's tokens can be selected where its group computes all low-rank values.
+
+        All that a down-projection gives must be for one set of tokens, and all masks of a group of one shape. The mask
+        must be there before the group, or be made of what is.
+        """
+        if path.select is None:
+            return True
+        group = self.groups[tip.group]
+        first = self.masked.setdefault(tip.group, path.select)
+        members = {member.node for member in (*group.bases, *group.downs)}
+        start = min(self.order[node] for node in members)
+        later = [node for node in dependencies(path.select.mask) if self.order[node] >= start]
+        touched = self.values.effects.touched
+        return (
+            len(self.told[path.down.node]) == 1
+            and bool(self.program.shape(path.select.mask))
+            and self.program.same_shape(path.select.mask, first.mask)
+            and all(operation(node) in MOVABLE and node not in touched for node in later)
+            and len({self.regions[node] for node in (path.down.node, *later)}) == 1
+        )
+
     def is_sole_way(self, base: Node, add: Node) -> bool:
         """Whether nothing reads a base's value but what leads to an add."""
         node = base
@@ -211,7 +262,7 @@ class _Placer:
 
         Columns are strided: what trains must not be stored so. Without shapes, all has to be seen to agree.
         """
-        if not self.is_sole_way(tip.base.node, add):
+        if tip.base.held is not None or not self.is_sole_way(tip.base.node, add):
             return False
         group = self.groups[tip.group]
         members = (*group.bases, *group.downs)
@@ -229,6 +280,7 @@ class _Placer:
             and path.up.weight.tensor.device == tip.base.weight.tensor.device
             and not path.factors
             and path.up.bias is None
+            and path.select is None
             and (path in own or self.program.value(path.low) is not None or self.is_flat(path, tip, group))
             for path in paths
         )
@@ -238,6 +290,13 @@ class _Placer:
         same = self.values.earliest
         direct = path.onto is tip.base.node and same(tip.base.operand) is same(group.reads)
         return direct and same(path.up.operand) is same(path.low)
+
+
+def _apart(first: Sequence[Projection], other: Sequence[Projection]) -> Decline:
+    """Why quantized bases stand in a pack of their own beside other bases of the same read."""
+    names = " and ".join(group[0].weight.name for group in (first, other) if group)
+    why = "only one of them is quantized" if first[0].held is None else difference(first[0], other[0])
+    return Decline(Reason.WEIGHT_NOT_DENSE, other[0].node.name, f"{names} read one value and stay apart: {why}")
 
 
 def _shared(projection: Projection, decisions: Decisions) -> Decline | None:

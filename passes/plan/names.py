@@ -15,6 +15,7 @@ _NOISE = {
     "model",
     "base_layer",
     "weight",
+    "codes",
     "default",
     "transformer",
     "module",

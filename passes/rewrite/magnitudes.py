@@ -142,7 +142,7 @@ class _Finder:
             return None
         met = [self.by_node[term] for term in total.terms if term in self.by_node]
         downs = {p: self.by_node.get(self.values.earliest_rows(p.operand)) for p in met}
-        ups = [up for up, down in downs.items() if down is not None and is_low_rank(down, up)]
+        ups = [up for up, down in downs.items() if down is not None and is_low_rank(down, up) and up.held is None]
         if len(met) != 2 or len(ups) != 1:
             return None
         (up,) = ups

@@ -2,6 +2,10 @@
 
 [q | k | z_q] = linear(x, [W_q; W_k; A_q])            and with columns beside the bases
 [o]           = linear([u, s·z], [W_o, B])
+
+Quantized bases are an operator of their own, with the down-projections beside it:
+
+[q | k]       = quantized_linear(x, [codes_q; codes_k], [scales_q; scales_k], …)
 """
 
 from __future__ import annotations
@@ -14,10 +18,11 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.graph.program import Program
-from flora_fx.ir import Projection
+from flora_fx.ir import Pack, Projection, Weight
 from flora_fx.ops import packed_projection
-from flora_fx.passes.plan.layout import Columns, Layout, bias_pack, features_of, offsets, ranges, rows_pack
+from flora_fx.passes.plan.layout import Columns, Layout, bias_pack, features_of, held_packs, offsets, ranges, rows_pack
 from flora_fx.passes.plan.names import Names
+from flora_fx.quantized.ops import OPERATOR
 
 from .written import Written
 
@@ -75,6 +80,7 @@ class RowWriter:
         several = len(bases) > 1 or bool(bases and among) or bool(layout.columns)
         together = several or len(layout.downs) > 1 or any(down.cast_to is not None for down in layout.downs)
         of_bases = of_apart = of_among = None
+        quantized = bool(bases) and bases[0].held is not None
         if apart and together:
             of_apart = self._write_gemm(reads, (), apart).value
         if among and bases:
@@ -85,6 +91,8 @@ class RowWriter:
                 of_among = self.build.contiguous(of_among)  # the backward keeps z, and must not keep y with it
         elif among:
             of_among = self._write_gemm(reads, (), among).value
+        elif quantized and several:
+            of_bases = self._write_quantized(reads, bases)
         elif bases and several:
             of_bases = self._write_gemm(reads, bases, (), layout, of_apart).value
         each_down = (*self._slice_downs(of_apart, apart), *self._slice_downs(of_among, among))
@@ -130,6 +138,25 @@ class RowWriter:
             value = self.build.linear(x, weight_node, bias_node)
         self.written.labels[value] = name
         return _Gemm(value, pack.shape[0])
+
+    def _write_quantized(self, x: Node, bases: Sequence[Projection]) -> Node:
+        """One operator over the codes of several quantized projections."""
+        held = bases[0].held
+        assert held is not None
+        name = self.names.of(bases)
+        packs = held_packs(name, bases)
+
+        def read(pack: Pack | None, like: Weight | None) -> Node | None:
+            return None if pack is None or like is None else self.written.add_pack(pack, like.tensor)
+
+        codes, scales = read(packs.codes, bases[0].weight), read(packs.scales, held.scales)
+        zeros = read(packs.zeros, held.zeros)
+        bias = read(packs.bias, next((base.bias for base in bases if base.bias is not None), None))
+        order = None if held.order is None else self.program.read_weight(held.order)
+        of = (held.kind, held.bits, held.block, features_of(bases))
+        value = self.build.call(OPERATOR, x, codes, scales, zeros, order, bias, *of)
+        self.written.labels[value] = name
+        return value
 
     def _write_beside(self, x: Node, columns: Columns, layout: Layout, of_apart: Node | None) -> Node:
         """``s·z``, in the shape to stand beside x."""

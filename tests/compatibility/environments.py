@@ -61,18 +61,19 @@ ENVIRONMENTS = (
 
 
 def requirements(pyproject: Mapping[str, Any]) -> list[Requirement]:
-    """What the package and its extras ask of others on this platform; the linters are nobody's dependency.
+    """What the package and its extras ask of others on this platform; what lints and what builds the site is
+    nobody's dependency.
 
     Args:
         pyproject: the table.
 
-    >>> extras = {"all": ["flora-fx[hf]"], "lint": ["ruff"]}
+    >>> extras = {"all": ["flora-fx[hf]"], "lint": ["ruff"], "docs": ["mkdocs"]}
     >>> project = {"dependencies": ["torch>=2.11"], "optional-dependencies": extras}
     >>> [str(requirement) for requirement in requirements({"project": project})]
     ['torch>=2.11']
     """
     project = pyproject["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "lint"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in ("lint", "docs")]
     found = [Requirement(line) for lines in (project["dependencies"], *extras) for line in lines]
     return [one for one in found if one.name != NAME and (one.marker is None or one.marker.evaluate())]
 

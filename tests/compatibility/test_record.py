@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
-from .environments import ENVIRONMENTS, Environment, minima
+from .environments import ENVIRONMENTS, ROOT, Environment, minima, requirements
 from .page import PAGE, RECORD, markdown
 
 pytestmark = pytest.mark.skipif("FLORA_FX_SOURCE" in os.environ, reason="`make compat` is writing the record")
@@ -38,3 +39,12 @@ def test_the_minima_are_those_that_were_measured(recorded: dict[str, Any]) -> No
     for package, version in minima().items():
         found = Version(Version(measured[package]).public)  # without what a build calls itself
         assert found == Version(version), f"{package}: run `make compat`"
+
+
+def test_torch_ends_below_the_first_release_that_was_not_measured(recorded: dict[str, Any]) -> None:
+    """Its private names may move in any release: one that was measured is allowed, the next one is not."""
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (torch,) = (one for one in requirements(pyproject) if one.name == "torch")
+    newest = max(Version(Version(found["versions"]["torch"]).public) for found in recorded.values())
+    assert newest in torch.specifier
+    assert Version(f"{newest.major}.{newest.minor + 1}") not in torch.specifier

@@ -68,6 +68,8 @@ HOUSES = (
         "graphs",
         (
             Room("flora_fx", "the words: what a projection, a slice, a pack, a decline is", "flora_fx: words"),
+            Room("flora_fx/quantized", "linear layers whose weights are held in few bits"),
+            Room("flora_fx/quantized/formats", "GPTQ, AWQ, compressed-tensors, bitsandbytes, torchao"),
             Room("flora_fx/reporting", "what became of each adapter; the drawing"),
             Room("flora_fx/storage", "packed weights, and the fused module that holds them"),
             Room("flora_fx/graph", "a program's graph and weights; operations counted"),
@@ -89,6 +91,7 @@ HOUSES = (
     House(
         "face",
         (
+            Room("flora_fx/mixed", "a model whose rows each have an adapter of their own"),
             Room("flora_fx/compile", "graphs of torch.compile: lifted weights, checkpointed regions"),
             Room("flora_fx", 'capture, fuse, report, verify; backend="flora"', "flora_fx: face", _FACE),
         ),
@@ -139,6 +142,7 @@ HOUSES = (
             Room("benchmarks/training", "a training step"),
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
+            Room("benchmarks/accuracy/text", "tasks of real text, and an encoder for them"),
             Room("benchmarks/gpu", "a GPU host's quarter of an hour"),
             Room("benchmarks", "the command line", "benchmarks: cli"),
         ),

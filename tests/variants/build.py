@@ -21,6 +21,9 @@ from peft.tuners.lora.config import (
 )
 from torch import Tensor, nn
 
+from flora_fx.quantized import QuantizedLinear
+from tests.quantized.weights import affine
+
 from .models import WIDTH, Attending, Convolutions, Experts, Linears, Tokens, Transposed, Wide
 
 __all__ = ["Case"]
@@ -266,10 +269,25 @@ def bitsandbytes(bits: int) -> Callable[[], Case]:
                 new = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
             else:
                 new = bnb.nn.Linear4bit(*sizes, compute_dtype=torch.float32)
+                new.support_avx512bf16_for_cpu = False  # where a CPU has it, it computes in bfloat16
             new.load_state_dict(layer.state_dict())
             setattr(base, name, new.to("cpu"))
         base.is_loaded_in_8bit, base.is_loaded_in_4bit = bits == 8, bits == 4
         return on_quantized(base)
+
+    return make
+
+
+def checkpoint(act_order: bool) -> Callable[[], Case]:
+    """A base as `flora_fx.checkpoint.load_model` reads it from quantized files."""
+
+    def make() -> Case:
+        base, order = Wide(), torch.randperm(64) if act_order else None
+        for seed, (name, layer) in enumerate(list(base.named_children())):
+            weight, _ = affine(layer.out_features, 64, order=order, seed=seed)
+            setattr(base, name, QuantizedLinear(weight, layer.bias))
+        case = on_quantized(base.double())
+        return Case(case.model.double(), (torch.randn(2, 5, 64, dtype=torch.float64),))
 
     return make
 

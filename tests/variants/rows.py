@@ -437,6 +437,7 @@ OTHERS = [
 ]
 
 _QUANTIZED = "Quantized bases"
+CODES = "the bases pack by their codes; the A's pack, the B's accumulate"
 KERNEL = "the base keeps its kernel; the A's pack, each B accumulates"
 NOT_DENSE = (Reason.WEIGHT_NOT_DENSE, 4, " stays ")
 QUANTIZED = [
@@ -445,7 +446,7 @@ QUANTIZED = [
         "torchao int8, weights only",
         "Int8WeightOnlyConfig()",
         build.torchao_int8,
-        partly(2, 6, 5, reads_another(2), why=KERNEL),
+        Fate(2, (6, 3), why=CODES),
         *[partly(2, 6, 5, NOT_DENSE, why=KERNEL)] * 2,
         needs="torchao",
         tolerance=1e-6,
@@ -465,11 +466,26 @@ QUANTIZED = [
         "bitsandbytes 4 bits",
         "Linear4bit",
         build.bitsandbytes(4),
-        OF_EXPORT,
+        Fate(2, (6, 3), why=CODES),
         *[Fate(2, declines=(reads_another(2),), why=KERNEL)] * 2,
         needs="bitsandbytes",
         tolerance=1e-6,
     ),
+]
+
+QUANTIZED += [
+    Row(
+        _QUANTIZED,
+        name,
+        given,
+        build.checkpoint(act_order),
+        Fate(2, (6, 3), why=CODES),
+        *[Fate(2, declines=(reads_another(2),), why=KERNEL)] * 2,
+    )
+    for name, given, act_order in (
+        ("GPTQ with act-order, from a checkpoint", "QuantizedLinear", True),
+        ("AWQ, compressed-tensors, from a checkpoint", "QuantizedLinear", False),
+    )
 ]
 
 ROWS: list[Row] = [*VANILLA, *INITIALISATIONS, *LAYERS, *VARIANTS, *OTHERS, *QUANTIZED]
@@ -477,7 +493,7 @@ ROWS: list[Row] = [*VANILLA, *INITIALISATIONS, *LAYERS, *VARIANTS, *OTHERS, *QUA
 ABSENT = {
     "torchao int4": "torchao 0.18 has no int4 kernel for this CPU without mslk",
     "LoftQ": "an initialisation like those above, on a base that bitsandbytes has quantized to 4 bits",
-    "GPTQ, AWQ, AQLM, EETQ, HQQ, INC, Transformer Engine": "their packages are not installed here, or need a GPU",
+    "modules of GPTQModel, AQLM, EETQ, HQQ, INC, Transformer Engine": "their packages are not installed, or need a GPU",
     "Megatron layers": "need megatron-core",
 }
 """What PEFT offers and this table does not hold, and why."""
