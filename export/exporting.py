@@ -95,10 +95,10 @@ def export_onnx(
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
             False: plain operators. ``Manifest.custom_ops`` says what was written.
         verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
-            greedy tokens are compared. ``"quick"``, of a causal LM on a CPU, and else as ``"full"``: the graph runs
-            part by part and the model layer by layer, so that neither has to stand in memory; logits are compared, no
-            tokens are generated. ``"none"``: not at all. None: ``"quick"`` for weights of more than 2 GiB, else
-            ``"full"``. ``ExportResult.verified`` and the manifest say which it was.
+            greedy tokens are compared. ``"quick"``, of a causal LM without slots on a CPU, and else as ``"full"``: the
+            graph runs part by part and the model layer by layer, so that neither has to stand in memory; logits are
+            compared, no tokens are generated. ``"none"``: not at all. None: ``"quick"`` for weights of more than 2 GiB,
+            else ``"full"``. ``ExportResult.verified`` and the manifest say which it was.
         progress: called with the name of each stage as it begins.
 
     Returns:

@@ -65,10 +65,10 @@ def check(
         and on_cpu
         and (verify == "quick" or (verify is None and size > _LARGE))
     ):
-        wide = manifest.dtype == "bfloat16"
+        narrow = manifest.dtype == "bfloat16"
         with torch.no_grad():
-            found = check_quickly(directory / MODEL, manifest, model, usable, wide=wide)
-        return replace(found, checked_on=f"{found.checked_on}, in float32") if wide else found
+            found = check_quickly(directory / MODEL, manifest, model, usable, wide=narrow)
+        return replace(found, checked_on=f"{found.checked_on}, in float32") if narrow else found
     if manifest.dtype == "bfloat16" and on_cpu:
         # There are no bfloat16 kernels on the CPU (ONNX Runtime 1.31): the same graph is checked in float32.
         with tempfile.TemporaryDirectory(prefix="flora_fx-check-") as wide:

@@ -85,7 +85,7 @@ def traced_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def of_all_layers(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Traced:
     with monkeypatch.context() as patch:
-        patch.setattr(by_layer, "_path_of_layers", lambda module, count: None)
+        patch.setattr(by_layer, "path_of_layers", lambda module, count: None)
         return trace_decoder(model)
 
 
