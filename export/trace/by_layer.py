@@ -118,7 +118,8 @@ def shorten(module: nn.Module, path: str, kept: Sequence[int]) -> nn.Module:
         for part in layer.modules():
             if isinstance(getattr(part, "layer_idx", None), int):
                 part.layer_idx = index
-    return private  # type: ignore[no-any-return]
+    shortened: nn.Module = private
+    return shortened
 
 
 def _shorten_configs(model: Any, count: int, kept: Sequence[int]) -> None:

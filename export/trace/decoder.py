@@ -103,7 +103,8 @@ class _Decoder(nn.Module):
         """The same with some of its layers, which are in the list at ``path``."""
         private: Any = shorten(self, path, kept)
         private.layers = [self.layers[index] for index in kept]
-        return private  # type: ignore[no-any-return]
+        decoder: _Decoder = private
+        return decoder
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         seqlens = (attention_mask.sum(1) - 1).to(torch.int32)
