@@ -87,7 +87,7 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
 
     logits = decoder(ids, mask)
     expected, cache = _run(model, ids, mask, transformers.DynamicCache())
-    differences = Differences(decoder.manifest.dtype)
+    differences = Differences(_precision(decoder.manifest))
     differences.add("the logits of a prompt", logits[mask.bool()], expected[mask.bool()])
 
     token = expected[:, -1].argmax(-1, keepdim=True)
@@ -103,6 +103,11 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     session = decoder.session
     checked_on = f"{session.provider}, in a CUDA graph" if session.cuda_graph else session.provider
     return Check(differences.max_abs, differences.max_rel, equal, checked_on, crossed, not_crossed)
+
+
+def _precision(manifest: Manifest) -> str:
+    """What the check's tolerance goes by."""
+    return "int8" if manifest.base.get("activations") == "int8" else manifest.dtype
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
