@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import peft
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
+from flora_fx.export.trace.model import private_copy, unwrap
 from flora_fx.quantized import QuantizedLinear, QuantizedWeight
 from tests.quantized.weights import affine, codebook
 
-LAYERS, RANK = 2, 5
+LAYERS, RANK = 1, 5
 
 FORMATS: dict[str, Callable[[int, int, int], QuantizedWeight]] = {
     "4 bits": lambda n, k, seed: affine(n, k, block=32, zeros=False, dtype=torch.float32, seed=seed)[0],
@@ -33,8 +35,15 @@ def _order(k: int) -> torch.Tensor:
     return torch.randperm(k, generator=torch.Generator().manual_seed(k))
 
 
-def build(name: str, layers: int = LAYERS, **sizes: Any) -> nn.Module:
-    """A model with quantized projections and a LoRA: ranks that divide nothing, B not zero, scale not 1."""
+def build(name: str, layers: int = LAYERS, *, seed: int = 7, **sizes: Any) -> Any:
+    """A model with quantized projections and a LoRA: ranks that divide nothing, B not zero, scale not 1.
+
+    Args:
+        name: a key of `FORMATS`.
+        layers: how many.
+        seed: of the adapter; the base is always the same.
+        sizes: of the config.
+    """
     torch.manual_seed(7)
     config = transformers.LlamaConfig(
         **{"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, **sizes},
@@ -51,10 +60,11 @@ def build(name: str, layers: int = LAYERS, **sizes: Any) -> nn.Module:
             if parameter.dim() == 1:  # norms that are equal would be one
                 parameter.normal_(1, 0.1)
     linears = [(path, part) for path, part in model.named_modules() if isinstance(part, nn.Linear)]
-    for seed, (path, linear) in enumerate(linears):
+    for number, (path, linear) in enumerate(linears):
         if path != "lm_head":
             n, k = linear.weight.shape
-            model.set_submodule(path, QuantizedLinear(_of_unit(FORMATS[name](n, k, seed))))
+            model.set_submodule(path, QuantizedLinear(_of_unit(FORMATS[name](n, k, number))))
+    torch.manual_seed(seed)
     lora = peft.LoraConfig(
         r=RANK,
         lora_alpha=7,
@@ -67,7 +77,14 @@ def build(name: str, layers: int = LAYERS, **sizes: Any) -> nn.Module:
 
 def _of_unit(weight: QuantizedWeight) -> QuantizedWeight:
     """The same codes with scales for outputs about as large as inputs."""
-    from dataclasses import replace
-
     size = float(weight.dequantize(torch.float32).std()) * weight.shape[1] ** 0.5
     return replace(weight, scales=(weight.scales.float() * (2.0 / size)).to(weight.scales.dtype))
+
+
+def greedy(model: Any, prompt: Tensor, count: int) -> Tensor:
+    """What transformers generates greedily in float64, over the dequantized base with its adapter beside it."""
+    config = transformers.GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0)
+    wide = private_copy(unwrap(model), torch.float64)
+    mask = torch.ones_like(prompt)
+    tokens: Tensor = wide.generate(input_ids=prompt, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return tokens
