@@ -20,7 +20,6 @@ from flora_fx.fusing import fuse_unstored, report
 from flora_fx.reporting.fusion_report import combined
 
 from .check.checking import check
-from .check.quantized import base_notes, check_base
 from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
@@ -190,6 +189,8 @@ def export_onnx(
             del graphs, fused, captured, traced
         with stage("check"):
             if quantized is not None:
+                from .check.quantized import base_notes, check_base
+
                 paths = [place / name for name in manifest.graphs]
                 manifest = replace(manifest, base=check_base(paths, quantized, fusion, providers))
                 manifest = replace(manifest, notes=[*manifest.notes, *base_notes(manifest.base)])
