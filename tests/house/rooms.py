@@ -141,6 +141,7 @@ HOUSES = (
             Room("benchmarks/training", "a training step"),
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
+            Room("benchmarks/quantized", "a base in few bits"),
             Room("benchmarks/gpu", "a GPU host's quarter of an hour"),
             Room("benchmarks", "the command line", "benchmarks: cli"),
         ),
