@@ -68,7 +68,8 @@ def decode(settings: Settings, *, prompt: int, rounds: int, progress: Progress) 
 
     warm_up, steps = 3, len(WAYS) + rounds
     tokens = torch.arange(prompt)[None] % 997
-    rows, streams = [], {}
+    rows: list[dict[str, Any]] = []
+    streams: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="flora-quantized-") as place:
         for number, (name, way) in enumerate(WAYS.items()):
             result = export_onnx(_model(settings, way), Path(place, str(number)), dtype=way[3], **way[4])
@@ -154,7 +155,7 @@ def _round_scales(model: nn.Module) -> None:
     """Scales that float16 holds, as quantizers of float16 models write them."""
     for layer in model.modules():
         if getattr(layer, "kind", "") == "affine":
-            layer.scales = layer.scales.half()  # type: ignore[union-attr, operator]
+            layer.scales = layer.scales.half()
 
 
 def _held(graph: Path) -> tuple[int, int]:

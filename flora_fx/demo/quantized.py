@@ -73,8 +73,7 @@ def run_quantized(
         tick = bar("export to ONNX")
         for done, (name, model) in enumerate(models.items()):
             place = output / "onnx" / name.replace(",", "").replace(" ", "-")
-            options = {"hot_swap": True} if name == LIVE else {}
-            result = export_onnx(model, place, tokenizer=tokenizer, overwrite=True, **options)
+            result = export_onnx(model, place, tokenizer=tokenizer, overwrite=True, hot_swap=name == LIVE)
             runner: Any = load(place)
             found[name] = {
                 "bytes": result.files["model.onnx.data"],

@@ -45,7 +45,7 @@ def test_fast_demo_over_a_base_in_few_bits(tmp_path: Path) -> None:
     live, merged, again = (told[name] for name in ("live", "merged in float", "merged, 4 bits again"))
     assert live["texts"] == merged["texts"]
     assert live["right"] == merged["right"]
-    assert live["bytes"] < 0.5 * merged["bytes"], "the embedding is in float32 in both"
+    assert live["bytes"] < 0.6 * merged["bytes"], "the embedding is in float32 in both"
     assert max(live["max_rel_error"], merged["max_rel_error"]) < 1e-4
     assert again["bytes"] < live["bytes"]
     assert "MatMulNBits" in live["notes"][-1]
