@@ -8,18 +8,23 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
-from .accuracy import accuracy
+from .accuracy import accuracy, search, search_view
 from .accuracy import data as accuracy_data
 from .accuracy import view as accuracy_view
-from .accuracy.methods import FULL, METHODS
+from .accuracy.methods import FULL, METHODS, VARIANTS
 from .accuracy.model import Pretraining
-from .accuracy.run import Recipe
+from .accuracy.plan import Plan
+from .accuracy.recipe import Recipe
+from .accuracy.sequence import SEQUENCE
+from .accuracy.text.suite import TEXT
 from .contenders.onnx_exports import GRAPHS
 from .contenders.settings import DTYPES, PROJECTIONS, SHAPES, Settings
 from .contenders.torch_contenders import LIVE, RUNNERS
@@ -116,21 +121,33 @@ def _settings(options: Options) -> Settings:
     return settings
 
 
-def _plan(options: Options) -> accuracy.Plan:
+_ACCURACY = {suite.name: suite for suite in (SEQUENCE, TEXT)}
+
+
+def _plan(options: Options) -> Plan:
     """What the accuracy suite compares.
 
     Raises:
         ValueError: an option, or a line of the data, makes no sense.
         OSError: the data cannot be read.
     """
-    return accuracy.Plan(
-        methods=tuple(dict.fromkeys(options.methods)),
+    suite = _ACCURACY[options.of]
+    for name in ("methods", "tasks", "model", "data"):
+        if options.search and getattr(options, name):
+            raise ValueError(f"--search goes without --{name}: what it tries, and on what, is registered")
+    given = {name: value for name in ("steps", "batch") if (value := getattr(options, name)) is not None}
+    return Plan(
+        suite=suite,
+        methods=tuple(dict.fromkeys(options.methods or suite.methods)),
         tasks=tuple(dict.fromkeys(options.tasks)),
-        budgets=tuple(dict.fromkeys(options.budgets)),
-        rates=tuple(sorted(set(options.rates))),
-        seeds=options.seeds,
-        tuning_seeds=options.tuning_seeds,
-        recipe=Recipe(options.steps, options.batch, options.device),
+        screened=not options.tasks,
+        budgets=tuple(dict.fromkeys(suite.budgets if options.budgets is None else options.budgets)),
+        rates=tuple(sorted(set(suite.rates if options.rates is None else options.rates))),
+        seeds=suite.seeds if options.seeds is None else options.seeds,
+        until=options.until,
+        most_seeds=options.most_seeds,
+        tuning_seeds=suite.tuning_seeds if options.tuning_seeds is None else options.tuning_seeds,
+        recipe=replace(suite.recipe, device=options.device, **given),
         pretraining=Pretraining(steps=options.pretraining_steps),
         model=options.model,
         rows=tuple(accuracy_data.read(options.data)) if options.data else (),
@@ -138,12 +155,16 @@ def _plan(options: Options) -> accuracy.Plan:
     )
 
 
-def _accuracy(plan: accuracy.Plan, options: Options, bar: Bar) -> Result:
+def _accuracy(plan: Plan, options: Options, bar: Bar) -> Result:
     journal = options.output / f"{options.name or options.suite}.runs.jsonl"
     try:
-        return accuracy.measure(plan, journal, progress=bar)
-    except FloraError as error:  # of the model, or of what it is to learn
+        return (search.search if options.search else accuracy.measure)(plan, journal, progress=bar)
+    except (FloraError, ValueError) as error:  # of the model, or of what it is to learn
         sys.exit(f"python -m benchmarks accuracy: {error}")
+
+
+def _accuracy_view(result: Mapping[str, Any]) -> ModuleType:
+    return search_view if "choice" in result else accuracy_view
 
 
 def _latency(settings: Settings, options: Options, bar: Bar) -> Result:
@@ -281,18 +302,18 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "export": exporting.sheets,
     "quantized": quantized_view.sheets,
     "kernels": kernels.sheets,
-    "accuracy": accuracy_view.sheets,
+    "accuracy": lambda result: _accuracy_view(result).sheets(result),
 }
 
 PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
     "latency": latency_view.draw,
     "decoder": latency_view.draw,
     "scaling": scaling.draw,
-    "accuracy": accuracy_view.draw,
+    "accuracy": lambda result, path: _accuracy_view(result).draw(result, path),
 }
 
 SETUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "accuracy": accuracy_view.setup,
+    "accuracy": lambda result: _accuracy_view(result).setup(result),
     "quantized": quantized_view.setup,
 }
 """Of the suites that do not measure `Settings` alone."""
@@ -505,15 +526,25 @@ def parser() -> argparse.ArgumentParser:
 
     suite = suites.add_parser("accuracy", parents=[output], help="LoRA, FFBA adapters and full fine-tuning compared")
     suite.add_argument("--name", help="of the JSON file; the suite's by default")
-    methods = [FULL, *METHODS]
-    suite.add_argument("--methods", nargs="+", default=methods, metavar="NAME", help=f"of: {'; '.join(methods)} (all)")
-    suite.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these")
-    suite.add_argument("--budgets", type=_numbers, default=accuracy.Plan.budgets, help="as ranks of a LoRA (2,8)")
-    suite.add_argument("--rates", type=_rates, default=accuracy.Plan.rates, help="learning rates, with commas")
-    suite.add_argument("--seeds", type=int, default=accuracy.Plan.seeds, help="at the best rate (%(default)s)")
-    suite.add_argument("--tuning-seeds", type=int, default=accuracy.Plan.tuning_seeds, help="per rate (%(default)s)")
-    suite.add_argument("--steps", type=int, default=Recipe.steps, help="of fine-tuning (%(default)s)")
-    suite.add_argument("--batch", type=int, default=Recipe.batch, help="examples of a step (%(default)s)")
+    named = "; ".join([FULL, *METHODS, *VARIANTS])
+    suite.add_argument(
+        "--suite", dest="of", choices=_ACCURACY, default=SEQUENCE.name, help="the tasks, and their model (%(default)s)"
+    )
+    suite.add_argument(
+        "--search", action="store_true", help="choose variants on half of the tasks, report on the other half"
+    )
+    suite.add_argument("--methods", nargs="+", default=(), metavar="NAME", help=f"of: {named} (the suite's)")
+    suite.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these, as they are")
+    suite.add_argument("--budgets", type=_numbers, help=f"as ranks of a LoRA ({_defaults('budgets')})")
+    suite.add_argument("--rates", type=_rates, help="learning rates, with commas (the suite's)")
+    suite.add_argument("--seeds", type=int, help=f"at the best rate ({_defaults('seeds')})")
+    suite.add_argument(
+        "--until", type=float, default=0.0, help="add seeds until every 95%% interval is within ± so many points"
+    )
+    suite.add_argument("--most-seeds", type=int, default=Plan.most_seeds, help="that there may be then (%(default)s)")
+    suite.add_argument("--tuning-seeds", type=int, help=f"per rate ({_defaults('tuning_seeds')})")
+    suite.add_argument("--steps", type=int, help="of fine-tuning (the suite's)")
+    suite.add_argument("--batch", type=int, help="examples of a step (the suite's)")
     suite.add_argument(
         "--pretraining-steps", type=int, default=Pretraining.steps, help="of the small model (%(default)s)"
     )
@@ -532,6 +563,13 @@ def parser() -> argparse.ArgumentParser:
 
     suites.add_parser("page", help="write docs/benchmarks.md from the JSON of record")
     return top
+
+
+def _defaults(name: str) -> str:
+    """What the suites have for an option."""
+    values = {suite.name: getattr(suite, name) for suite in _ACCURACY.values()}
+    listed = {of: ",".join(map(str, value)) if isinstance(value, tuple) else value for of, value in values.items()}
+    return "; ".join(f"{of}: {value}" for of, value in listed.items())
 
 
 def _names(text: str) -> list[str]:

@@ -24,9 +24,11 @@ from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
 from .directory.manifest import MANIFEST, MODEL, write_manifest
-from .directory.operators import choose_operators, copy_operators
+from .directory.operators import choose_operators, copy_operators, without_operators
 from .directory.saving import save_graphs
 from .directory.staging import staged
+from .lora.slots import ADAPTER_IDS
+from .lora.stacking import SlotPlan, plan_slots, stack
 from .lora.swappable import check_swappable
 from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
@@ -35,6 +37,7 @@ from .trace.model import DTYPES, kind_of, private_copy, unwrap
 from .trace.quantized_base import Activations, Base, check_options, settle_base
 from .translate.lora_operators import use_lora_operators
 from .translate.lowering import lower
+from .translate.slots import make_slots
 from .translate.swappable import make_swappable
 
 __all__ = ["export_onnx"]
@@ -52,6 +55,9 @@ def export_onnx(
     config: FuseConfig | None = None,
     target: TargetName | None = None,
     hot_swap: bool = False,
+    adapters: Sequence[str] | None = None,
+    slots: int | None = None,
+    rank: int | None = None,
     custom_ops: bool | None = None,
     base: Base | None = None,
     activations: Activations = "exact",
@@ -79,6 +85,11 @@ def export_onnx(
             model's attention is such, the second where it is not; `ExportResult.notes` says why.
         hot_swap: let `Decoder.load_adapter` replace the LoRA in the exported graph (target ``"decoder"``). This
             costs about 2% of prefill and decode on a CPU.
+        adapters: names of LoRAs of the model, between which each row of a batch chooses when it runs, see
+            `Decoder.generate` (target ``"decoder"``). They may differ in rank, layers and scale.
+        slots: so many places for LoRAs, which `Decoder.load_adapter` fills and replaces; ``adapters`` (None: the active
+            ones) stand in the first of them. Like ``hot_swap=True`` beside ``adapters``, it costs speed on a CPU.
+        rank: of every slot; None for the highest of those adapters.
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
             False: plain operators. ``Manifest.custom_ops`` says what was written.
@@ -99,7 +110,7 @@ def export_onnx(
         TypeError: ``model`` is no module, ``dtype`` no dtype, ``config`` no `FuseConfig`.
         ValueError: an unknown target, base or activations.
         AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
-            linear layers.
+            linear layers, or ``adapters`` that are unknown, are more than that, or do not fit the slots.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
 
     What `generate` is not told it takes from the model's generation config (``Manifest.generation``); what that asks
@@ -130,11 +141,17 @@ def export_onnx(
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
     check_options(base, activations)
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
-    operators = choose_operators(custom_ops, provider)
     core = unwrap(model)
     kind = kind_of(core)
-    if hot_swap:
-        check_swappable(core)
+    plan: SlotPlan | None = None
+    if adapters is not None or slots is not None or rank is not None:
+        operators = without_operators(custom_ops)
+        plan = plan_slots(core, adapters, slots, rank, replaceable=hot_swap)
+        hot_swap = plan.replaceable
+    else:
+        operators = choose_operators(custom_ops, provider)
+        if hot_swap:
+            check_swappable(core)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -150,7 +167,8 @@ def export_onnx(
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
             quantized = settle_base(reference, base, activations, dtype)
-            chosen, traced = trace(reference, kind, example_inputs, target, provider)
+            whole = reference if plan is None else stack(reference, plan)
+            chosen, traced = trace(whole, kind, example_inputs, target, provider)
             why_not = "; ".join(traced.notes) or kind
             if custom_ops and chosen.operator_forms is None:
                 raise ExportError(f"custom_ops is for target 'decoder'; {why_not}")
@@ -162,6 +180,8 @@ def export_onnx(
             own_forms = (chosen.operator_forms if operators else None) or chosen.forms
             if quantized is not None:
                 own_forms = chosen.swappable_forms or chosen.forms  # codes cannot stand beside an adapter's numbers
+            if plan is not None and chosen.swappable_forms is None:
+                raise ExportError(f"adapters= is for target 'decoder'; {why_not}")
             if hot_swap:
                 own_forms = _swappable_forms(chosen, why_not)
         with CAPTURING, stage("fuse"):
@@ -172,7 +192,10 @@ def export_onnx(
         with CAPTURING, stage("translate"):
             graphs = {name: lower(fused[name], part, quantized) for name, part in captured.items()}
             operators = operators and bool(use_lora_operators(graphs[MODEL], fusion))
-            swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
+            if plan is not None:
+                swappable = make_slots(graphs[MODEL], fusion, plan)
+            else:
+                swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
         with stage("write"):
             save_graphs(graphs, place)
             write_companions(place, core, reference, tokenizer)
@@ -182,11 +205,17 @@ def export_onnx(
             library = copy_operators(place, provider) if operators else None
             notes = [*manifest.notes, *chosen.write_companions(place, reference, traced, provider, library)]
             manifest = replace(
-                manifest, identity=identify(model, core), live=swappable, custom_ops=operators, notes=notes
+                manifest,
+                identity=identify(model, core, None if plan is None else plan.names),
+                live=swappable,
+                inputs=manifest.inputs if plan is None else [*manifest.inputs, ADAPTER_IDS],
+                slots=() if plan is None else plan.slots,
+                custom_ops=operators,
+                notes=notes,
             )
             example = traced.example
             # What torch.onnx has translated holds the packs: a second copy of the weights, not needed for the check.
-            del graphs, fused, captured, traced
+            del graphs, fused, captured, traced, whole
         with stage("check"):
             if quantized is not None:
                 from .check.quantized import base_notes, check_base

@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from .fusing import fuse, report
     from .ir import Decline, Pack, Reason, Role, Slice
+    from .mixed.model import MixedAdapters
     from .reporting.fusion_report import FusionReport
     from .verifying import Verification, verify
 
@@ -72,6 +73,7 @@ __all__ = [
     "FuseConfig",
     "FusionReport",
     "MissingExtraError",
+    "MixedAdapters",
     "Pack",
     "Reason",
     "Role",
@@ -94,6 +96,7 @@ _HOMES = {
     "FuseConfig": "config",
     "FusionReport": "reporting.fusion_report",
     "MissingExtraError": "errors",
+    "MixedAdapters": "mixed.model",
     "Pack": "ir",
     "Reason": "ir",
     "Role": "ir",

@@ -11,21 +11,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .errors import CaptureError
+from .mixed.model import MixedAdapters
 from .ops import autocasts
 from .quantized.formats.live import with_quantized_linears
 from .storage.module import PLAIN
 
 __all__ = ["CAPTURING", "capture"]
 
+IDS = "adapter_ids"
+"""The input that says which row has which adapter."""
 CAPTURING = threading.RLock()
 """Held while torch.export traces: torch 2.13 patches modules and keeps stacks of modes for all threads together."""
 
 
 def capture(
-    model: nn.Module, *args: Any, dynamic_shapes: Mapping[str, Any] | None = None, **kwargs: Any
+    model: nn.Module,
+    *args: Any,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    adapters: Sequence[str] | None = None,
+    **kwargs: Any,
 ) -> fx.GraphModule:
     """Trace a model on example inputs with `torch.export` (non-strict, so that PEFT layers trace as they are).
 
@@ -36,6 +43,9 @@ def capture(
         args: example positional inputs, as the model is called.
         dynamic_shapes: per argument name, which dimensions vary, as in `torch.export.export`. By default none does:
             the graph takes inputs of the example's shapes, and raises a RuntimeError that says so on others.
+        adapters: names of adapters of a PEFT model (see `MixedAdapters`). The graph has one input more then,
+            ``adapter_ids``, [batch] of int64: for each row the place of its adapter among these, -1 for none. An
+            example of it need not be given; it varies with the first dimension of the first tensor.
         kwargs: example keyword inputs.
 
     Returns:
@@ -45,6 +55,7 @@ def capture(
     Raises:
         TypeError: not a module.
         CaptureError: torch.export could not trace the model.
+        AdapterError: rows of one batch cannot have these adapters; the message says which and why.
 
     Threads take turns. While one of them captures, no other may call modules: torch's tracers (2.13) patch
     ``nn.Module.__call__`` for all threads.
@@ -59,19 +70,26 @@ def capture(
     _register_caches(model)
     copied = with_quantized_linears(model)
     model = copied.model
+    mixed = None if adapters is None else MixedAdapters(model, adapters)
+    if mixed is not None:
+        model = mixed.model
+        kwargs = {IDS: _example_ids(args, kwargs), **kwargs}
+        kwargs[IDS] = kwargs.pop(IDS)  # the last input
     names = _argument_names(model, args, kwargs)
     if unknown := set(dynamic_shapes or {}) - set(names):
         raise CaptureError(
             f"dynamic_shapes names {', '.join(sorted(unknown))}, which the example inputs do not have; "
             f"they have {', '.join(names)}"
         )
+    if mixed is not None and dynamic_shapes is not None:
+        dynamic_shapes = {IDS: _batch_of(names, args, kwargs, dynamic_shapes), **dynamic_shapes}
     shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in names}
     try:
         with (
             CAPTURING,
             _attributes_kept(model),
             warnings.catch_warnings(),
-            _explicit_signature(model, names, len(args)),
+            _explicit_signature(model, names, len(args), mixed),
         ):
             warnings.simplefilter("ignore")  # tracing warns of the model's own deprecated calls
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -103,9 +121,30 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     return [known[i] if i < len(known) else f"args_{i}" for i in range(len(args))] + list(kwargs)
 
 
+def _example_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """No adapter for any row of the first tensor among the example inputs."""
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
+    if first is None:
+        raise CaptureError(f"no example input is a tensor with a batch: give an example of {IDS}, too")
+    return torch.full((first.shape[0],), -1, dtype=torch.int64, device=first.device)
+
+
+def _batch_of(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: Mapping[str, Any]
+) -> Any:
+    """How the ids' dimension varies: as the first one of the first tensor."""
+    values = [*args, *(kwargs[name] for name in names[len(args) :])]
+    first = next((name for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)), IDS)
+    shape = dynamic_shapes.get(first)
+    batch = shape.get(0) if isinstance(shape, Mapping) else shape[0] if shape else None
+    return None if batch is None else {0: batch}
+
+
 @contextlib.contextmanager
-def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int) -> Iterator[None]:
-    """For the time of a trace, a forward that names what is passed.
+def _explicit_signature(
+    model: nn.Module, names: Sequence[str], positional: int, mixed: MixedAdapters | None
+) -> Iterator[None]:
+    """For the time of a trace, a forward that names what is passed, and hands ids to the layers with adapters.
 
     PeftModel's is ``forward(*args, **kwargs)``, for which torch.export 2.13 contradicts itself on dynamic shapes.
     """
@@ -114,7 +153,11 @@ def _explicit_signature(model: nn.Module, names: Sequence[str], positional: int)
     def forward(*args: Any, **kwargs: Any) -> Any:
         named = dict(zip(names, args, strict=False))
         given = [named.pop(name) for name in names[:positional] if name in named]
-        return original(*given, **named, **kwargs)
+        if mixed is None:
+            return original(*given, **named, **kwargs)
+        named |= kwargs
+        with mixed.selection.of(named.pop(IDS)):
+            return original(*given, **named)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     forward.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])  # type: ignore[attr-defined]

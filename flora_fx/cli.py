@@ -145,8 +145,13 @@ def build_app() -> "typer.Typer":
         model: Annotated[str, model_option],
         output: Annotated[Path, output_option],
         adapter: Annotated[
-            str | None,
-            typer.Option("-a", "--adapter", help="Directory or Hub id of the adapter; the base alone, if left out."),
+            list[str] | None,
+            typer.Option(
+                "-a",
+                "--adapter",
+                help="Directory or Hub id of the adapter; the base alone, if left out. NAME=… of several: each row of "
+                "a batch chooses one when it runs.",
+            ),
         ] = None,
         dtype: Annotated[DType, typer.Option("--dtype", help="What the weights are written in.")] = DType.float32,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
@@ -173,6 +178,18 @@ def build_app() -> "typer.Typer":
             Activations,
             typer.Option("--activations", help="What a kept base is multiplied with; int8 is faster, and not exact."),
         ] = Activations.exact,
+        slots: Annotated[
+            int | None,
+            typer.Option(
+                "--slots",
+                min=1,
+                help="So many places for LoRAs, which can be filled when it runs. The adapters alone, which then stay, "
+                "if left out.",
+            ),
+        ] = None,
+        rank: Annotated[
+            int | None, typer.Option("--rank", min=1, help="Of every slot; the adapters' highest, if left out.")
+        ] = None,
         task: Annotated[str, task_option] = "auto",
         tokenizer: Annotated[
             str | None,
@@ -197,10 +214,11 @@ def build_app() -> "typer.Typer":
                 "hot_swap": hot_swap,
                 "base": None if base is Base.auto else base.value,
                 "activations": activations.value,
+                **{name: value for name, value in (("slots", slots), ("rank", rank)) if value is not None},
             }
             if inputs is not None:
                 options["example_inputs"] = read_inputs(inputs, options["dtype"])
-            result = export(model, adapter, output, options, outcome, task=cast(Task, task), tokenizer=tokenizer)
+            result = export(model, adapter or (), output, options, outcome, task=cast(Task, task), tokenizer=tokenizer)
             if not as_json:
                 typer.echo(str(result))
 
@@ -212,7 +230,8 @@ def build_app() -> "typer.Typer":
             typer.Option(
                 "-a",
                 "--adapter",
-                help="Another LoRA, for an export with --hot-swap; the one that was exported, if left out.",
+                help="Another LoRA, for an export with --hot-swap; the one that was exported, if left out. Of an "
+                "export with several the name of one, or a further one; the base alone, if left out.",
             ),
         ] = None,
         prompt: Annotated[
@@ -317,7 +336,7 @@ def _flags(app: "typer.Typer") -> dict[str, str]:
 
     commands = getattr(typer.main.get_command(app), "commands", {}).values()
     own = {option.name: max(option.opts, key=len) for command in commands for option in command.params}
-    return {**own, "example_inputs": own["inputs"], "stop_strings": own["stop"]}
+    return {**own, "adapters": own["adapter"], "example_inputs": own["inputs"], "stop_strings": own["stop"]}
 
 
 def demo(output: Path, outcome: Outcome, *, fast: bool, quantized: bool, as_json: bool) -> None:

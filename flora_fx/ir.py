@@ -7,13 +7,14 @@ the part of a pack that one parameter owns. A *decline* is a refusal with its re
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
 from torch.fx import GraphModule, Node
 
 __all__ = [
+    "Choice",
     "Decline",
     "Derived",
     "Factor",
@@ -23,6 +24,7 @@ __all__ = [
     "Projection",
     "Reason",
     "Role",
+    "Select",
     "Slice",
     "Weight",
 ]
@@ -45,6 +47,7 @@ class Reason(Enum):
     DTYPE_DIFFERS = "the adapter has another dtype than what it is added to"
     DROPOUT_ACTIVE = "dropout is active"
     SCALE_NOT_SCALAR = "the scale is not known to be one number per token"
+    NOT_BY_TOKEN = "the adapter is not known to be selected by token, with zeros elsewhere"
     OTHER_READER = "an intermediate value has another reader"
     READS_ANOTHER_VALUE = "no projection that could share a pack reads what the adapter reads"
     MUTATED = "a value is changed in place, or its memory layout is read"
@@ -177,6 +180,36 @@ class Factor:
     divides: bool = False
 
 
+@dataclass(frozen=True)
+class Choice:
+    """``ids == number``: tokens say which adapter they have.
+
+    Attributes:
+        ids: the value that says it, int64, before it was given the shape of a mask.
+        number: the adapter's.
+    """
+
+    ids: Node
+    number: int
+
+
+@dataclass(frozen=True)
+class Select:
+    """The tokens that a path is for; it adds nothing to the others.
+
+    Attributes:
+        mask: bool, at most one number per token.
+        of: a value with these tokens, which was selected from.
+        kept: whether it is true for the path's tokens; otherwise for the others.
+        choice: what the mask is made of, where that is known.
+    """
+
+    mask: Node
+    of: Node = field(compare=False)
+    kept: bool = True
+    choice: Choice | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankPath:
     """``add = onto + scale · up(low)``, where ``low`` is ``down(reads)``, or an elementwise function of it.
@@ -189,6 +222,7 @@ class LowRankPath:
         factors: all other factors: those that are tensors, and numbers that are computed from tensors.
         onto: the value that it is added to.
         add: the node that adds it.
+        select: the tokens that it is for, the bias of its up-projection too; None for all.
     """
 
     down: Projection
@@ -199,6 +233,7 @@ class LowRankPath:
     factors: tuple[Factor, ...]
     onto: Node
     add: Node
+    select: Select | None = None
 
 
 @dataclass(frozen=True)

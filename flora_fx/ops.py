@@ -32,6 +32,7 @@ __all__ = [
     "matrix_vector",
     "packed_projection",
     "packed_projection_reference",
+    "pick_columns",
 ]
 
 
@@ -83,7 +84,8 @@ def accumulate_unrolled(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) ->
     Args:
         y: [..., out], any strides.
         z: [..., rank], as many rows as y.
-        up: [out, rank]; fast where it is the transpose of a contiguous [rank, out].
+        up: [out, rank]; fast where it is the transpose of a contiguous [rank, out]. Or [..., out, rank], one for each
+            token, as `pick_columns` gives it.
         scale: the adapter's scaling.
 
     Returns:
@@ -94,7 +96,7 @@ def accumulate_unrolled(y: Tensor, z: Tensor, up: Tensor, scale: float = 1.0) ->
     """
     if has_torch_function((y, z, up)):
         return handle_torch_function(accumulate_unrolled, (y, z, up), y, z, up, scale)
-    if torch.is_grad_enabled() and (y.requires_grad or z.requires_grad or up.requires_grad):
+    if up.dim() == 2 and torch.is_grad_enabled() and (y.requires_grad or z.requires_grad or up.requires_grad):
         result: Tensor = _Unrolled.apply(y, z, up, scale)
         return result
     return _unrolled(y, z, up, scale)
@@ -104,6 +106,26 @@ def _unrolled(y: Tensor, z: Tensor, up: Tensor, scale: float) -> Tensor:
     wide = torch.promote_types(y.dtype, torch.float32)
     low = z.reshape(*y.shape[:-1], 1, z.shape[-1])
     return (y + scale * (low.to(wide) * up.to(wide)).sum(-1)).to(y.dtype)
+
+
+def pick_columns(up: Tensor, columns: Tensor, there: Tensor) -> Tensor:
+    """For each token the columns of a matrix that are its own.
+
+    Args:
+        up: [out, columns], up-projections beside each other; fast where it is the transpose of a contiguous matrix.
+        columns: [..., rank], int64.
+        there: [..., rank], bool: whether the token has such a column at all.
+
+    Returns:
+        [..., out, rank], zero where there is none, whatever stands in the matrix.
+
+    >>> up = torch.tensor([[1.0, 2.0, 3.0]])
+    >>> pick_columns(up, torch.tensor([[1, 2], [0, 0]]), torch.tensor([[True, True], [True, False]])).tolist()
+    [[[2.0, 3.0]], [[1.0, 0.0]]]
+    """
+    if has_torch_function((up, columns, there)):
+        return handle_torch_function(pick_columns, (up, columns, there), up, columns, there)
+    return torch.where(there.unsqueeze(-2), up.t()[columns].transpose(-1, -2), 0)
 
 
 def matrix_vector(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -45,6 +45,7 @@ SUITE = [
         "tests/test_modes.py",
     ),
     *("tests/test_guards.py", "tests/test_forms.py", "tests/test_not_widened.py", "tests/test_widening.py"),
+    *("tests/mixed/test_fused.py", "tests/mixed/test_model.py"),
     *("tests/test_ahead.py", "tests/test_clean.py", "tests/test_rotary.py", "tests/test_settle.py"),
     "tests/test_report.py",
     *("tests/training/test_backend_numbers.py", "tests/training/test_ties_in_training.py"),
@@ -88,6 +89,24 @@ MUTATIONS = [
         "debugging",
         ("a graph that did not change is written", "if code != self._last:", "if True:"),
         first=["tests/test_pipeline.py"],
+    ),
+    *passes(
+        "analysis/selections",
+        ("any filling is a zero", "kept, choice), self._is_zero(fill))", "kept, choice), True)"),
+        ("masks of features are of tokens", " and (not mask or mask[-1] == 1)", ""),
+        ("what is kept is dropped", "            kept = False\n        elif", "            kept = True\n        elif"),
+        ("tokens in other groups fit", "return all(shapes) and same_sizes(", "return all(shapes) or same_sizes("),
+        first=["tests/mixed/test_fused.py"],
+    ),
+    *passes(
+        "rewrite/gates",
+        ("the first adapter's columns are the second's", "own, run.first) if run.first else own", "own, 0)"),
+        ("a column is its neighbour's", "aten.lt.Scalar, place, run.stop)", "aten.le.Scalar, place, run.stop)"),
+        ("what is dropped is kept", "where.ScalarSelf, mask, 0, value)", "where.ScalarOther, mask, value, 0)"),
+        ("scales are forgotten", "return self.build.call(self.build.ops.mul, z, factors)", "return z"),
+        ("a token has another one's columns", "place), run.start)", "place), 0)"),
+        ("a token has more columns than its rank", "            if width < rank:\n", "            if False:\n"),
+        first=["tests/mixed/test_fused.py"],
     ),
     *passes(
         "plan/forms",
@@ -204,8 +223,8 @@ MUTATIONS = [
     ),
     *passes(
         "analysis/paths",
-        ("forgotten scale", "self.parts(inner, scale * number,", "self.parts(inner, scale,"),
-        ("forgotten scale between", "            scale *= number\n", ""),
+        ("forgotten scale", "self.parts(inner, way.times(number, factor", "self.parts(inner, way.times(1.0, factor"),
+        ("forgotten scale between", "way = way.times(number, factor)\n", "way = way.times(1.0, factor)\n"),
         ("forgotten minus", "sign = -float(alpha) if kind", "sign = float(alpha) if kind"),
         (
             "a changed copy is not told of",

@@ -141,6 +141,12 @@ def test_a_scale_that_is_not_one_number_per_token(kind: str) -> None:
     assert "gate" in report.declines[0].detail
 
 
+def test_a_selection_that_is_not_by_token() -> None:
+    report = fuse_and_compare(adapted(lambda m, x: m.w(x) + torch.where(m.w(x) > 0, m.b(m.a(x)), 0)), X)
+    assert reasons(report) == [Reason.NOT_BY_TOKEN]
+    assert "not known to keep or drop whole tokens" in report.declines[0].detail
+
+
 def test_a_scale_per_token_is_kept_as_a_multiplication() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 
+from flora_fx.export import load_decoder
 from flora_fx.internals import compiler
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -84,6 +85,27 @@ def test_serving_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     found = run("serving.md")
     expected = found["decoder"].generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, eos_token_id=[])
     assert found["served"] == expected[0].tolist()
+    alone = load_decoder(tmp_path / "mixed")
+    alone.load_adapter("loras/chat")
+    for (ids, adapter), answer in zip(found["asked"], found["mixed"], strict=False):
+        row = alone.generate(torch.tensor([ids]), adapters=adapter, max_new_tokens=8, eos_token_id=[])
+        assert answer == row[0, len(ids) :].tolist()
+    assert len(found["mixed"]) == 4
+    assert str(found["refused"]) == "no prompt, or no adapter 'nobody'"
+
+
+def test_many_adapters_on_onnx_runtime_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("many-adapters-onnx.md", blocks_at_least=2)
+    fixed, slots = load_decoder(tmp_path / "mixed"), load_decoder(tmp_path / "slots")
+    assert [slot.name for slot in fixed.slots] == ["sql", "chat", "poem"]
+    assert [slot.name for slot in slots.slots] == ["sql", "", ""]
+    assert [slot.name for slot in found["decoder"].slots] == ["sql", "", "sql 2"]
+    for row, name in enumerate([None, None, "chat", "sql"]):
+        if name is not None:
+            one = slice(row, row + 1)
+            alone = fixed.generate(found["prompts"][one], found["mask"][one], adapters=name, max_new_tokens=16)
+            assert torch.equal(alone, found["both"][one])
 
 
 def test_training_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +81,83 @@ def test_the_picture_is_svg_and_draws_like_layers_once(report: flora_fx.FusionRe
     assert "layers_*_qvk ×3" in texts
     assert "7 GEMMs, 4 elementwise  →  2 GEMMs" in texts
     assert {"W q", "A q_a", "B q_b", "×0.7"} <= set(texts)
+
+
+def texts_of(svg: str) -> list[str | None]:
+    return [element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_the_picture_says_what_is_where_and_what_it_does_not_say(report: flora_fx.FusionReport) -> None:
+    svg = str(report.draw())
+    root, texts = ET.fromstring(svg), texts_of(svg)
+    title, told = root[0], root[1]
+    assert root.get("role") == "img"
+    assert root.get("aria-labelledby") == f"{title.get('id')} {told.get('id')}"
+    assert "layers_*_qvk ×3: 7 GEMMs, 4 elementwise  →  2 GEMMs" in (told.text or "")
+    assert {"before: a GEMM for each W, A and B", "after: a GEMM for each frame"} <= set(texts)
+    assert any("not to scale" in (text or "") for text in texts)
+    assert "@media (prefers-color-scheme: dark)" in svg
+    assert [element.tag for element in root.iter() if "fill" in element.attrib] == []  # colours are the reader's
+
+
+def sketched(**changes: Any) -> str:
+    """The picture of two projections with an adapter each: what differs is given."""
+    from flora_fx.reporting.sketch import Sketch, SketchPath, draw
+
+    paths = (SketchPath(0, 0, "q", 2.0), SketchPath(1, 1, "k", 2.0))
+    usual = {"bases": (("q", 8), ("k", 6)), "downs": (("q", 3), ("k", 2)), "accumulated": paths, "widened": ()}
+    sketch = Sketch(name="pack", reads="x", **({**usual, "gemms": 2, "apart": 0} | changes))
+    return draw([sketch], lambda name: name)
+
+
+def frames(svg: str) -> int:
+    return svg.count('class="fx-frame"')
+
+
+def test_y_goes_past_the_up_projections_to_the_sum() -> None:
+    texts = texts_of(sketched())
+    assert {"y", "z", "2·B z"} <= set(texts)
+    assert texts.count("+") == 2 + 1  # before, and after
+    assert "s·B z" in texts_of(sketched(accumulated=(_path(0, 0, 2.0), _path(1, 1, 0.5))))
+
+
+def test_a_shared_down_projection_has_a_wire_to_each_that_reads_it() -> None:
+    shared = sketched(downs=(("q", 3),), accumulated=(_path(0, 0, 2.0), _path(1, 0, 2.0)))
+    assert texts_of(shared).count("A shared") == 1
+    assert "A shared [3]" in [" ".join((text or "").split()) for text in texts_of(shared)]
+    assert "240,93 240,161 254,161" in shared  # from behind A, past W k, to B k
+    assert "A z without a wire" not in shared
+    elsewhere = sketched(downs=(), accumulated=(_path(0, None, 2.0), _path(1, None, 2.0)))
+    assert texts_of(elsewhere).count("z") == 2 + 1
+    assert "A z without a wire" in elsewhere
+
+
+def test_a_down_projection_that_only_others_read_is_drawn_too() -> None:
+    texts = texts_of(sketched(accumulated=(), gemms=1))
+    assert {"A q", "A k"} <= set(texts)
+    assert texts.count("z") == 4  # two before, two after
+
+
+def test_a_frame_is_a_gemm() -> None:
+    assert frames(sketched()) == 2
+    assert frames(sketched(gemms=3)) == 3  # each B is one
+    assert frames(sketched(apart=2, gemms=3)) == 3  # the A's are one, the B's another
+    widened = sketched(accumulated=(), widened=(_path(0, 0, 2.0), _path(1, 1, 2.0)), apart=2, gemms=2)
+    assert frames(widened) == 2
+    assert "x, z" not in texts_of(widened)  # z comes from the A's below
+
+
+def _path(base: int, down: int | None, scale: float) -> Any:
+    from flora_fx.reporting.sketch import SketchPath
+
+    return SketchPath(base, down, "qk"[base], scale)
+
+
+def test_the_pictures_of_the_pages_are_drawn_as_pictures_are_now() -> None:
+    style = str(sketched()).partition("<style>")[2].partition("</style>")[0]
+    docs = Path(__file__).parent.parent / "docs"
+    assert len(style) > 500
+    assert all(style in (docs / f"{name}.svg").read_text(encoding="utf-8") for name in ("llama-layer", "ffba-shared"))
 
 
 def test_a_graph_without_adapters_has_a_report_and_a_picture_too(tmp_path: Path) -> None:

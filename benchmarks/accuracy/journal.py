@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from .data import Splits
-from .methods import FULL, LORA
-from .run import Outcome, Recipe, Run
+from .methods import family
+from .recipe import Recipe
+from .run import Outcome, Run
+from .suite import Learner
 
-__all__ = ["Journal", "digest"]
+__all__ = ["Journal", "digest", "weights_digest"]
 
 
 class Journal:
@@ -30,6 +32,7 @@ class Journal:
 
     Args:
         path: of the file; made if missing. What an interruption left of a last line is cut off.
+        learner: how the base learns.
         base: the model that is fine-tuned.
         tasks: their examples.
         recipe: what all runs share.
@@ -38,10 +41,13 @@ class Journal:
         ValueError: the file has a line that is not of a journal.
     """
 
-    def __init__(self, path: Path, base: nn.Module, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+    def __init__(
+        self, path: Path, learner: Learner, base: nn.Module, tasks: Mapping[str, Splits], recipe: Recipe
+    ) -> None:
         self._path = path
+        self._learner = learner
         versions = [version(package) for package in ("torch", "transformers", "peft")]
-        self._shared = [versions, _weights(base), asdict(recipe)]
+        self._shared = [versions, weights_digest(base), asdict(recipe)]
         self._tasks = {name: digest(dict(splits)) for name, splits in tasks.items()}
         self._found = _read(path)
 
@@ -60,7 +66,7 @@ class Journal:
         self._found[key] = outcome
 
     def _key(self, run: Run) -> str:
-        return digest([self._shared, _code(run.method), self._tasks[run.task], asdict(run)])
+        return digest([self._shared, _code(run.method, self._learner.code), self._tasks[run.task], asdict(run)])
 
 
 def digest(value: object) -> str:
@@ -89,7 +95,8 @@ def _read(path: Path) -> dict[str, Outcome]:
     return found
 
 
-def _weights(model: nn.Module) -> str:
+def weights_digest(model: nn.Module) -> str:
+    """A hash of a model's weights."""
     found = hashlib.sha256()
     for name, weight in model.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
@@ -98,11 +105,11 @@ def _weights(model: nn.Module) -> str:
 
 
 @cache
-def _code(method: str) -> str:
+def _code(method: str, learner: tuple[Path, ...]) -> str:
     """A hash of the code that decides what a run of the method does."""
     here = Path(__file__).parent
-    files = [here / "run.py", here / "methods.py"]
-    if method not in (FULL, LORA):
+    files = [here / "run.py", here / "methods.py", *learner]
+    if family(method) == "FFBA":
         from flora_fx import adapters
 
         files += sorted(file for folder in adapters.__path__ for file in Path(folder).glob("*.py"))

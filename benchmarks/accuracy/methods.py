@@ -2,63 +2,139 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from flora_fx.errors import AdapterError
 
-__all__ = ["FULL", "LORA", "METHODS", "Contestant", "adapted", "contestants"]
+__all__ = ["FULL", "LORA", "METHODS", "VARIANTS", "Contestant", "adapted", "contestants", "family", "rate_ratio"]
 
 FULL, LORA = "full", "LoRA"
 
 
-def _lora(rank: int) -> Any:
-    import peft
+@dataclass(frozen=True)
+class _Method:
+    """An adapter and how it is trained.
 
-    # In a Llama: q, k, v, o, gate, up and down.
-    return peft.LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    Attributes:
+        configurations: PEFT's, by the rank that all of them have; several are active at once.
+        ratio: the learning rate of B over that of A.
+        orthogonal: whether the rows of a LoRA's A begin orthonormal; of ours the configuration says so.
+    """
+
+    configurations: Callable[[int], Sequence[Any]]
+    ratio: float = 1.0
+    orthogonal: bool = False
 
 
-def _ffba(**form: Any) -> Callable[[int], Any]:
-    def configuration(rank: int) -> Any:
+_ATTENTION = r".*\.(self_attn|attention)\..*(_proj|query|key|value|dense)"
+_MLP = r".*\.(mlp\.\w+_proj|\d+\.(intermediate|output)\.dense)"
+
+
+def _lora(targets: str = "all-linear", **form: Any) -> _Method:
+    def configurations(rank: int) -> Sequence[Any]:
+        import peft
+
+        # In a Llama: q, k, v, o, gate, up and down.
+        fields = {"lora_alpha": 2 * rank, "lora_dropout": 0.0, "target_modules": targets} | form
+        return [peft.LoraConfig(r=rank, **fields)]
+
+    return _Method(configurations)
+
+
+def _ffba(*forms: Mapping[str, Any]) -> _Method:
+    def configurations(rank: int) -> Sequence[Any]:
         from flora_fx.adapters import FloraConfig
 
-        return FloraConfig(r=rank, alpha=2 * rank, task_type="CAUSAL_LM", **form)
+        return [FloraConfig(r=rank, **{"alpha": 2 * rank, **form}) for form in forms]
 
-    return configuration
+    return _Method(configurations)
 
 
-METHODS: dict[str, Callable[[int], Any]] = {
-    LORA: _lora,
-    "block": _ffba(placement="block"),
-    "block, relu": _ffba(placement="block", activation="relu"),
-    "block, forward": _ffba(placement="block", ends="forward"),
-    "block, backward": _ffba(placement="block", ends="backward"),
-    "shared": _ffba(placement="shared"),
-    "shared, silu": _ffba(placement="shared", activation="silu"),
-    "cross": _ffba(placement="cross"),
+METHODS: dict[str, _Method] = {
+    LORA: _lora(),
+    "block": _ffba({"placement": "block"}),
+    "block, relu": _ffba({"placement": "block", "activation": "relu"}),
+    "block, forward": _ffba({"placement": "block", "ends": "forward"}),
+    "block, backward": _ffba({"placement": "block", "ends": "backward"}),
+    "shared": _ffba({"placement": "shared"}),
+    "shared, silu": _ffba({"placement": "shared", "activation": "silu"}),
+    "cross": _ffba({"placement": "cross"}),
 }
-"""Each adapter's PEFT configuration by its rank; the scaling of all of them is 2."""
+"""Each adapter by its name; the scaling of all of them is 2."""
+
+_SHARED: Mapping[str, Any] = {"placement": "shared"}
+_STABLE = 8.0  # alpha of rank-stabilised scaling: 5.7 at rank 2, 2.8 at rank 8
+
+VARIANTS: dict[str, _Method] = {
+    "LoRA, B ×4": replace(_lora(), ratio=4.0),
+    "LoRA, B ×16": replace(_lora(), ratio=16.0),
+    "LoRA, rank-stabilised": _lora(use_rslora=True, lora_alpha=_STABLE),
+    "LoRA, orthogonal A": replace(_lora(), orthogonal=True),
+    "LoRA, orthogonal A, B ×4": replace(_lora(), orthogonal=True, ratio=4.0),
+    "LoRA, attention": _lora(_ATTENTION),
+    "LoRA, MLP": _lora(_MLP),
+    "LoRA, dropout": _lora(lora_dropout=0.1),
+    "shared, B ×4": replace(_ffba(_SHARED), ratio=4.0),
+    "shared, B ×16": replace(_ffba(_SHARED), ratio=16.0),
+    "shared, rank-stabilised": _ffba({**_SHARED, "use_rslora": True, "alpha": _STABLE}),
+    "shared, orthogonal A": _ffba({**_SHARED, "init": "orthogonal"}),
+    "shared, orthogonal A, B ×4": replace(_ffba({**_SHARED, "init": "orthogonal"}), ratio=4.0),
+    "shared, attention": _ffba({**_SHARED, "blocks": ["attention"]}),
+    "shared, MLP": _ffba({**_SHARED, "blocks": ["mlp"]}),
+    "shared, dropout": _ffba({**_SHARED, "dropout": 0.1}),
+    "shared, tanh": _ffba({**_SHARED, "activation": "tanh"}),
+    "shared and cross": _ffba(_SHARED, {"placement": "cross"}),
+}
+"""What a search tries besides: the same freedom for both, and what only FFBA has."""
 
 
-def adapted(model: Any, method: str, rank: int) -> Any:
+def family(method: str) -> str:
+    """``full``, ``LoRA`` or ``FFBA``.
+
+    >>> family("full"), family("LoRA, B ×4"), family("shared")
+    ('full', 'LoRA', 'FFBA')
+    """
+    return method if method == FULL else LORA if method.partition(",")[0] == LORA else "FFBA"
+
+
+def rate_ratio(method: str) -> float:
+    """The learning rate of B over that of A."""
+    return 1.0 if method == FULL else _method(method).ratio
+
+
+def _method(name: str) -> _Method:
+    return METHODS[name] if name in METHODS else VARIANTS[name]
+
+
+def adapted(model: Any, method: str, rank: int, task_type: str) -> Any:
     """The model as the method trains it.
 
     Args:
-        model: a causal language model; changed.
-        method: a name of `METHODS`, or `FULL`, which trains every weight.
+        model: a transformers model; changed.
+        method: a name of `METHODS` or `VARIANTS`, or `FULL`, which trains every weight.
         rank: of the adapter.
+        task_type: PEFT's word for what the model is.
     """
     if method == FULL:
         return model.requires_grad_(True)
     import peft
 
-    return peft.get_peft_model(model, METHODS[method](rank))
+    first, *others = (replace(one, task_type=task_type) for one in _method(method).configurations(rank))
+    found = peft.get_peft_model(model, first)
+    names = ["default", *(f"beside {index}" for index, _ in enumerate(others))]
+    for name, other in zip(names[1:], others, strict=True):
+        found.add_adapter(name, other)
+    if others:
+        found.base_model.set_adapter(names)
+    if _method(method).orthogonal:
+        for name, weight in found.named_parameters():
+            if ".lora_A." in name:
+                nn.init.orthogonal_(weight)
+    return found
 
 
 @dataclass(frozen=True)
@@ -85,23 +161,28 @@ def contestants(model: nn.Module, methods: Sequence[str], budgets: Sequence[int]
 
     Args:
         model: the base.
-        methods: names of `METHODS`, or `FULL`.
+        methods: names of `METHODS` or `VARIANTS`, or `FULL`.
         budgets: ranks of LoRA.
     """
-    from flora_fx.adapters import parameters_of
-
     found = [Contestant(0, FULL, 0, sum(weight.numel() for weight in model.parameters()))] if FULL in methods else []
     for budget in budgets:
-        parameters = parameters_of(_lora(budget), model)
+        parameters = _parameters(model, LORA, budget)
         found += [_contestant(model, method, budget, parameters) for method in methods if method != FULL]
     return found
 
 
 def _contestant(model: nn.Module, method: str, budget: int, parameters: int) -> Contestant:
-    from flora_fx.adapters import parameters_of, rank_for_budget
-
     try:
-        rank = rank_for_budget(model, METHODS[method](1), parameters=parameters)
+        least = _parameters(model, method, 1)  # every rank costs as much
     except AdapterError as error:
         return Contestant(budget, method, 0, 0, str(error))
-    return Contestant(budget, method, rank, parameters_of(METHODS[method](rank), model))
+    rank = parameters // least
+    if not rank:
+        return Contestant(budget, method, 0, 0, f"{parameters} parameters are too few: rank 1 has {least}")
+    return Contestant(budget, method, rank, least * rank)
+
+
+def _parameters(model: nn.Module, method: str, rank: int) -> int:
+    from flora_fx.adapters import parameters_of
+
+    return sum(parameters_of(one, model) for one in _method(method).configurations(rank))

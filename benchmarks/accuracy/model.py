@@ -16,6 +16,7 @@ from flora_fx.measuring.method import pinned
 
 from ..measure.isolated import Progress
 from .data import Example
+from .generation import Generation
 from .run import scheduled, step
 from .tasks import LENGTH, PRETRAINING, SYMBOLS, VOCABULARY, example
 
@@ -88,11 +89,12 @@ def pretrained(settings: Pretraining, folder: Path, progress: Progress) -> Path:
 
 def _train(model: Any, settings: Pretraining, progress: Progress) -> None:
     drawn = random.Random(settings.seed)
+    learner = Generation("")
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.rate, weight_decay=0.0)
     for index in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * scheduled(index, settings.steps)
-        step(model, optimizer, [_draw(drawn) for _ in range(settings.batch)], "cpu")
+        step(optimizer, learner.loss(model, [_draw(drawn) for _ in range(settings.batch)], "cpu"))
         progress(index + 1, settings.steps)
 
 

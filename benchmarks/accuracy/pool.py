@@ -8,28 +8,18 @@ import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from flora_fx.checkpoint import load_model
 
 from ..measure.isolated import Progress
 from .data import Splits
 from .journal import Journal
-from .run import Outcome, Recipe, Run, fine_tune
+from .recipe import Recipe
+from .run import Outcome, Run, fine_tune
+from .suite import Learner
 
-__all__ = ["Pool", "load_base"]
-
-
-def load_base(model: str | Path) -> nn.Module:
-    """A causal language model in float32, without a word on how far it is."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    return load_model(model, dtype=torch.float32, task="causal-lm")
+__all__ = ["Pool"]
 
 
 class Pool:
@@ -37,17 +27,17 @@ class Pool:
 
     Args:
         workers: how many.
-        model: directory or Hub id of the base.
+        learner: of the suite.
         tasks: their examples.
         recipe: what all runs share.
     """
 
-    def __init__(self, workers: int, model: str | Path, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+    def __init__(self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
         self._processes = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_begin,
-            initargs=(model, tasks, recipe),
+            initargs=(learner, tasks, recipe),
         )
 
     def __enter__(self) -> Pool:
@@ -77,11 +67,11 @@ _here: dict[str, Any] = {}
 """What a worker holds between its runs."""
 
 
-def _begin(model: str | Path, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+def _begin(learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # deprecations inside transformers; ours are errors in the tests
-    _here.update(base=load_base(model), tasks=tasks, recipe=recipe)
+    _here.update(learner=learner, base=learner.load(), tasks=tasks, recipe=recipe)
 
 
 def _end_with_parent() -> None:
@@ -92,4 +82,4 @@ def _end_with_parent() -> None:
 
 
 def _work(run: Run) -> Outcome:
-    return fine_tune(_here["base"], _here["tasks"][run.task], run, _here["recipe"])
+    return fine_tune(_here["learner"], _here["base"], _here["tasks"][run.task], run, _here["recipe"])

@@ -1,39 +1,26 @@
-"""One fine-tuning: a fresh copy of the base, an adapter (or all weights), so many steps, exact match."""
+"""One fine-tuning: a fresh copy of the base, an adapter (or all weights), so many steps, what is right then."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .data import Example, Splits
-from .methods import adapted
+from .methods import adapted, rate_ratio
+from .recipe import Recipe
+from .suite import Learner
 
-__all__ = ["Outcome", "Recipe", "Run", "batch_of", "exact_match", "fine_tune", "scheduled", "step"]
+__all__ = ["Outcome", "Run", "fine_tune", "percent_right", "scheduled", "step"]
 
-_IGNORED = -100
 _CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What all runs share: AdamW without weight decay, a tenth of warm-up and half a cosine, gradients clipped at 1.
-
-    Attributes:
-        steps: of the optimizer.
-        batch: examples.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    steps: int = 80
-    batch: int = 16
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -41,10 +28,10 @@ class Run:
     """What is trained.
 
     Attributes:
-        method: a name of `accuracy_methods.METHODS`, or ``full``.
+        method: a name of `methods.METHODS` or `methods.VARIANTS`, or ``full``.
         rank: of its adapter; 0 where there is none.
         task: its name.
-        rate: the highest learning rate.
+        rate: the highest learning rate; of A and B the geometric mean, where they have two.
         seed: of the adapter's weights and of the order of examples, which is the same for all methods.
     """
 
@@ -60,87 +47,78 @@ class Outcome:
     """What came of a run.
 
     Attributes:
-        parameters: that were trained.
-        validation: exact match on that split, in percent.
-        test: exact match on that split, in percent.
+        parameters: of the adapter, or of the base if that was trained.
+        validation: what is right on that split, in percent.
+        test: what is right on that split, in percent.
+        seconds: of a CPU core.
     """
 
     parameters: int
     validation: float
     test: float
+    seconds: float = field(default=0.0, compare=False)
 
 
-def fine_tune(base: nn.Module, splits: Splits, run: Run, recipe: Recipe) -> Outcome:
+def fine_tune(learner: Learner, base: nn.Module, splits: Splits, run: Run, recipe: Recipe) -> Outcome:
     """Train on the split ``train``, evaluate on the others.
 
     Args:
-        base: a causal language model; it stays as it is.
+        learner: of the suite.
+        base: what it loads; stays as it is.
         splits: the examples of ``run.task``.
         run: method, rank, learning rate, seed.
         recipe: what all runs share.
     """
+    began = time.process_time()
     torch.manual_seed(run.seed)
-    model = adapted(copy.deepcopy(base), run.method, run.rank).to(recipe.device).train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=run.rate, weight_decay=0.0)
+    body = adapted(copy.deepcopy(base), run.method, run.rank, learner.task_type)
+    model = learner.model(body, run.task).to(recipe.device).train()
+    groups = _groups(model, body, run, learner.head_rate)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    highest = [group["lr"] for group in optimizer.param_groups]
     batches = _batches(splits["train"], recipe.batch, run.seed)
     for index, examples in enumerate(itertools.islice(batches, recipe.steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate * scheduled(index, recipe.steps)
-        step(model, optimizer, examples, recipe.device)
-    validation, test = (exact_match(model, splits[split], recipe) for split in ("validation", "test"))
-    return Outcome(sum(parameter.numel() for parameter in parameters), validation, test)
+        for group, rate in zip(optimizer.param_groups, highest, strict=True):
+            group["lr"] = rate * scheduled(index, recipe.steps)
+        step(optimizer, learner.loss(model, examples, recipe.device))
+    validation, test = (percent_right(learner, model, splits[split], recipe) for split in ("validation", "test"))
+    parameters = sum(parameter.numel() for parameter in body.parameters() if parameter.requires_grad)
+    return Outcome(parameters, validation, test, time.process_time() - began)
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, examples: Sequence[Example], device: str) -> None:
-    """One step of the optimizer, on the answers' tokens alone."""
-    tokens, labels = batch_of(examples)
-    model(input_ids=tokens.to(device), labels=labels.to(device), use_cache=False).loss.backward()
+def _groups(model: nn.Module, body: nn.Module, run: Run, head_rate: float) -> list[dict[str, Any]]:
+    """The body's weights at the rate of the run, what the suite put onto it at a rate of its own."""
+    from flora_fx.adapters import parameter_groups
+
+    ratio = rate_ratio(run.method)
+    groups = parameter_groups(body, lr=run.rate / math.sqrt(ratio), ratio=ratio)
+    ours = {id(parameter) for parameter in body.parameters()}
+    head = [parameter for parameter in model.parameters() if id(parameter) not in ours]
+    return groups + ([{"params": head, "lr": head_rate}] if head else [])
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step of the optimizer down a loss."""
+    loss.backward()
     nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], _CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [batch, length], padded on the right; only answers have labels.
-
-    No attention mask is needed: under causal attention no token sees the padding after it.
-
-    >>> batch_of([Example((5, 6), (7,)), Example((5,), (8,))])
-    (tensor([[5, 6, 7],
-            [5, 8, 0]]), tensor([[-100, -100,    7],
-            [-100,    8, -100]]))
-    """
-    length = max(len(example.prompt) + len(example.answer) for example in examples)
-    tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full_like(tokens, _IGNORED)
-    for row, (prompt, answer) in enumerate(examples):
-        end = len(prompt) + len(answer)
-        tokens[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return tokens, labels
-
-
 @torch.inference_mode()
-def exact_match(model: Any, examples: Sequence[Example], recipe: Recipe) -> float:
-    """How many answers are right in every token, in percent.
-
-    The model reads the right answer and predicts each token of it from those before. If the likeliest token is right
-    every time, greedy generation writes the same answer, and the other way round: up to the first error both read the
-    same.
+def percent_right(learner: Learner, model: nn.Module, examples: Sequence[Example], recipe: Recipe) -> float:
+    """How many of the examples are answered right, in percent.
 
     Args:
-        model: a causal language model; left in eval mode.
+        learner: of the suite.
+        model: left in eval mode.
         examples: at least one.
         recipe: device, and the batch; two of those are evaluated at once.
     """
     model.eval()
-    right = 0
-    for start in range(0, len(examples), 2 * recipe.batch):
-        tokens, labels = batch_of(examples[start : start + 2 * recipe.batch])
-        predicted = model(input_ids=tokens.to(recipe.device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        right += int(((predicted == labels[:, 1:]) | (labels[:, 1:] == _IGNORED)).all(-1).sum())
-    return 100 * right / len(examples)
+    size = 2 * recipe.batch
+    batches = (examples[start : start + size] for start in range(0, len(examples), size))
+    return 100 * sum(learner.right(model, batch, recipe.device) for batch in batches) / len(examples)
 
 
 def scheduled(index: int, steps: int) -> float:

@@ -15,9 +15,9 @@ import torch
 
 from flora_fx.measuring.method import interval
 
-from .methods import FULL, LORA, Contestant
+from .methods import FULL, LORA, Contestant, family
 
-__all__ = ["TARGET", "Interval", "Tried", "bootstrap", "chosen", "summary"]
+__all__ = ["TARGET", "Interval", "Pair", "Tried", "bootstrap", "chosen", "compared", "summary", "widest"]
 
 TARGET = 2.1
 """Points above LoRA that FFBA's best variant is to reach, as a mean over tasks."""
@@ -37,7 +37,7 @@ class Tried:
     """What tuning found.
 
     Attributes:
-        validation: exact match on the validation split, by rate and seed.
+        validation: what is right on the validation split, by rate and seed.
         chosen: the index of the best rate.
     """
 
@@ -85,6 +85,35 @@ def bootstrap(values: Sequence[Sequence[float]], *, draws: int = 10_000) -> Inte
     return Interval(table.mean().item(), *interval(means))
 
 
+def compared(
+    one: Contestant, other: Contestant, tasks: Sequence[str], tests: Mapping[Pair, Sequence[float]]
+) -> Interval:
+    """The mean difference between two contestants over tasks, by pairs of a task and a seed.
+
+    Args:
+        one: what is compared.
+        other: what it is compared to.
+        tasks: their names.
+        tests: what is right on the test split, by seed.
+    """
+    return bootstrap([_minus(tests[one, task], tests[other, task]) for task in tasks])
+
+
+def widest(contestants: Sequence[Contestant], tasks: Sequence[str], tests: Mapping[Pair, Sequence[float]]) -> float:
+    """Half the widest interval of a difference between an adapter and LoRA at the same budget, in points.
+
+    The rule by which seeds are added looks at how wide intervals are, not at where they lie: it favours nobody.
+
+    Args:
+        contestants: those that take part.
+        tasks: their names.
+        tests: what is right on the test split, by seed.
+    """
+    rival = {one.budget: one for one in contestants if one.method == LORA}
+    found = [compared(one, rival[one.budget], tasks, tests) for one in contestants if one.method not in (LORA, FULL)]
+    return max(((interval.high - interval.low) / 2 for interval in found), default=0.0)
+
+
 def summary(
     contestants: Sequence[Contestant],
     tasks: Sequence[str],
@@ -99,7 +128,7 @@ def summary(
         tasks: their names.
         rates: learning rates.
         tried: what tuning found, by contestant and task.
-        tests: exact match on the test split at the chosen rate, by seed.
+        tests: what is right on the test split at the chosen rate, by seed.
 
     Returns:
         ``contestants``: method, budget, rank, parameters, or why not; ``cells``, one per contestant and task: the
@@ -115,7 +144,7 @@ def summary(
     cells, means, grid = [], [], []
     for one in competing:
         lora = rival.get(one.budget, one)
-        compared = lora is not one
+        another = lora is not one
         named = {"budget": one.budget, "method": one.method}
         differences = [_minus(tests[one, task], tests[lora, task]) for task in tasks]
         for task, difference in zip(tasks, differences, strict=True):
@@ -123,14 +152,14 @@ def summary(
             cell = named | {"task": task, "rate": rates[found.chosen], "at_end": found.at_end}
             cell |= {"validation": found.validation, "test": tests[one, task]}
             cell |= {"mean": _mean(tests[one, task]), "spread": _spread(tests[one, task])}
-            cells.append(cell | _compared(compared, [difference]))
+            cells.append(cell | _compared(another, [difference]))
         mean = named | {"test": asdict(bootstrap([tests[one, task] for task in tasks]))}
-        means.append(mean | _compared(compared, differences))
+        means.append(mean | _compared(another, differences))
         for index, rate in enumerate(rates):
             own, other = ([tried[method, task].validation[index] for task in tasks] for method in (one, lora))
             pairs = [_minus(*pair) for pair in zip(own, other, strict=True)]
             entry = named | {"rate": rate, "validation": _mean([_mean(values) for values in own])}
-            grid.append(entry | _compared(compared, pairs))
+            grid.append(entry | _compared(another, pairs))
     verdicts = [_verdict(budget, competing, tasks, tried, means) for budget in rival]
     return {
         "contestants": [asdict(contestant) for contestant in contestants],
@@ -149,7 +178,7 @@ def _verdict(
     means: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """FFBA's best variant at a budget, chosen as learning rates are: by validation, so that the test stays a test."""
-    variants = [one for one in competing if one.budget == budget and one.method not in (LORA, FULL)]
+    variants = [one for one in competing if one.budget == budget and family(one.method) == "FFBA"]
     if not variants:
         return {}
     best = max(variants, key=lambda one: _mean([tried[one, task].best for task in tasks]))
@@ -164,8 +193,8 @@ def _verdict(
     }
 
 
-def _compared(compared: bool, differences: Sequence[Sequence[float]]) -> dict[str, Any]:
-    return {"difference": asdict(bootstrap(differences))} if compared else {}
+def _compared(another: bool, differences: Sequence[Sequence[float]]) -> dict[str, Any]:
+    return {"difference": asdict(bootstrap(differences))} if another else {}
 
 
 def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:

@@ -9,9 +9,9 @@ from typing import Any
 from flora_fx.measuring.bars import INK, PALE, STYLE, require_figures, write
 
 from ..show.sheet import Sheet
-from .methods import FULL, LORA
+from .methods import FULL, LORA, family
 
-__all__ = ["draw", "setup", "sheets"]
+__all__ = ["draw", "setup", "sheets", "signed"]
 
 Result = Mapping[str, Any]
 
@@ -37,17 +37,37 @@ def setup(result: Result) -> str:
         else ""
     )
     return (
-        f"The base is {base} ({settings['parameters']} parameters); {len(settings['tasks'])} tasks that it has not "
+        f"The base is {base} ({settings['parameters']} parameters); {_count(settings['tasks'])} that it has not "
         f"seen{examples}; {recipe['steps']} steps of AdamW with {recipe['batch']} examples, float32, on "
         f"{recipe['device']}. Learning rates tried by every method on every task: "
         f"{', '.join(f'{rate:g}' for rate in settings['rates'])}, chosen by the validation split over "
-        f"{settings['tuning_seeds']} seeds; then {settings['seeds']} seeds on the test split."
+        f"{settings['tuning_seeds']} seeds; then {settings['seeds']} seeds on the test split.{_cost(settings)}"
     )
 
 
+def _count(tasks: Mapping[str, Any]) -> str:
+    return f"{len(tasks)} task{'' if len(tasks) == 1 else 's'}"
+
+
+def _cost(settings: Mapping[str, Any]) -> str:
+    """What the text is of, and what the trainings took, where the record says it."""
+    told = ""
+    if text := settings.get("text"):
+        told += f" The text is that of {', '.join(f'{name} {version}' for name, version in text.items())}."
+    if "cpu_seconds" in settings:
+        told += f" {settings['trainings']} trainings took {settings['cpu_seconds'] / 3600:.1f} hours of a CPU core."
+    return told
+
+
+def _measured(result: Result) -> str:
+    measured: str = result["settings"].get("measured", "exact match")
+    return measured
+
+
 def sheets(result: Result) -> list[Sheet]:
-    """Per budget: means over tasks, every task, differences to LoRA, chosen learning rates, one rate for all tasks."""
-    found = []
+    """The tasks, if they have baselines; per budget means, tasks, differences to LoRA, rates, one rate for all."""
+    known = [one for one in result.get("tasks", ()) if "majority" in one]
+    found = [_candidates(known)] if known else []
     for budget in _budgets(result):
         found += [
             _means(result, budget),
@@ -57,6 +77,19 @@ def sheets(result: Result) -> list[Sheet]:
             _grid(result, budget),
         ]
     return found
+
+
+def _candidates(tasks: Sequence[Mapping[str, Any]]) -> Sheet:
+    body = []
+    for one in tasks:
+        percents = [f"{one[name]:.1f}" for name in ("majority", "validation", "test")]
+        body.append([one["task"], str(one["labels"]), *percents, one["left_out"] or "compared"])
+    header = ["", "labels", "majority, %", "frozen features, validation, %", "test, %", ""]
+    note = (
+        "Frozen features: logistic regression, which every method starts from. A task is compared if LoRA at the "
+        "smallest budget, on the validation split, is above it and does not solve the task; no other method was asked."
+    )
+    return Sheet("Tasks and their baselines", header, body, [note])
 
 
 def _budgets(result: Result) -> list[int]:
@@ -89,21 +122,22 @@ def _label(result: Result, budget: int) -> str:
     return f"at most {parameters} parameters ({share:.1%}, LoRA of rank {budget})"
 
 
-def _signed(value: float) -> str:
+def _points(value: float) -> str:
     """
-    >>> _signed(2.14), _signed(-0.31), _signed(0.04)
+    >>> _points(2.14), _points(-0.31), _points(0.04)
     ('+2.1', '−0.3', '0.0')
     """
     rounded = f"{abs(value):.1f}"
     return rounded if rounded == "0.0" else f"{'+' if value > 0 else '−'}{rounded}"
 
 
-def _difference(interval: Mapping[str, float]) -> str:
-    """
-    >>> _difference({"mean": 2.14, "low": -0.2, "high": 4.0})
+def signed(interval: Mapping[str, float]) -> str:
+    """A mean difference with its interval.
+
+    >>> signed({"mean": 2.14, "low": -0.2, "high": 4.0})
     '+2.1 (−0.2…+4.0)'
     """
-    return f"{_signed(interval['mean'])} ({_signed(interval['low'])}…{_signed(interval['high'])})"
+    return f"{_points(interval['mean'])} ({_points(interval['low'])}…{_points(interval['high'])})"
 
 
 def _means(result: Result, budget: int) -> Sheet:
@@ -114,10 +148,10 @@ def _means(result: Result, budget: int) -> Sheet:
             notes.append(f"{one['method']} is not available: {one['unavailable']}.")
             continue
         mean = _mean(result, one)
-        against = _difference(mean["difference"]) if "difference" in mean else ""
+        against = signed(mean["difference"]) if "difference" in mean else ""
         exact = f"{mean['test']['mean']:.1f} ({mean['test']['low']:.1f}…{mean['test']['high']:.1f})"
         body.append([one["method"], str(one["rank"] or ""), str(one["parameters"]), exact, against])
-    header = ["", "rank", "parameters", "exact match, %", f"− {LORA}"]
+    header = ["", "rank", "parameters", f"{_measured(result)}, %", f"− {LORA}"]
     notes += [_sentence(verdict) for verdict in result["verdicts"] if verdict["budget"] == budget]
     notes.append(
         "Means over tasks and seeds; differences are of pairs (task, seed). The 95% intervals are a bootstrap of seeds "
@@ -131,7 +165,7 @@ def _tasks(result: Result, budget: int) -> Sheet:
         [one["method"], *(f"{cell['mean']:.1f} ± {cell['spread']:.1f}" for cell in _cells(result, one))]
         for one in _competing(result, budget)
     ]
-    title = f"Exact match on the test split by task, %, {_label(result, budget)}"
+    title = f"{_measured(result).capitalize()} on the test split by task, %, {_label(result, budget)}"
     return Sheet(title, ["", *result["settings"]["tasks"]], body, ["Mean over seeds ± their standard deviation."])
 
 
@@ -141,14 +175,14 @@ def _sentence(verdict: Mapping[str, Any]) -> str:
         surely = verdict["difference"]["low"] >= verdict["target"]
         found = "reached" if surely else "reached by the mean, not by the whole interval"
     return (
-        f"FFBA's best variant by validation, {verdict['best']}, is {_difference(verdict['difference'])} points from "
-        f"{LORA}: the target of {_signed(verdict['target'])} is {found}."
+        f"FFBA's best variant by validation, {verdict['best']}, is {signed(verdict['difference'])} points from "
+        f"{LORA}: the target of {_points(verdict['target'])} is {found}."
     )
 
 
 def _differences(result: Result, budget: int) -> Sheet:
     body = [
-        [one["method"], *(_difference(cell["difference"]) for cell in _cells(result, one))]
+        [one["method"], *(signed(cell["difference"]) for cell in _cells(result, one))]
         for one in _competing(result, budget)
         if one["method"] not in (FULL, LORA)
     ]
@@ -170,7 +204,7 @@ def _grid(result: Result, budget: int) -> Sheet:
     body = []
     for one in _competing(result, budget):
         cells = [
-            f"{row['validation']:.1f}" + (f"; {_difference(row['difference'])}" if "difference" in row else "")
+            f"{row['validation']:.1f}" + (f"; {signed(row['difference'])}" if "difference" in row else "")
             for row in result["grid"]
             if (row["budget"], row["method"]) == (one["budget"], one["method"])
         ]
@@ -191,6 +225,7 @@ def draw(result: Result, path: Path) -> list[Path]:
     """
     matplotlib, figures = require_figures()
     budgets, settings = _budgets(result), result["settings"]
+    measured = f"{_measured(result).capitalize()} on the test split"
     note = (
         f"{len(settings['tasks'])} tasks × {settings['seeds']} seeds, learning rate tuned per method and task on the "
         "validation split"
@@ -200,13 +235,18 @@ def draw(result: Result, path: Path) -> list[Path]:
         panels = dots.subplots(1, len(budgets), sharex=True, sharey=True, squeeze=False)[0]
         for panel, budget in zip(panels, budgets, strict=True):
             _draw_dots(panel, result, budget)
-        files = write(dots, path, title="Exact match on the test split, mean over tasks", note=f"{note}; 95% intervals")
+        files = write(
+            dots,
+            path,
+            title=f"{measured}, mean over tasks",
+            note=f"{note}; 95% intervals",
+        )
         maps = figures.Figure(figsize=(7.5 * max(2, len(budgets)), 4.2), facecolor="white", layout="constrained")
         panels = maps.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
         for panel, budget in zip(panels, budgets, strict=True):
             _draw_map(panel, result, budget)
         tasks = path.with_name(f"{path.name}-tasks")
-        return files + write(maps, tasks, title="Exact match on the test split, %, by task", note=note)
+        return files + write(maps, tasks, title=f"{measured}, %, by task", note=note)
 
 
 def _draw_dots(panel: Any, result: Result, budget: int) -> None:
@@ -214,7 +254,7 @@ def _draw_dots(panel: Any, result: Result, budget: int) -> None:
     names = [one["method"] for one in entered]
     for row, one in enumerate(entered):
         test = _mean(result, one)["test"]
-        colour = _COLOURS.get(one["method"], _FFBA)
+        colour = _COLOURS.get(family(one["method"]), _FFBA)
         panel.plot([test["low"], test["high"]], [row, row], color=colour, linewidth=2, zorder=3)
         panel.plot(test["mean"], row, "o", color=colour, markersize=7, zorder=4)
         panel.annotate(
@@ -232,7 +272,7 @@ def _draw_dots(panel: Any, result: Result, budget: int) -> None:
     panel.margins(x=0.12)
     _plain(panel, _label(result, budget))
     panel.grid(axis="x", color="#eceef1", zorder=0)
-    panel.set_xlabel("exact match, %", color=PALE)
+    panel.set_xlabel(f"{_measured(result)}, %", color=PALE)
 
 
 def _draw_map(panel: Any, result: Result, budget: int) -> None:

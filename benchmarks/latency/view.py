@@ -13,7 +13,7 @@ from flora_fx.measuring.method import Timing
 from ..contenders import ffba
 from ..show.sheet import Sheet
 
-__all__ = ["COLOURS", "cell", "draw", "sheets"]
+__all__ = ["COLOURS", "cell", "draw", "sheets", "slower"]
 
 Row = Mapping[str, Any]
 
@@ -24,8 +24,8 @@ COLOURS = {
     "PEFT (eager)": "#dfe2e6",
     "PEFT": "#c9cdd3",
     "PEFT (freezing)": "#aeb4bc",
-    "PEFT (transformers)": "#c9cdd3",
-    "PEFT (transformers, ort_fusions)": "#aeb4bc",
+    "PEFT (transformers)": "#cdb7d6",
+    "PEFT (transformers, ort_fusions)": "#a389b3",
     "PEFT (genai)": "#8f97a1",
     "fused": "#2f7d5b",
     "fused (hot swap)": "#8cc4a8",
@@ -161,8 +161,34 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
         colours = {name: colour for name, colour in COLOURS.items() if name != reference}
         if panels:
             place = path.with_name(f"{path.name}-{prompt}")
-            files += draw_bars(panels, colours, place, title=title, note=note, base=reference)
+            files += draw_bars(panels, colours, place, title=title, note=note, base=reference, caption=slower(panels))
     return files
+
+
+def slower(panels: Mapping[str, Mapping[str, Mapping[str, Timing]]]) -> str:
+    """Where a form of ours takes longer than the fastest PEFT under the same runner, as a sentence; "" where none does.
+
+    Args:
+        panels: as `draw_bars` takes them.
+
+    >>> timings = {"PEFT": Timing(1.1, 1.1, 1.0, 1.2), "fused": Timing(1.2, 1.2, 1.1, 1.3)}
+    >>> slower({"eager": {"TPOT": timings, "TTFT": {"PEFT": Timing(1, 1, 1, 1)}}})
+    'Slower than the fastest PEFT: fused under eager (TPOT).'
+    """
+    found = []
+    for runner, metrics in panels.items():
+        for ours in [name for name in COLOURS if name.startswith("fused")]:
+            where = [metric for metric, timings in metrics.items() if _slower(ours, timings)]
+            if where:
+                found.append(f"{ours} under {runner} ({', '.join(where)})")
+    return f"Slower than the fastest PEFT: {'; '.join(found)}." if found else ""
+
+
+def _slower(ours: str, timings: Mapping[str, Timing]) -> bool:
+    """Beside PEFT with constant weights where ours are constant, else beside all others."""
+    kind = "(freezing)" in ours
+    peers = [t.ratio for name, t in timings.items() if name.startswith("PEFT") and ("(freezing)" in name) is kind]
+    return ours in timings and bool(peers) and timings[ours].ratio > min(peers)
 
 
 def _panels(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Timing]]]:

@@ -108,7 +108,22 @@ def draw(result: Mapping[str, Any], path: Path) -> list[Path]:
             f"{setup['batch']}, {setup['device']}, {result['runner']}, after a prompt of {result['prompt']}; "
             f"medians of {result['rounds']} × {result['new']} paired tokens"
         )
-        return write(figure, path, title="How the cost of a LoRA grows", note=note)
+        return write(figure, path, title="How the cost of a LoRA grows", note=note, caption=_slower(result))
+
+
+def _slower(result: Mapping[str, Any]) -> str:
+    """The points at which the fused graph takes longer than PEFT, as a sentence; "" where there are none."""
+    found = []
+    for axis, points in result["axes"].items():
+        tpot = [{row["variant"]: row["tpot"]["ratio"] for row in point["rows"] if "tpot" in row} for point in points]
+        values = [
+            str(point["value"])
+            for point, seen in zip(points, tpot, strict=True)
+            if {"fused", "PEFT"} <= seen.keys() and seen["fused"] > seen["PEFT"]
+        ]
+        if values:
+            found.append(f"{axis} {', '.join(values)}")
+    return f"Slower than PEFT, {result['runner']}: {'; '.join(found)}." if found else ""
 
 
 def _draw_axis(panel: Any, axis: str, points: Sequence[Mapping[str, Any]]) -> None:

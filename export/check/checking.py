@@ -24,6 +24,7 @@ from ..run.session import Session, usable_providers
 from .crossing import check_crossings
 from .differences import TOLERANCES, Check, Differences, own_config, same_tokens
 from .seq2seq import check_seq2seq
+from .slots import adapted, check_slots
 from .upcast import save_in_float32
 
 __all__ = ["TOLERANCES", "Check", "check"]
@@ -67,7 +68,11 @@ def _check(
 ) -> Check:
     if manifest.kind == "causal-lm":
         decoder, _ = open_decoder(directory / MODEL, manifest, providers=providers)
-        return _check_decoder(decoder, model)
+        if not manifest.slots:
+            return _check_decoder(decoder, model)
+        with adapted(model, None):
+            found = _check_decoder(decoder, model)
+        return _check_rows(decoder, model, found)
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
         runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)
@@ -108,6 +113,17 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
 def _precision(manifest: Manifest) -> str:
     """What the check's tolerance goes by."""
     return "int8" if manifest.base.get("activations") == "int8" else manifest.dtype
+
+
+def _check_rows(decoder: Decoder, model: nn.Module, found: Check) -> Check:
+    """Where each row chooses its adapter, beside what was found without any."""
+    differences = Differences(_precision(decoder.manifest))
+    check_slots(decoder, model, partial(_run, model), differences)
+    return replace(
+        found,
+        max_abs_error=max(found.max_abs_error, differences.max_abs),
+        max_rel_error=max(found.max_rel_error, differences.max_rel),
+    )
 
 
 def _run(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..lora.slots import ADAPTER_IDS
 from ..run.decoder import Decoder
 from ..run.kv_memory import PAST, PRESENT
 from ..trace.text_config import text_config
@@ -105,7 +106,10 @@ def _compare(
     mask = torch.ones(1, total, dtype=torch.int64)
     wide = {name: value.to(decoder.session.inputs[name][1]) for name, value in past.items()}  # of a bfloat16 export
     keep = [name.replace(PAST, PRESENT) for name in past]
-    found = decoder.session.run({"input_ids": token, "attention_mask": mask, **wide}, keep=keep)["logits"]
+    inputs: dict[str, Tensor] = {"input_ids": token, "attention_mask": mask, **wide}
+    if decoder.slots:
+        inputs[ADAPTER_IDS] = torch.tensor([-1])
+    found = decoder.session.run(inputs, keep=keep)["logits"]
     keys_and_values = [value.to(device) for value in past.values()]
     layers = list(zip(keys_and_values[::2], keys_and_values[1::2], strict=True))
     expected, _ = step(token, mask, DynamicCache(layers))

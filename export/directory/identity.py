@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ["AdapterIdentity", "Identity", "identify"]
 
 @dataclass(frozen=True)
 class AdapterIdentity:
-    """An active adapter.
+    """An adapter that was exported.
 
     Attributes:
         name: in the PEFT model.
@@ -38,7 +38,7 @@ class Identity:
     Attributes:
         base: the name or path that the base was loaded from; empty if it was made on the spot.
         commit: the hub's commit of it; empty if unknown.
-        adapters: the active ones.
+        adapters: those that were exported.
     """
 
     base: str = ""
@@ -51,12 +51,13 @@ class Identity:
         return cls(**{**content, "adapters": tuple(AdapterIdentity(**a) for a in content.get("adapters", ()))})
 
 
-def identify(model: nn.Module, core: nn.Module) -> Identity:
+def identify(model: nn.Module, core: nn.Module, adapters: Sequence[str] | None = None) -> Identity:
     """What a model is made of.
 
     Args:
         model: as the user gave it: a transformers model or a PEFT model around it.
         core: the transformers model inside.
+        adapters: names of those that were exported; None for the active ones.
     """
     config: Any = core.config
     base, commit = getattr(config, "_name_or_path", "") or "", getattr(config, "_commit_hash", None) or ""
@@ -65,7 +66,7 @@ def identify(model: nn.Module, core: nn.Module) -> Identity:
         return Identity(base, commit)
     weights = dict(model.named_parameters())
     found = []
-    for name in model.active_adapters:
+    for name in model.active_adapters if adapters is None else adapters:
         settings: Any = model.peft_config[name]
         own = [(key, value) for key, value in sorted(weights.items()) if f".{name}." in f".{key}."]
         rank = getattr(settings, "r", 0)

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from flora_fx.checksums import sha256
 from flora_fx.errors import ExportError, require
 
+from ..lora.slots import Slot
 from ..lora.swappable import SwappableWeight
 from ..trace.model import Kind
 from .generation_config import TAKEN
@@ -52,6 +53,8 @@ class Manifest:
         base: of a quantized one, how its layers are written and what was found exact; empty for any other.
         notes: see `ExportResult`.
         live: the swappable weights: those of the adapter, where another one may replace it (``hot_swap``).
+        slots: what stands in the places between which rows choose by ``adapter_ids``; none where there is one adapter
+            for all of them.
         identity: base and adapters.
         versions: of the packages that made the directory.
         fusion: `FusionReport.to_dict` of the fused graph.
@@ -81,6 +84,7 @@ class Manifest:
     base: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     live: tuple[SwappableWeight, ...] = ()
+    slots: tuple[Slot, ...] = ()
     identity: Identity = field(default_factory=Identity)
     versions: dict[str, str] = field(default_factory=dict)
     fusion: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +183,7 @@ def _parse(path: Path, *, verify: bool) -> Manifest:
         content["generation"] = _generation(content)
         content["identity"] = Identity.from_dict(content.get("identity", {}))
         content["live"] = tuple(map(SwappableWeight.from_dict, content.get("live", ())))
+        content["slots"] = tuple(map(Slot.from_dict, content.get("slots", ())))
         manifest = Manifest(**{key: value for key, value in content.items() if key in known})
         if manifest.kind not in get_args(Kind) or not isinstance(manifest.files, dict):
             raise ValueError("kind or files")

@@ -19,6 +19,7 @@ __all__ = [
     "needs_operators",
     "operators_library",
     "register_operators",
+    "without_operators",
 ]
 
 DOMAIN = "flora_ort"
@@ -52,6 +53,17 @@ def choose_operators(asked: bool | None, provider: str) -> bool:
         return bool(operators_library(provider))
     except ExportError:
         return False
+
+
+def without_operators(asked: bool | None) -> bool:
+    """False, for an export whose rows choose their adapter: the operators have one for all rows.
+
+    Raises:
+        ExportError: they are asked for.
+    """
+    if asked:
+        raise ExportError("custom_ops has one adapter for all rows of a batch; leave it out where rows have their own")
+    return False
 
 
 def operators_library(provider: str) -> Path:

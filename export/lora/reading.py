@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from flora_fx.checkpoint import read_adapter
 from flora_fx.errors import AdapterError
 
-__all__ = ["Lora", "LoraLayer", "check_settings", "read_lora"]
+__all__ = ["Lora", "LoraLayer", "check_settings", "name_of", "read_lora"]
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
 _AS_PLAIN = {
@@ -91,6 +91,15 @@ def read_lora(source: str | Path | nn.Module) -> Lora:
     tensors = peft.get_peft_model_state_dict(source, adapter_name=adapter, save_embedding_layers=False)
     core = source.base_model.model
     return _lora(name, tensors, lambda module, _: float(core.get_submodule(module).scaling[adapter]))
+
+
+def name_of(source: Any) -> str:
+    """What a LoRA is called: the last part of its path or Hub id, or its name in the PEFT model.
+
+    >>> name_of("adapters/sql/")
+    'sql'
+    """
+    return Path(source).name if isinstance(source, str | Path) else str(source.active_adapters[0])
 
 
 def check_settings(settings: Mapping[str, Any], name: str) -> None:

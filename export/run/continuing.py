@@ -59,8 +59,10 @@ def continuation(
         limit: the model's positions; 0 where there is no end.
 
     Raises:
-        ValueError: the text is longer than the model has positions.
+        AdapterError: the adapter of a row is not there.
+        ValueError: the text is longer than the model has positions; or there are adapters for another number of rows.
     """
+    cache.begin(len(ids))
     lengths = mask.sum(1).tolist()
     if limit and max(lengths) > limit:
         raise too_many(max(lengths), limit)

@@ -6,6 +6,7 @@ decoder    one buffer [batch, kv_heads, capacity, head_dim] is past and present,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +24,9 @@ __all__ = ["GrowingCache", "KeyValues", "SharedCache"]
 
 class KeyValues(Protocol):
     """Runs one prompt, and then what follows it, on a graph; unchecked."""
+
+    def choose(self, slots: Sequence[int]) -> None:
+        """Let each row of the next prompt take the adapter in a slot, -1 for none; empty where rows have no choice."""
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits [batch, seq, vocab] of a whole prompt; see `prefill`. At padding they mean nothing."""
@@ -82,6 +86,9 @@ class GrowingCache:
         self._past = {name: name.replace(PAST, PRESENT) for name in manifest.inputs if name.startswith(PAST)}
         self._mask = torch.empty(0)
         self._values: dict[str, Value] = {}
+
+    def choose(self, slots: Sequence[int]) -> None:
+        """See `KeyValues.choose`; graphs of this kind have one adapter."""
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See `KeyValues.score`."""
@@ -143,6 +150,11 @@ class SharedCache:
         self._memory = memory
         self._batch: BatchMemory
         self._lengths: list[int] = []
+        self._slots: Sequence[int] = ()
+
+    def choose(self, slots: Sequence[int]) -> None:
+        """See `KeyValues.choose`."""
+        self._slots = slots
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See `KeyValues.score`; zeros at padding."""
@@ -199,7 +211,7 @@ class SharedCache:
 
     def _prompt(self, ids: Tensor, mask: Tensor, room: int) -> Tensor:
         batch, length = ids.shape
-        self._batch = self._memory.lend(self, batch, length, room)
+        self._batch = self._memory.lend(self, batch, length, room, self._slots)
         # Without room: a mask as long as the prompt is what tells GroupQueryAttention that nothing is before it.
         return self._batch.prompt.run_with({"input_ids": ids, "attention_mask": mask}, "logits")
 

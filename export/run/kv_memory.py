@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..directory.manifest import Manifest
+from ..lora.slots import ADAPTER_IDS
 from ..tokens.logits import Logits
 from .buffer import Buffer
 from .session import Binding, Session
@@ -55,7 +56,7 @@ class SharedMemory:
         """Whether the keys and values in it are this owner's."""
         return self._owner() is owner
 
-    def lend(self, owner: object, batch: int, prompt: int, room: int) -> BatchMemory:
+    def lend(self, owner: object, batch: int, prompt: int, room: int, slots: Sequence[int] = ()) -> BatchMemory:
         """Give the memory to an owner, in the shape [batch, kv_heads, capacity, head_dim]; the owner before loses it.
 
         Args:
@@ -63,6 +64,7 @@ class SharedMemory:
             batch: rows.
             prompt, room: how many tokens there are, and how many may be added. The capacity is for both, as far as
                 the model's positions go.
+            slots: of the adapter of each row, -1 for none; empty for none in any row, or where rows have no choice.
 
         Raises:
             ValueError: a longer prompt than the model has positions.
@@ -74,6 +76,10 @@ class SharedMemory:
         found = self._batches.get(batch)
         if found is None or found.capacity < wanted:
             found = self._batches[batch] = self._shaped(batch, min(-(-wanted // _STEP) * _STEP, self.limit))
+        if self._manifest.slots:
+            rows = self.buffers[ADAPTER_IDS]
+            rows.host((batch,), torch.int64).copy_(torch.tensor(slots or [-1] * batch))
+            rows.upload()
         return found
 
     def wanted(self, prompt: int, room: int) -> int:
@@ -89,16 +95,19 @@ class SharedMemory:
             "logits": (batch, 1, manifest.vocab_size),
             **dict.fromkeys(past, (batch, manifest.kv_heads, capacity, manifest.head_dim)),
         }
+        if manifest.slots:
+            sizes[ADAPTER_IDS] = (batch,)
         shapes = {name: _known(session.signature[name][0], size) for name, size in sizes.items()}
         self._allocate(shapes)
         places = {name: (self.buffers[name], shape) for name, shape in shapes.items()}
+        kept = {name: places[name] for name in (*past, ADAPTER_IDS) if name in places}
         present = {name.replace(PAST, PRESENT): places[name] for name in past}
         _, _, vocab = shapes["logits"]
         return BatchMemory(
             self.buffers,
             (batch, capacity, vocab),
             session.signature["logits"][1],
-            prompt=session.bind({**{name: places[name] for name in past}, **present, **self._further}),
+            prompt=session.bind({**kept, **present, **self._further}),
             step=session.bind({**places, **present, **self._further}, graph=next(self._graphs)),
         )
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..directory.manifest import Manifest
 from ..tokens.logits import Logits
 from .kv_cache import KeyValues
+from .slots import Rows
 
 __all__ = ["TextCache", "left_padded", "segment"]
 
@@ -30,7 +31,7 @@ class TextCache:
     Args:
         cache: of the graph.
         manifest: of the graph.
-        adapter: returns a number that changes with the adapter: the next prompt cannot use keys of another adapter.
+        adapters: of the rows; the next prompt cannot use keys of other ones.
         keeps: whether the next prompt will be this text, continued; then memory for more than this prompt is asked for.
     """
 
@@ -39,18 +40,29 @@ class TextCache:
         cache: KeyValues,
         manifest: Manifest,
         *,
-        adapter: Callable[[], int],
+        adapters: Rows,
         keeps: bool = False,
     ) -> None:
         self._cache = cache
-        self._adapter = adapter
-        self._ran_with = adapter()
+        self._adapters = adapters
+        self._slots: list[int] = []
+        self._ran_with: Hashable = None
         self._switches = manifest.switches
         self._limit = manifest.max_positions or sys.maxsize
         self._keeps = keeps
         self._rows: list[list[int]] = []
         self._longest = 0
         self._room = 0
+
+    def begin(self, batch: int) -> None:
+        """Look up the adapters of the rows, for what is run from now on.
+
+        Raises:
+            AdapterError: one is not there.
+            ValueError: they are for another number of rows.
+        """
+        self._slots = self._adapters.slots(batch)
+        self._cache.choose(self._slots)
 
     def score(self, ids: Tensor, mask: Tensor) -> Tensor:
         """See `KeyValues.score`."""
@@ -82,13 +94,13 @@ class TextCache:
         return logits
 
     def _run_all(self, ids: Tensor, mask: Tensor, room: int) -> Logits:
-        self._ran_with = self._adapter()
+        self._ran_with = self._adapters.state(self._slots)
         # As much memory again: then texts of n tokens, turn after turn, are run again log(n) times for want of it.
         return self._cache.prefill(ids, mask, max(room, ids.shape[1]) if self._keeps else room)
 
     def _new_tokens(self, rows: Sequence[Sequence[int]], room: int) -> Tensor | None:
         """What [batch, n] follows in each row of what is cached; None where that is of no use."""
-        if len(rows) != len(self._rows) or not self._cache.held or self._ran_with != self._adapter():
+        if len(rows) != len(self._rows) or not self._cache.held or self._ran_with != self._adapters.state(self._slots):
             return None
         if any(list(row[: len(old)]) != old for row, old in zip(rows, self._rows, strict=True)):
             return None

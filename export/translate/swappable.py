@@ -19,7 +19,7 @@ from ..trace.capture import PREFIX
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["make_swappable"]
+__all__ = ["make_swappable", "swappable_weights"]
 
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])\.[^.]+\.weight")
 
@@ -38,7 +38,7 @@ def make_swappable(graph: onnx_ir.Model, fusion: FusionReport, model: nn.Module)
     adapter = check_swappable(model)
     if fusion.declines:
         raise ExportError(f"hot_swap needs an adapter that is fused completely; declined: {fusion.declines[0]}")
-    weights = tuple(_swappable_weights(graph, fusion))
+    weights = tuple(swappable_weights(graph, fusion))
     _check_scales(weights, fusion, model, adapter)
     for weight in weights:
         graph.graph.inputs.append(graph.graph.initializers[weight.name])
@@ -58,7 +58,16 @@ def _check_scales(weights: tuple[SwappableWeight, ...], fusion: FusionReport, mo
             )
 
 
-def _swappable_weights(graph: onnx_ir.Model, fusion: FusionReport) -> Iterator[SwappableWeight]:
+def swappable_weights(graph: onnx_ir.Model, fusion: FusionReport) -> Iterator[SwappableWeight]:
+    """Where the LoRA in a graph stands.
+
+    Args:
+        graph: as it was translated.
+        fusion: of the program that it was translated from.
+
+    Raises:
+        ExportError: an adapter is no LoRA.
+    """
     initializers = graph.graph.initializers
     places: dict[str, list[tuple[str, tuple[int, int], tuple[int, int]]]] = {}
     for pack in fusion.packs:

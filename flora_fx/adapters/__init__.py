@@ -16,10 +16,19 @@ from peft.utils import register_peft_method  # noqa: E402
 
 from .budget import parameters_of, rank_for_budget  # noqa: E402
 from .config import ACTIVATIONS, FloraConfig  # noqa: E402
+from .groups import parameter_groups  # noqa: E402
 from .layer import FloraLayer  # noqa: E402
 from .registration import PREFIX  # noqa: E402
 from .tuner import FloraModel  # noqa: E402
 
-__all__ = ["ACTIVATIONS", "FloraConfig", "FloraLayer", "FloraModel", "parameters_of", "rank_for_budget"]
+__all__ = [
+    "ACTIVATIONS",
+    "FloraConfig",
+    "FloraLayer",
+    "FloraModel",
+    "parameter_groups",
+    "parameters_of",
+    "rank_for_budget",
+]
 
 register_peft_method(name="flora", config_cls=FloraConfig, model_cls=FloraModel, prefix=PREFIX)

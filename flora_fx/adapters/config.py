@@ -17,7 +17,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
 
 Placement = Literal["block", "shared", "cross"]
 Ends = Literal["both", "forward", "backward"]
-Init = Literal["lora", "gaussian", "random"]
+Init = Literal["lora", "gaussian", "orthogonal", "random"]
 BLOCKS = ("attention", "mlp")
 
 
@@ -55,7 +55,8 @@ class FloraConfig(PeftConfig):
         blocks: ``"attention"``, ``"mlp"`` or both.
         layers: the indices of the layers to adapt; None for all.
         init: ``"lora"``: A Kaiming-uniform and B zero, as PEFT begins a LoRA; ``"gaussian"``: A normal with standard
-            deviation 1/r and B zero; ``"random"``: as ``"lora"``, and B random as well, which changes the model.
+            deviation 1/r and B zero; ``"orthogonal"``: rows of A orthonormal (columns, where r exceeds its width) and B
+            zero; ``"random"``: as ``"lora"``, and B random as well, which changes the model.
         dropout: probability, on what A reads.
         modules_to_save: other modules that train and are saved, such as a new classifier.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -78,6 +79,9 @@ class FloraLayer(nn.Module, BaseTunerLayer):
             down: Any = self.flora_A[adapter]
             if config.init == "gaussian":
                 nn.init.normal_(down.weight, std=1 / config.r)
+            elif config.init == "orthogonal":
+                with torch.no_grad():  # a QR factorization, which half precision does not have
+                    down.weight.copy_(nn.init.orthogonal_(torch.empty(down.weight.shape, dtype=torch.float32)))
             else:
                 nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         if adapter in self.flora_B:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .places import ADAPTER_CONFIG
 from .skeleton import tasks_that_hold, told
 from .wording import all_lines, examples, shape
 
-__all__ = ["attach", "check_places", "check_shapes", "whole_weights"]
+__all__ = ["attach", "attach_further", "check_places", "check_shapes", "whole_weights"]
 
 _PARTS = (*METHODS.values(), ".token_adapter.")
 _OF_BASE = re.compile(r"\.(token_adapter\.base_layer|base_layer|original_module)\.")
@@ -89,6 +89,7 @@ def attach(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     path: Path,
+    name: str = "default",
 ) -> nn.Module:
     """Put an adapter on its base.
 
@@ -98,6 +99,7 @@ def attach(
         settings: as in ``adapter_config.json``.
         tensors: by PEFT's names.
         path: of the tensors, for messages.
+        name: of the adapter in the model.
 
     Returns:
         a ``PeftModel`` with the adapter in the base's dtype.
@@ -107,6 +109,45 @@ def attach(
     """
     peft = require("peft", "hf")
     classes = require("peft.auto", "hf").MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+    def make(config: Any) -> Any:
+        return classes.get(config.task_type, peft.PeftModel)(base, config, name, autocast_adapter_dtype=False)
+
+    other = f"another model, or of another task than {type(base).__name__} was loaded for ({choice.reason})"
+    return _placed(base, make, settings, tensors, path, name, other)
+
+
+def attach_further(
+    model: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, name: str
+) -> None:
+    """Put one more adapter beside those that a ``PeftModel`` has; it is not active.
+
+    Args:
+        model: the model, changed in place.
+        settings, tensors, path, name: as for `attach`.
+
+    Raises:
+        AdapterError: as `attach`.
+    """
+
+    def make(config: Any) -> Any:
+        model.add_adapter(name, config, autocast_adapter_dtype=False)
+        return model
+
+    _placed(model.base_model.model, make, settings, tensors, path, name, "another model")
+
+
+def _placed(
+    base: nn.Module,
+    make: Callable[[Any], Any],
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    adapter: str,
+    other: str,
+) -> nn.Module:
+    """The model that ``make`` makes of a configuration, with the tensors in it."""
+    peft = require("peft", "hf")
     require("flora_fx.adapters", "hf")  # makes FFBA known to PEFT
     check_shapes(base, path, tensors)
     name = type(base).__name__
@@ -116,11 +157,10 @@ def attach(
         )
         peft_config = peft.PeftConfig.from_peft_type(**told)
         peft_config.inference_mode = True
-        peft_class = classes.get(peft_config.task_type, peft.PeftModel)
-        model = peft_class(base, peft_config, "default", autocast_adapter_dtype=False)
-        expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        model: nn.Module = make(peft_config)
+        expected = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
         _compare(expected, tensors, settings, name, path)
-        placed = peft.set_peft_model_state_dict(model, dict(tensors))
+        placed = peft.set_peft_model_state_dict(model, dict(tensors), adapter_name=adapter)
     except FloraError:
         raise
     except ImportError as error:
@@ -130,10 +170,14 @@ def attach(
         ) from error
     except (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(
-            f"{path.parent} does not fit {name} ({all_lines(error)}){_start(settings)}; is it the adapter of another "
-            f"model, or of another task than {name} was loaded for ({choice.reason})?"
+            f"{path.parent} does not fit {name} ({all_lines(error)}){_start(settings)}; is it the adapter of {other}?"
         ) from error
-    missing = sorted(key for key in placed.missing_keys if any(part in key for part in METHODS.values()))
+    others = [f".{known}." for known in getattr(model, "peft_config", ()) if known != adapter]
+    missing = sorted(
+        key
+        for key in placed.missing_keys
+        if any(part in key for part in METHODS.values()) and not any(part in f"{key}." for part in others)
+    )
     _refuse_keys(sorted(placed.unexpected_keys), "tensors have no place in this model", name, path)
     _refuse_keys(missing, f"tensors that {ADAPTER_CONFIG} asks for are missing", name, path)
     return model

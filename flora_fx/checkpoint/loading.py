@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .architecture import choose, read_config
 from .attach import attach, check_places, whole_weights
 from .base import fit_labels, load_base
 from .files import check_model_files
+from .further import add_adapter, named
 from .places import ADAPTER_CONFIG, resolve
 from .quantized import find_quantized
 from .skeleton import skeleton
@@ -25,7 +27,7 @@ __all__ = ["load_model"]
 
 def load_model(
     model: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     *,
     dtype: torch.dtype | None = None,
     task: Task = "auto",
@@ -43,7 +45,8 @@ def load_model(
     Args:
         model: directory with ``config.json`` and safetensors weights, or a Hub id.
         adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``, or a Hub id; None
-            for the base alone. Adapters of mlx-lm and of kohya's scripts are read, too, where they fit the model.
+            for the base alone. Adapters of mlx-lm and of kohya's scripts are read, too, where they fit the model. Or
+            several by name, of which the first is active.
         dtype: of the weights; None keeps the checkpoint's own. Quantized weights keep their codes and scales.
         task: what the model is for, ``"sequence-classification"`` for instance, and with that its head;
             ``"encoder"`` is without a head. ``"auto"``: what the adapter was trained for, else what config.json
@@ -60,7 +63,7 @@ def load_model(
             no place in the model or are missing, an adapter of another kind, one that holds NaN or Inf, or whose
             tensors do not fit this model; quantized layers that cannot be held as they are.
         MissingExtraError: transformers or peft is not installed.
-        ValueError: an unknown task.
+        ValueError: an unknown task; no name, or one that an adapter cannot have.
 
     >>> load_model("./no-such-directory")
     Traceback (most recent call last):
@@ -68,6 +71,7 @@ def load_model(
     flora_fx.errors.CheckpointNotFoundError: no directory './no-such-directory'; check the path
     """
     check_task(task)
+    name, adapter, others = named(adapter)
     directory = resolve(model)
     check_model_files(directory, verify=verify)
     place = None if adapter is None else resolve(adapter)
@@ -95,4 +99,7 @@ def load_model(
     if path is None:
         return base.eval()
     resize_vocabulary(base, settings, tensors, supplied, path)
-    return attach(base, choice, settings, tensors, path).eval()
+    loaded = attach(base, choice, settings, tensors, path, name)
+    for further, source in others.items():
+        add_adapter(loaded, further, source, verify=verify)
+    return loaded.eval()

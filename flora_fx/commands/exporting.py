@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from flora_fx.errors import FloraError
 from flora_fx.tasks import Task
 
 from .ending import Outcome, left_of
+from .naming import named_adapters
 from .quiet import quiet
 from .stages import staged_work
 
@@ -17,7 +19,7 @@ __all__ = ["export"]
 
 def export(
     model: str,
-    adapter: str | None,
+    adapters: Sequence[str],
     output: Path,
     options: dict[str, Any],
     outcome: Outcome,
@@ -28,12 +30,13 @@ def export(
     """Write the fused ONNX directory and say what its own check found.
 
     Args:
-        model, adapter: directory or Hub id of each.
+        model: directory or Hub id.
+        adapters: directories or Hub ids; ``NAME=…`` of each where rows of a batch are to choose among them.
         output: the directory to write.
         options: of ``export_onnx``.
         outcome: its document is what ``--json`` prints.
         task: what the model is for.
-        tokenizer: directory or Hub id; None for the adapter's or the model's.
+        tokenizer: directory or Hub id; None for the adapter's, where there is one, or the model's.
 
     Returns:
         an ``ExportResult``.
@@ -41,6 +44,9 @@ def export(
     Raises:
         FloraError: the checkpoint cannot be read, or the export cannot be written.
     """
+    adapter = named_adapters(adapters, several=bool({"slots", "rank"} & options.keys()))
+    if isinstance(adapter, dict):
+        options = {**options, "adapters": list(adapter)}
     outcome.left = left_of(output)
     quiet()
     with staged_work() as stages:
@@ -50,7 +56,7 @@ def export(
         from flora_fx.export.directory.manifest import versions
 
         loaded = load_model(model, adapter, task=task)
-        chosen = _tokenizer(loaded, model, adapter, tokenizer)
+        chosen = _tokenizer(loaded, model, None if isinstance(adapter, dict) else adapter, tokenizer)
         result = export_onnx(loaded, output, tokenizer=chosen, progress=stages.begin, **options)
     report = result.report
     outcome.document.update(

@@ -30,7 +30,8 @@ def generate(
 
     Args:
         directory: that ``flora-fx export`` wrote.
-        adapter: directory of another LoRA; None for the one that was exported.
+        adapter: directory of another LoRA; None for the one that was exported. Of an export with slots, the name of
+            what stands in one, or the directory of what is put into one; None for the base alone.
         prompt, token_ids: what to continue, one of the two.
         options: of ``Decoder.stream``.
         outcome: its document holds each token as soon as it is there, so that none is lost whatever comes.
@@ -50,7 +51,7 @@ def generate(
     if adapter is not None:
         if not isinstance(runner, Decoder):
             raise FloraError(f"--adapter is for causal LMs exported with --hot-swap; {directory} is none")
-        runner.load_adapter(adapter)
+        options = {**options, **_adapted(runner, adapter)}
     if isinstance(runner, Encoder) or (isinstance(runner, Seq2Seq) and "input_ids" not in runner.encoder.inputs):
         raise FloraError(f"{directory} continues no text ({runner}); flora_fx.export.load runs it from Python")
     tokenizer: Any = load_tokenizer(directory)
@@ -106,6 +107,18 @@ def generate(
     if reason == "positions" and not silent:
         limit = runner.manifest.max_positions
         print(f"(the text ends at the last of the model's {limit} positions)", file=sys.stderr)
+
+
+def _adapted(decoder: Any, adapter: Path) -> dict[str, Any]:
+    """Let a decoder have an adapter; what `Decoder.stream` is to be told besides."""
+    if not decoder.slots:
+        decoder.load_adapter(adapter)
+        return {}
+    names = [slot.name for slot in decoder.slots]
+    if str(adapter) not in names and decoder.manifest.live:
+        number = names.index("") if "" in names else 0  # all of it is this prompt's
+        decoder.load_adapter(adapter, slot=number, name=str(adapter))
+    return {"adapters": str(adapter)}
 
 
 def _parsed(text: str) -> list[int]:

@@ -55,6 +55,8 @@ class Builder:
     """The node that is being rewritten: new nodes take over where it came from."""
     leaves_rest = True
     """Whether a part of a split that nothing reads costs less than slices instead of the split."""
+    picks = True
+    """Whether a loop may read weights at places that are computed."""
 
     def __init__(self, graph: fx.Graph, examples: Examples, ops: Dialect) -> None:
         self.graph = graph
@@ -193,6 +195,7 @@ class ExportedBuilder(Builder):
             self._known[key] = value, operands
 
     leaves_rest = False
+    picks = False
 
     def accumulate(self, y: Node, z: Node, up: Node, scale: float) -> Node:
         shape = self.value(y).shape

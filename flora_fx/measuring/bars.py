@@ -15,11 +15,20 @@ __all__ = ["INK", "PALE", "STYLE", "draw_bars", "require_figures", "write"]
 INK, PALE = "#25292e", "#8a929c"
 STYLE = {"font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "flora_fx", "svg.fonttype": "path"}
 
+_DARK = "@media (prefers-color-scheme: dark) { svg { filter: invert(0.93) hue-rotate(180deg); } }"
+
 Panels = Mapping[str, Mapping[str, Mapping[str, Timing]]]
 
 
 def draw_bars(
-    panels: Panels, colours: Mapping[str, str], path: Path, *, title: str, note: str, base: str = "base"
+    panels: Panels,
+    colours: Mapping[str, str],
+    path: Path,
+    *,
+    title: str,
+    note: str,
+    base: str = "base",
+    caption: str = "",
 ) -> list[Path]:
     """Draw one panel per runner with bars of added latency, in percent of the base, and their 95% intervals.
 
@@ -30,6 +39,7 @@ def draw_bars(
         title: what was measured.
         note: one line below it, for the conditions.
         base: what the base is called.
+        caption: a second line below the title, for what the bars say against us.
 
     Returns:
         The two files.
@@ -52,7 +62,7 @@ def draw_bars(
             matplotlib.patches.Patch(facecolor=colour, label=name) for name, colour in colours.items() if name in drawn
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
-        return write(figure, path, title=title, note=note)
+        return write(figure, path, title=title, note=note, caption=caption)
 
 
 def require_figures() -> tuple[Any, Any]:
@@ -64,13 +74,19 @@ def require_figures() -> tuple[Any, Any]:
     return require("matplotlib", "cli"), require("matplotlib.figure", "cli")
 
 
-def write(figure: Any, path: Path, *, title: str, note: str) -> list[Path]:
-    """Give a figure its head lines and write it as ``.svg`` and ``.png``."""
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", color=INK, fontsize=13, fontweight="bold")
-    figure.text(0.012, 0.895, note, color=PALE, fontsize=9)
+def write(figure: Any, path: Path, *, title: str, note: str, caption: str = "") -> list[Path]:
+    """Give a figure its head lines and write it as ``.svg`` and ``.png``; the SVG turns dark where its reader is."""
+    figure.suptitle(
+        f"{title}\n\n" if caption else f"{title}\n", x=0.012, ha="left", color=INK, fontsize=13, fontweight="bold"
+    )
+    lines = f"{note}\n{caption}" if caption else note
+    figure.text(0.012, 0.945 if caption else 0.94, lines, color=PALE, fontsize=9, va="top", linespacing=1.5)
     files = [path.with_suffix(".svg"), path.with_suffix(".png")]
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(files[0], metadata={"Date": None})  # no date: the same numbers give the same file
+    told = {"Date": None, "Title": title, "Description": f"{note}. {caption}".strip()}
+    figure.savefig(files[0], metadata=told)  # no date: the same numbers give the same file
+    drawn = files[0].read_text(encoding="utf-8")
+    files[0].write_text(drawn.replace("<defs>", f"<style>{_DARK}</style>\n <defs>", 1), encoding="utf-8")
     figure.savefig(files[1], dpi=160)
     return files
 

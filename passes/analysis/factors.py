@@ -10,7 +10,7 @@ from flora_fx.graph.examples import same_sizes
 from flora_fx.graph.program import Program
 from flora_fx.ir import Factor
 
-from .operations import DIVIDES, MULTIPLIES, NEGATES, is_number, operation
+from .operations import DIVIDES, FILLS, MULTIPLIES, NEGATES, WHERES, is_number, operation
 from .values import Values
 
 __all__ = ["Factors"]
@@ -78,10 +78,10 @@ class Factors:
         return shape[0] if shape is not None and len(shape) == 1 and isinstance(shape[0], int) else None
 
     def _find_scaled(self, projections: Collection[Node]) -> set[Node]:
-        """The values that are one projection's, times factors."""
+        """The values that are one projection's, times factors, in some tokens or in all."""
         found = set(projections)
         for node in self.program.graph.nodes:
-            if operation(node) in MULTIPLIES | DIVIDES | NEGATES:
+            if operation(node) in MULTIPLIES | DIVIDES | NEGATES | WHERES | FILLS:
                 operands = [n for n in node.all_input_nodes if self.values.earliest_rows(n) in found]
                 if len(operands) == 1:
                     found.add(self.values.earliest_rows(node))

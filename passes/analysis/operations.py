@@ -22,7 +22,9 @@ __all__ = [
     "COPIES",
     "DIVIDES",
     "DROPOUTS",
+    "EQUALS",
     "EXPANDS",
+    "FILLS",
     "IN_PLACE",
     "IN_PLACE_ADDS",
     "MERGEABLE",
@@ -33,7 +35,9 @@ __all__ = [
     "SUBTRACTS",
     "TORCHS_OWN",
     "TRANSPOSES",
+    "UNSQUEEZES",
     "WEIGHT_VIEWS",
+    "WHERES",
     "dependencies",
     "is_number",
     "operation",
@@ -109,11 +113,15 @@ TRANSPOSES = {
     "T",
     "mT",
 }
+WHERES = {torch.where, aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, "where"}
+FILLS = {torch.masked_fill, aten.masked_fill.Scalar, aten.masked_fill.Tensor, "masked_fill"}
+EQUALS = {operator.eq, torch.eq, aten.eq.Scalar, "eq", "__eq__"}
+UNSQUEEZES = {torch.unsqueeze, aten.unsqueeze.default, "unsqueeze"}
 SIZES = {"size", "shape"}
 DROPOUTS = {aten.dropout.default, F.dropout, torch.dropout}
 WEIGHT_VIEWS = TRANSPOSES | EXPANDS | RESHAPES | CASTS | COPIES
 """What only shows a weight in another shape, order or dtype."""
-MERGEABLE = RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES
+MERGEABLE = RESHAPES | CASTS | TRANSPOSES | EXPANDS | SIZES | EQUALS | UNSQUEEZES
 """Torch functions and methods that give equal values when they are called twice with equal ones."""
 TORCHS_OWN = ("aten", "prims")
 """The namespaces of torch's own operators, whose schemas can be believed."""

@@ -9,12 +9,13 @@ from torch.fx import Node
 
 from flora_fx.graph.examples import same_sizes
 from flora_fx.graph.program import Program
-from flora_fx.ir import Decline, Factor, Projection, Reason
+from flora_fx.ir import Decline, Factor, Projection, Reason, Select
 
 from .factors import Factors
 from .mutation import Effects
 from .operations import ADDS, operation, readers
 from .reshapes import leading_dimensions_given_by
+from .selections import Selections
 from .values import Values
 
 __all__ = ["Part", "Refuser"]
@@ -33,6 +34,7 @@ class Part:
     factors: tuple[Factor, ...]
     chain: tuple[Node, ...]
     dropout: Node | None
+    select: Select | None = None
 
 
 class Refuser:
@@ -46,6 +48,7 @@ class Refuser:
         by_node: dict[Node, Projection],
         regions: dict[Node, int],
         factors: Factors,
+        selections: Selections,
     ) -> None:
         self.program = program
         self.values = values
@@ -53,6 +56,7 @@ class Refuser:
         self.by_node = by_node
         self.regions = regions
         self.factors = factors
+        self.selections = selections
 
     def refusal(self, add: Node, onto: Node, parts: list[Part]) -> Decline | None:
         """Why the paths that end in an add must stay as they are; None if they need not."""
@@ -70,6 +74,8 @@ class Refuser:
             if not all(self._reaches_down(factor.node, part) for factor in part.factors):
                 detail = f"a factor has one number per token, in another shape than {part.down.node.name}"
                 return Decline(Reason.SCALE_NOT_SCALAR, add.name, detail)
+            if (decline := self._groups_otherwise(add, onto, part)) is not None:
+                return decline
             for inner in part.chain:
                 names = [user.name for user in readers(inner)]
                 if len(names) > 1:
@@ -86,6 +92,16 @@ class Refuser:
             has = "has another shape than" if known else "is not known to have the shape of"
             detail = f"{onto.name} {has} what is added to it"
             return Decline(Reason.SHAPE_UNKNOWN, add.name, detail)
+        return None
+
+    def _groups_otherwise(self, add: Node, onto: Node, part: Part) -> Decline | None:
+        """A decline where the tokens that a path is for are not those of what it reads, or of what its bias is for."""
+        if part.select is None:
+            return None
+        for value in (part.down.reads, onto) if part.up.bias else (part.down.reads,):
+            if not self.selections.same_tokens(part.select, value):
+                detail = f"{part.select.of.name} is selected by token, and {value.name} groups them otherwise"
+                return Decline(Reason.NOT_BY_TOKEN, add.name, detail)
         return None
 
     def _reaches_down(self, factor: Node, part: Part) -> bool:

@@ -17,8 +17,9 @@ Any other path is written where its add stands.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import NamedTuple
@@ -28,9 +29,19 @@ from torch.fx import Node
 
 from flora_fx.config import FuseConfig
 from flora_fx.graph.program import Program
-from flora_fx.ir import Decline, LowRankPath, Projection, Reason
+from flora_fx.ir import Decline, LowRankPath, Projection, Reason, Select
 from flora_fx.passes.analysis.modes import Regions
-from flora_fx.passes.analysis.operations import RESHAPES, operation, readers
+from flora_fx.passes.analysis.operations import (
+    CASTS,
+    EQUALS,
+    EXPANDS,
+    RESHAPES,
+    SIZES,
+    UNSQUEEZES,
+    dependencies,
+    operation,
+    readers,
+)
 from flora_fx.passes.analysis.projections import Projections
 from flora_fx.passes.analysis.values import Values
 from flora_fx.passes.context import Context
@@ -39,6 +50,9 @@ from .decide import Decisions, adapted_projection
 from .quantized import alike, difference
 
 __all__ = ["Group", "Grouping", "Placement", "form_groups"]
+
+MOVABLE = EQUALS | RESHAPES | UNSQUEEZES | CASTS | EXPANDS | SIZES | {operator.getitem}
+"""What a mask is made by: pure functions, which may be computed earlier."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +172,10 @@ class _Placer:
         self.home = home
         self.order = order
         self.regions = regions
+        self.masked: dict[int, Select] = {}
+        self.told: dict[Node, set[Hashable]] = defaultdict(set)
+        for path in decisions.paths:
+            self.told[path.down.node].add((path.select, path.scale, path.numbers))
         self.at = {base.node: _Tip(i, base, base.node, ()) for i, group in enumerate(groups) for base in group.bases}
         self.started: set[Node] = set()
 
@@ -172,7 +190,7 @@ class _Placer:
             tip = self.tip_under(parts[0].onto)
             if tip is not None and widen and self.may_widen(parts, tip, add, ahead=ahead):
                 chosen = columns
-            elif tip is not None and all(self.is_inside(part, tip) for part in parts):
+            elif tip is not None and all(self.is_inside(part, tip) and self.may_gate(part, tip) for part in parts):
                 chosen = inside
             else:
                 singles.extend(parts)
@@ -207,6 +225,28 @@ class _Placer:
         plain = not path.factors and path.low is path.down.node and path.up.node not in self.decisions.shared
         return plain and self.home.get(path.down.node) == tip.group
 
+    def may_gate(self, path: LowRankPath, tip: _Tip) -> bool:
+        """Whether a path's tokens can be selected where its group computes all low-rank values.
+
+        All that a down-projection gives must be for one set of tokens, and all masks of a group of one shape. The mask
+        must be there before the group, or be made of what is.
+        """
+        if path.select is None:
+            return True
+        group = self.groups[tip.group]
+        first = self.masked.setdefault(tip.group, path.select)
+        members = {member.node for member in (*group.bases, *group.downs)}
+        start = min(self.order[node] for node in members)
+        later = [node for node in dependencies(path.select.mask) if self.order[node] >= start]
+        touched = self.values.effects.touched
+        return (
+            len(self.told[path.down.node]) == 1
+            and bool(self.program.shape(path.select.mask))
+            and self.program.same_shape(path.select.mask, first.mask)
+            and all(operation(node) in MOVABLE and node not in touched for node in later)
+            and len({self.regions[node] for node in (path.down.node, *later)}) == 1
+        )
+
     def is_sole_way(self, base: Node, add: Node) -> bool:
         """Whether nothing reads a base's value but what leads to an add."""
         node = base
@@ -240,6 +280,7 @@ class _Placer:
             and path.up.weight.tensor.device == tip.base.weight.tensor.device
             and not path.factors
             and path.up.bias is None
+            and path.select is None
             and (path in own or self.program.value(path.low) is not None or self.is_flat(path, tip, group))
             for path in paths
         )

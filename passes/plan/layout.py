@@ -11,6 +11,11 @@ several that the same down-projections are written onto: their up-projections st
 
 A path from a value z outside of the group stands beside the rows of its base, [ W_q | B_q ], and z beside the read. So
 do the group's own paths where they widen it: then z is what the group's down-projections computed ahead.
+
+Where paths are for some tokens alone, their down-projections come first, and their values are selected together, scaled
+where their scales differ: what is zero in a token adds nothing to it, so all that is written onto one base is one GEMM.
+
+    z' = where(mask, [z_1 | z_2 | …], 0)        q' = q + [z_1' | z_2' | …] @ [B_1 | B_2 | …]ᵀ
 """
 
 from __future__ import annotations
@@ -24,13 +29,14 @@ from typing import NamedTuple
 from torch.fx import Node
 
 from flora_fx.config import FuseConfig
-from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Slice, Weight
+from flora_fx.ir import Factor, LowRankPath, Pack, Projection, Role, Select, Slice, Weight
 
 from .group import Group, Placement
 
 __all__ = [
     "Block",
     "Columns",
+    "Gate",
     "HeldPacks",
     "Layout",
     "Scale",
@@ -51,10 +57,26 @@ ALIGNED = 16
 
 
 class Scale(NamedTuple):
-    """What a GEMM's result is multiplied by: a constant, and symbolic numbers."""
+    """What a GEMM's result is multiplied by, a constant and symbolic numbers; whether it multiplies gated values."""
 
     constant: float
     numbers: tuple[Factor, ...] = ()
+    gated: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The tokens that a down-projection's value is kept in, and what it is multiplied by there.
+
+    Attributes:
+        select: the tokens.
+        rank: how many columns.
+        factor: what they are multiplied by.
+    """
+
+    select: Select
+    rank: int
+    factor: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +124,7 @@ class Layout:
         apart: how many these are.
         blocks: what accumulates.
         columns: what stands beside the bases.
+        gates: of the first of the down-projections whose columns the blocks count: those of paths for some tokens.
     """
 
     segments: tuple[tuple[Projection, ...], ...]
@@ -109,6 +132,7 @@ class Layout:
     apart: int
     blocks: tuple[Block, ...]
     columns: tuple[Columns, ...]
+    gates: tuple[Gate, ...] = ()
 
     @property
     def bases(self) -> tuple[Projection, ...]:
@@ -141,23 +165,27 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
     by_base: dict[Projection, list[Placement]] = {base: [] for base in group.bases}
     for placement in group.accumulated:
         by_base[placement.base].append(placement)
+    gated = [placement.path for placement in group.accumulated if placement.path.select is not None]
+    common = len({_scale(path, config) for path in gated}) == 1
+    scale_of = {p: _scale(p.path, config) if common else _scale_behind_gate(p.path, config) for p in group.accumulated}
     segments: dict[object, list[Projection]] = {}
     for base, placements in by_base.items():
-        scales = tuple(dict.fromkeys(_scale(p, config) for p in placements))
-        low_values = tuple((p.path.down.node, _scale(p, config)) for p in placements)
+        scales = tuple(dict.fromkeys(scale_of[p] for p in placements))
+        low_values = tuple((p.path.down.node, scale_of[p]) for p in placements)
         together: object = scales if config.up == "block_diagonal" else low_values if stack else ()
         segments.setdefault(together or base, []).append(base)
     # Written segments first, so that what is accumulated onto is one range.
     ordered = sorted(segments.values(), key=lambda bases: not by_base[bases[0]])
     wanted: list[tuple[int, Scale, list[Placement]]] = []
     for index, bases in enumerate(ordered):
-        for scale in dict.fromkeys(_scale(p, config) for p in by_base[bases[0]]):
-            same = [p for b in bases for p in by_base[b] if _scale(p, config) == scale]
+        for scale in dict.fromkeys(scale_of[p] for p in by_base[bases[0]]):
+            same = [p for b in bases for p in by_base[b] if scale_of[p] == scale]
             wanted.extend((index, scale, cells) for cells in _one_per_cell(same))
+    wanted.sort(key=lambda block: not block[1].gated)
     used = (p.path.down for _, _, placements in wanted for p in placements)
     widened = _own(group)
-    scales_ahead = list(dict.fromkeys(sorted((_scale(p, config) for p in widened), key=lambda scale: scale.constant)))
-    ahead = sorted(widened, key=lambda p: scales_ahead.index(_scale(p, config)))  # one range a scale
+    scales_ahead = list(dict.fromkeys(sorted((_scale(p.path, config) for p in widened), key=lambda s: s.constant)))
+    ahead = sorted(widened, key=lambda p: scales_ahead.index(_scale(p.path, config)))  # one range a scale
     own = tuple(_unique(used, (p.path.down for p in ahead)))
     downs = tuple(_unique(own, group.downs))
     quantized = any(base.held is not None for base in group.bases)  # no row of floating point fits under it
@@ -175,7 +203,8 @@ def lay_out(group: Group, config: FuseConfig, *, stack: bool) -> Layout:
             inside = tuple(p for p in placements if run[0] <= position[p.path.down.node] < run[1])
             blocks.append(Block(index, scale, run, inside))
     columns = (*_columns_of_own(ahead, downs, config), *_columns_of_others(group, config))
-    return Layout(tuple(tuple(s) for s in ordered), downs, apart, tuple(blocks), columns)
+    gates = _gates(downs, gated, config, common=common)
+    return Layout(tuple(tuple(s) for s in ordered), downs, apart, tuple(blocks), columns, gates)
 
 
 def _own(group: Group) -> list[Placement]:
@@ -189,8 +218,8 @@ def _columns_of_own(
 ) -> Iterator[Columns]:
     position = {down.node: index for index, down in enumerate(downs)}
     edges = offsets(down.out_features for down in downs)
-    for scale in dict.fromkeys(_scale(p, config) for p in placements):
-        for cells in _one_per_cell([p for p in placements if _scale(p, config) == scale]):
+    for scale in dict.fromkeys(_scale(p.path, config) for p in placements):
+        for cells in _one_per_cell([p for p in placements if _scale(p.path, config) == scale]):
             for run in _runs({position[p.path.down.node] for p in cells}):
                 inside = [(p, position[p.path.down.node]) for p in cells]
                 placed = tuple((p, edges[at] - edges[run[0]]) for p, at in inside if run[0] <= at < run[1])
@@ -200,8 +229,8 @@ def _columns_of_own(
 def _columns_of_others(group: Group, config: FuseConfig) -> Iterator[Columns]:
     own = _own(group)
     placements = [placement for placement in group.widened if placement not in own]
-    for low, scale in dict.fromkeys((p.path.low, _scale(p, config)) for p in placements):
-        same = [p for p in placements if p.path.low is low and _scale(p, config) == scale]
+    for low, scale in dict.fromkeys((p.path.low, _scale(p.path, config)) for p in placements):
+        same = [p for p in placements if p.path.low is low and _scale(p.path, config) == scale]
         for cells in _layers(same, lambda placement: placement.base.node):
             yield Columns(low, scale, cells[0].path.up.in_features, tuple((placement, 0) for placement in cells))
 
@@ -321,9 +350,29 @@ def up_slice(path: LowRankPath, row: int, column: int, config: FuseConfig) -> Sl
     )
 
 
-def _scale(placement: Placement, config: FuseConfig) -> Scale:
+def _scale(path: LowRankPath, config: FuseConfig) -> Scale:
     """The scale that is to be applied: no constant where it is folded into the weights."""
-    return Scale(1.0 if config.fold_scale else placement.path.scale, placement.path.numbers)
+    return Scale(1.0 if config.fold_scale else path.scale, path.numbers, path.select is not None)
+
+
+def _scale_behind_gate(path: LowRankPath, config: FuseConfig) -> Scale:
+    """What is left of a scale where gates multiply by its constant."""
+    scale = _scale(path, config)
+    return scale._replace(constant=1.0) if scale.gated else scale
+
+
+def _gates(
+    downs: Sequence[Projection], paths: Iterable[LowRankPath], config: FuseConfig, *, common: bool
+) -> tuple[Gate, ...]:
+    """The gates of paths, in the order of their down-projections; ``common``: they leave scales alone."""
+    by_down = {path.down.node: path for path in paths}
+    found = [by_down[down.node] for down in downs if down.node in by_down]
+    factors = (1.0 if common else _scale(path, config).constant for path in found)
+    return tuple(
+        Gate(path.select, path.down.out_features, factor)
+        for path, factor in zip(found, factors, strict=True)
+        if path.select is not None
+    )
 
 
 def _one_per_cell(placements: list[Placement]) -> list[list[Placement]]:

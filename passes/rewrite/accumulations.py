@@ -19,6 +19,7 @@ from flora_fx.passes.plan.choosing import HIGHEST_RANK, unrolls
 from flora_fx.passes.plan.layout import Block, Layout, features_of, offsets, up_pack, up_slice
 from flora_fx.passes.plan.names import Names
 
+from .gates import GateWriter
 from .written import Unrolled, Written
 
 __all__ = ["AccumulationWriter"]
@@ -40,6 +41,7 @@ class AccumulationWriter:
         self.config = config
         self.names = names
         self.written = written
+        self.gates = GateWriter(program, written)
 
     def write_blocks(self, layout: Layout, segments: Sequence[Node], z: Node) -> list[Node]:
         """Accumulate a layout's blocks onto its segments.
@@ -55,21 +57,50 @@ class AccumulationWriter:
         values = list(segments)
         downs = layout.downs_of_blocks
         edges = offsets(down.out_features for down in downs)
-        runs = [(edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks]
-        lows = self.written.slice_last(z, edges[-1], runs) if runs else []
-        for block, low in zip(layout.blocks, lows, strict=True):
+        runs = {block: (edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks}
+        picked = [block for block in layout.blocks if self._picks(layout, block, z)]
+        lows: dict[Block, Node] = {}
+        plain, scaled, gated = z, None, None
+        width = edges[len(layout.gates)]
+        if layout.gates:
+            scaled = self.gates.scale(self.written.slice_last(z, edges[-1], [(0, width)])[0], layout.gates)
+            if any(block.scale.gated and block not in picked for block in layout.blocks):
+                gated = self.gates.write(scaled, layout.gates)
+        for value, size, wanted in (
+            (scaled, width, picked),
+            (gated, width, [block for block in layout.blocks if block.scale.gated and block not in picked]),
+            (plain, edges[-1], [block for block in layout.blocks if not block.scale.gated]),
+        ):
+            if value is not None and wanted:
+                pieces = self.written.slice_last(value, size, [runs[block] for block in wanted])
+                lows.update(zip(wanted, pieces, strict=True))
+        for block, low in lows.items():
             low = self.written.multiply(low, block.scale.numbers)
             rank = features_of(downs[slice(*block.columns)])
             up = self._read_block(layout, block)
+            if block in picked:
+                gates = layout.gates[slice(*block.columns)]
+                low, up = self.gates.pick(low, up, gates)
+                rank = max(gate.rank for gate in gates)
             adapted = self.write_add(values[block.segment], low, up, block.scale.constant, rank)
             sources = [base.weight.name for base in layout.segments[block.segment]]
             self.written.labels[adapted] = f"{Names.joined(sources)}_adapted"
             values[block.segment] = adapted
         return values
 
+    def _picks(self, layout: Layout, block: Block, z: Node) -> bool:
+        """Whether a block's up-projections become a loop over those columns alone that a token has."""
+        gates = layout.gates[slice(*block.columns)]
+        if self.config.accumulate != "unrolled" or not block.scale.gated or not self.build.picks:
+            return False
+        return self.gates.may_pick(gates) and self._unrolls(z, max(gate.rank for gate in gates))
+
     def write_path(self, y: Node, path: LowRankPath) -> Node:
         """Accumulate one path, whatever it reads."""
         low = self.written.multiply(self.written.successor(path.low), (*path.numbers, *path.factors))
+        if path.select is not None:
+            low = self.build.reshape_beside(low, path.down.reads, path.down.out_features)
+            low = self.gates.write_one(low, path.select)
         scale = 1.0 if self.config.fold_scale else path.scale
         y = self.write_add(y, low, self._read_up(path), scale, path.up.in_features)
         return self.write_bias(y, path)
@@ -97,6 +128,8 @@ class AccumulationWriter:
         if path.up.bias is None:
             return y
         term = self.written.multiply(self.program.read_weight(path.up.bias), (*path.numbers, *path.factors))
+        if path.select is not None:
+            term = self.gates.write_one(term, path.select)
         return self.build.call(torch.ops.aten.add.Tensor, y, term, alpha=path.scale)
 
     def _read_block(self, layout: Layout, block: Block) -> Node:

@@ -193,6 +193,9 @@ def _rotation(
     first, last = features or (0, whole[-1])
     if not _all_int(shape[-2:], last) or shape[-2] * shape[-1] != last - first:
         return None
+    picks, tokens = program.shape(known[value].up), program.shape(known[value].y)
+    if picks is None or tokens is None or (len(picks) > 2 and not same_sizes(shape[:-2], tokens[:-1])):
+        return None  # a matrix for each token, and tokens in other groups
     place = (offset + swap.start, swap.half, swap.signs, swap.neighbours)
     return Rotation(node, known[value], (first, last), heads, tuple(reversed(moves)), *place)
 
@@ -217,7 +220,8 @@ def _write(program: Program, rotation: Rotation) -> Node:
         return build.call(build.ops.reshape, value, [*before, 2 * half, *after])
 
     y = swapped(unrolled.y, -1, [*leading, heads, width], len(leading) + 1)
-    up = swapped(unrolled.up, 0, [heads, width, rank], 1)
+    *tokens, _, _ = build.sizes(unrolled.up)
+    up = swapped(unrolled.up, len(tokens), [*tokens, heads, width, rank], len(tokens) + 1)
     z = build.call(build.ops.reshape, unrolled.z, [*leading, 1, 1, rank])
     value = build.product_and_sum(y, z, up, unrolled.scale)
     value = _signed(program, value, rotation)

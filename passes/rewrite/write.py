@@ -23,7 +23,7 @@ from itertools import groupby
 from torch.fx import Node
 
 from flora_fx.graph.program import Program
-from flora_fx.ir import Factor, LowRankPath, Projection, Weight
+from flora_fx.ir import LowRankPath, Projection, Weight
 from flora_fx.passes.analysis.values import Values
 from flora_fx.passes.context import Context
 from flora_fx.passes.plan.choosing import unrolls
@@ -45,7 +45,7 @@ def write(context: Context) -> Written:
     grouping = context[Grouping]
     writer = _Writer(context.program, context[Values], context[Forms])
     singles = list(grouping.singles)
-    for group in grouping.groups:
+    for group in sorted(grouping.groups, key=writer.start):  # what several share is written where the first needs it
         if not writer.write_group(group):
             singles.extend(placement.path for placement in group.accumulated)
     singles.sort(key=lambda path: writer.position(path.add))
@@ -71,6 +71,10 @@ class _Writer:
         """Where a node stands that was there before anything was written: a greater one stands further down."""
         return self._order[node]
 
+    def start(self, group: Group) -> float:
+        """Where the first member of a group stands."""
+        return min(self.position(member.node) for member in (*group.bases, *group.downs))
+
     def write_group(self, group: Group) -> bool:
         """Write a group's packs; returns whether the paths that are accumulated were written with them."""
         trains = self.program.trains(_adapters(group))
@@ -79,7 +83,9 @@ class _Writer:
         first = min((*bases, *downs), key=lambda member: self.position(member.node)).node
         self.build.origin = first
         placements = (*group.accumulated, *group.widened)
-        self._move_ahead((number for placement in placements for number in placement.path.numbers), first)
+        paths = [placement.path for placement in placements]
+        self._move_ahead((number.node for path in paths for number in path.numbers), first)
+        self._move_ahead((path.select.mask for path in paths if path.select is not None), first)
         plain: dict[Projection, Node] = {}
         adapted: dict[Projection, Node] = {}
         with self.graph.inserting_before(first):
@@ -130,10 +136,10 @@ class _Writer:
             found.update(zip(segment, self.written.slice_last(value, features_of(segment), pieces), strict=True))
         return found
 
-    def _move_ahead(self, numbers: Iterable[Factor], before: Node) -> None:
-        """Move symbolic numbers, and what they are made of, in front of a node."""
-        for number in numbers:
-            self._move_node_ahead(number.node, before)
+    def _move_ahead(self, nodes: Iterable[Node], before: Node) -> None:
+        """Move symbolic numbers and masks, and what they are made of, in front of a node."""
+        for node in nodes:
+            self._move_node_ahead(node, before)
 
     def _move_node_ahead(self, node: Node, before: Node) -> None:
         if self._order[node] > self._order[before]:

@@ -15,12 +15,15 @@ from torch import nn
 
 from benchmarks.accuracy import tasks as accuracy_tasks
 from benchmarks.accuracy import view as accuracy_view
-from benchmarks.accuracy.accuracy import Plan, measure
+from benchmarks.accuracy.accuracy import measure
 from benchmarks.accuracy.data import SPLITS, Example, Splits, encode, read
+from benchmarks.accuracy.generation import Generation
 from benchmarks.accuracy.journal import Journal
 from benchmarks.accuracy.methods import FULL, LORA, METHODS, Contestant, adapted, contestants
 from benchmarks.accuracy.model import Pretraining, pretrained
-from benchmarks.accuracy.run import Outcome, Recipe, Run, exact_match, fine_tune, step
+from benchmarks.accuracy.plan import Plan
+from benchmarks.accuracy.recipe import Recipe
+from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right, step
 from benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
 from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
 from benchmarks.commands import chapters, main
@@ -28,6 +31,7 @@ from benchmarks.show.page import write_page
 from flora_fx.errors import AdapterError
 
 RECIPE = Recipe(steps=2, batch=4)
+LEARNER = Generation("")
 
 
 # --- tasks ------------------------------------------------------------------------------------------------
@@ -119,7 +123,7 @@ def test_every_method_keeps_within_every_budget_and_uses_most_of_it(base: nn.Mod
             assert lora.parameters * one.rank / (one.rank + 1) < one.parameters <= lora.parameters, one
     splits = _small("sort pairs")
     for one in found[:9]:
-        outcome = fine_tune(base, splits, Run(one.method, one.rank, "sort pairs", 1e-3, 0), RECIPE)
+        outcome = fine_tune(LEARNER, base, splits, Run(one.method, one.rank, "sort pairs", 1e-3, 0), RECIPE)
         assert outcome.parameters == one.parameters, one
 
 
@@ -138,20 +142,20 @@ def test_run_depends_on_its_seed_alone_and_leaves_the_base(base: nn.Module) -> N
     splits, recipe = _small("sort pairs"), Recipe(steps=8, batch=8)
     run = Run(FULL, 0, "sort pairs", 3e-3, 0)
     torch.manual_seed(1)
-    first = fine_tune(base, splits, run, recipe)
+    first = fine_tune(LEARNER, base, splits, run, recipe)
     torch.manual_seed(2)
-    assert fine_tune(base, splits, run, recipe) == first
+    assert fine_tune(LEARNER, base, splits, run, recipe) == first
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
 
 
 def test_training_learns_and_loss_is_of_answers_alone(base: nn.Module) -> None:
     answers = Example((3, 11, 12, 1), (15, 2))
-    model: Any = adapted(_llama(VOCABULARY), FULL, 0)
+    model: Any = adapted(_llama(VOCABULARY), FULL, 0, LEARNER.task_type)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    assert exact_match(model, [answers], RECIPE) == 0
+    assert percent_right(LEARNER, model, [answers], RECIPE) == 0
     for _ in range(20):
-        step(model, optimizer, [answers], "cpu")
-    assert exact_match(model, [answers], RECIPE) == 100
+        step(optimizer, LEARNER.loss(model, [answers], "cpu"))
+    assert percent_right(LEARNER, model, [answers], RECIPE) == 100
     logits = model(input_ids=torch.tensor([[3, 11, 12, 1, 15, 2]])).logits[0]
     assert logits[0].argmax() != 11 or logits[1].argmax() != 12  # nobody asked for the prompt
 
@@ -162,7 +166,7 @@ def test_exact_match_is_that_of_greedy_generation() -> None:
     examples = [Example((5, 6), (7, 8, 9)), Example((4,), (2,)), Example((1, 2, 3), (4, 5))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
-        step(model, optimizer, examples[:2], "cpu")
+        step(optimizer, LEARNER.loss(model, examples[:2], "cpu"))
     greedy = 0
     for prompt, answer in examples:
         written = model.generate(
@@ -170,7 +174,7 @@ def test_exact_match_is_that_of_greedy_generation() -> None:
         )
         greedy += tuple(written[0, len(prompt) :].tolist()) == answer
     assert greedy == 2
-    assert exact_match(model, examples, RECIPE) == pytest.approx(100 * greedy / 3)
+    assert percent_right(LEARNER, model, examples, RECIPE) == pytest.approx(100 * greedy / 3)
 
 
 # --- tuning and summary -----------------------------------------------------------------------------------
@@ -239,12 +243,12 @@ def test_journal_keeps_outcomes_and_survives_a_torn_line(base: nn.Module, tmp_pa
     path, tasks = tmp_path / "runs.jsonl", {"sort pairs": _small("sort pairs")}
     first, second = (Run(LORA, 2, "sort pairs", 1e-3, seed) for seed in range(2))
     outcome = Outcome(100, 12.5, 25.0)
-    journal = Journal(path, base, tasks, RECIPE)
+    journal = Journal(path, LEARNER, base, tasks, RECIPE)
     journal.add(first, outcome)
     journal.add(second, outcome)
     written = path.read_bytes()
     path.write_bytes(written[:-20])
-    again = Journal(path, base, tasks, RECIPE)
+    again = Journal(path, LEARNER, base, tasks, RECIPE)
     assert first in again
     assert again[first] == outcome
     assert second not in again
@@ -255,22 +259,22 @@ def test_journal_keeps_outcomes_and_survives_a_torn_line(base: nn.Module, tmp_pa
 def test_journal_knows_what_decides_a_run(base: nn.Module, tmp_path: Path) -> None:
     path, splits = tmp_path / "runs.jsonl", _small("sort pairs")
     run = Run(LORA, 2, "t", 1e-3, 0)
-    Journal(path, base, {"t": splits}, RECIPE).add(run, Outcome(100, 12.5, 25.0))
-    assert run in Journal(path, _llama(VOCABULARY), {"t": splits, "other": splits}, RECIPE)
+    Journal(path, LEARNER, base, {"t": splits}, RECIPE).add(run, Outcome(100, 12.5, 25.0))
+    assert run in Journal(path, LEARNER, _llama(VOCABULARY), {"t": splits, "other": splits}, RECIPE)
     other = _llama(VOCABULARY)
     with torch.no_grad():
         next(other.parameters()).view(-1)[0] += 1
-    assert run not in Journal(path, other, {"t": splits}, RECIPE)
-    assert run not in Journal(path, base, {"t": _small("sort descending")}, RECIPE)
-    assert run not in Journal(path, base, {"t": splits}, Recipe(steps=3, batch=4))
-    assert Run(LORA, 2, "t", 1e-3, 1) not in Journal(path, base, {"t": splits}, RECIPE)
+    assert run not in Journal(path, LEARNER, other, {"t": splits}, RECIPE)
+    assert run not in Journal(path, LEARNER, base, {"t": _small("sort descending")}, RECIPE)
+    assert run not in Journal(path, LEARNER, base, {"t": splits}, Recipe(steps=3, batch=4))
+    assert Run(LORA, 2, "t", 1e-3, 1) not in Journal(path, LEARNER, base, {"t": splits}, RECIPE)
 
 
 def test_file_that_is_no_journal_is_refused(base: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     path.write_text('{"key": 1}\n')
     with pytest.raises(ValueError, match=r"runs\.jsonl, line 1 is not of a journal"):
-        Journal(path, base, {}, RECIPE)
+        Journal(path, LEARNER, base, {}, RECIPE)
 
 
 def test_small_model_is_trained_once(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from benchmarks.latency import view as latency_view
 from benchmarks.scaling import scaling
 
 TINY = Settings(shape="tiny", rank=4, threads=1)
+ROOT = Path(__file__).parents[2]
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9]])
 
 
@@ -193,3 +194,20 @@ def test_scaling_varies_one_setting_at_a_time(tmp_path: Path) -> None:
     svg, png = scaling.draw(result, tmp_path / "scaling")
     assert svg.read_text().lstrip().startswith("<?xml")
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_colour_is_one_contender_and_a_picture_says_where_we_are_slower(tmp_path: Path) -> None:
+    colours = latency_view.COLOURS
+    assert sorted(colours.values()) == sorted(set(colours.values()))
+    record = ROOT / "benchmarks" / "results"
+    result = json.loads((record / "latency.json").read_text())
+    told = latency_view.slower(latency_view._panels(result["rows"]))
+    assert told.startswith("Slower than the fastest PEFT: fused under eager (TTFT, TPOT); ")
+    assert "fused under onnxruntime (TTFT, TPOT)" in told
+    assert "fused (freezing)" not in told
+    svg = (record / "latency-128.svg").read_text()
+    assert told in svg  # its description; what is seen is drawn as curves
+    assert "prefers-color-scheme: dark" in svg
+    scaled = json.loads((record / "scaling.json").read_text())
+    assert "Slower than PEFT, eager: rank" in scaling._slower(scaled)
+    assert scaling._slower(scaled) in (record / "scaling.svg").read_text()

@@ -22,6 +22,8 @@ PYTHONS_OWN = {
     "init_lora_weights=": "of PEFT's LoraConfig",
     "cuda_graph=": "of load: `generate` captures one where there can be one, and never insists",
     "=True needs return_dict_in_generate=True": "of Decoder.generate: the command streams",
+    "pass slot=": "of Decoder.load_adapter: the command finds a slot by itself",
+    "another name=": "likewise",
     "pass tokenizer=": "of Decoder.stream, to which the command gives the directory's",
 }
 """What stays Python in a message, and why it may."""

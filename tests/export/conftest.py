@@ -14,6 +14,7 @@ from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
 from tests.export.longrope_models import build_longrope
 from tests.export.seq2seq_models import build_seq2seq
+from tests.export.slot_models import Mixed, make_mixed
 from tests.export.stand_in import FakeCuda
 
 
@@ -98,3 +99,9 @@ def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName],
         return cache[target]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+    """A model with several LoRAs, exported so that rows choose among them."""
+    return make_mixed(tmp_path_factory.mktemp("mixed"))

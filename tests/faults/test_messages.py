@@ -25,7 +25,7 @@ from flora_fx.export.run.session import Session
 from flora_fx.export.run.swapping import SwappableAdapter
 from flora_fx.export.translate import lowering
 from flora_fx.export.translate.lowering import lower
-from flora_fx.export.translate.swappable import _swappable_weights, make_swappable
+from flora_fx.export.translate.swappable import make_swappable, swappable_weights
 from flora_fx.ir import Pack, Role, Slice
 
 from .exports import by_hand, reseal
@@ -57,7 +57,7 @@ def text_of_an_encoder(place: Path) -> None:
 def another_kind_of_adapter(place: Path) -> None:
     piece = Slice("blocks.0.flora_A.default.weight", Role.DOWN, (0, 3))
     packs = [Pack("mixed", (3, 4), (piece,), "x", "w.weight")]
-    list(_swappable_weights(odd(graph=odd(initializers={})), odd(packs=packs)))  # type: ignore[arg-type]
+    list(swappable_weights(odd(graph=odd(initializers={})), odd(packs=packs)))  # type: ignore[arg-type]
 
 
 def declined(place: Path) -> None:

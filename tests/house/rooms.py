@@ -91,6 +91,7 @@ HOUSES = (
     House(
         "face",
         (
+            Room("flora_fx/mixed", "a model whose rows each have an adapter of their own"),
             Room("flora_fx/compile", "graphs of torch.compile: lifted weights, checkpointed regions"),
             Room("flora_fx", 'capture, fuse, report, verify; backend="flora"', "flora_fx: face", _FACE),
         ),
@@ -141,6 +142,7 @@ HOUSES = (
             Room("benchmarks/training", "a training step"),
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
+            Room("benchmarks/accuracy/text", "tasks of real text, and an encoder for them"),
             Room("benchmarks/quantized", "a base in few bits"),
             Room("benchmarks/gpu", "a GPU host's quarter of an hour"),
             Room("benchmarks", "the command line", "benchmarks: cli"),

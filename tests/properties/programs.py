@@ -247,6 +247,9 @@ SCALES: dict[str, Callable[[Model, Any, Any, Value], Any]] = {
     "token": lambda m, y, u, s: y + m.gate(s.rows) * u,
     "token of a buffer": lambda m, y, u, s: y + u * m.buffer(tokens(s.rows)),
     "feature": lambda m, y, u, s: y + u * m.buffer(f"feature_{s.width}"),
+    "token selected": lambda m, y, u, s: y + torch.where(m.gate(s.rows) > 1, u, 0) * m.number,
+    "token filled": lambda m, y, u, s: y + m.number * u.masked_fill(m.gate(s.rows) > 1, 0),
+    "selected by feature": lambda m, y, u, s: y + torch.where(y > 0, u, 0),
     "twice": lambda m, y, u, s: y + m.number * (u + u * 2),
     "in place": lambda m, y, u, s: m.iadd(y, u * m.number),
     "in place, alpha": lambda m, y, u, s: y.add_(u, alpha=m.number),
@@ -261,6 +264,9 @@ _BETWEEN: dict[str, Callable[[Model, Any, Value], Any]] = {
     "token between": lambda m, z, s: z * m.gate(s.rows),
     "feature between": lambda m, z, s: z * m.buffer(f"feature_{s.width}"),
     "scalar between": lambda m, z, s: m.buffer("scalar") * z,
+    "token selected between": lambda m, z, s: torch.where(m.gate(s.rows) > 1, z * m.number, 0),
+    "token chosen between": lambda m, z, s: torch.where((m.gate(s.rows) * 4).long() == 4, z, 0),
+    "token chosen otherwise between": lambda m, z, s: torch.where((m.gate(s.rows) * 4).long() == 5, z, 0),
 }
 SCALES |= dict.fromkeys(_BETWEEN, SCALES["none"])
 _WIDENS = ("one element", "token", "token of a buffer", "feature", "token between", "feature between")

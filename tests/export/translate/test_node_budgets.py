@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import onnx
 import peft
@@ -120,6 +120,15 @@ def expected(kind: Kind, layers: int) -> Counter[str]:
 def test_nodes(export: Get, kind: Kind) -> None:
     assert export(kind).ops == expected(kind, LAYERS), "no Reshape, Transpose or Expand in a layer"
     assert sum(expected(kind, 4).values()) <= BUDGETS[kind]
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA, hot swap"])
+def test_several_adapters_are_one_node_a_pack_more(tmp_path: Path, kind: Kind) -> None:
+    model: Any = llama("LoRA", TINY, LAYERS)
+    model.add_adapter("other", peft.LoraConfig(r=RANK - 2, target_modules="all-linear", init_lora_weights=False))
+    export_onnx(model, tmp_path / "out", adapters=["default", "other"], hot_swap=kind == "LoRA, hot swap")
+    once = {"Unsqueeze": 1, "Equal": 3}  # the ids, and masks of one, two and three projections
+    assert Export(model, tmp_path / "out").ops == expected(kind, LAYERS) + Counter({**once, "Where": 4 * LAYERS})
 
 
 @pytest.mark.slow

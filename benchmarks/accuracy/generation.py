@@ -1,0 +1,79 @@
+"""A causal language model that learns to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flora_fx.checkpoint import load_model
+
+from .data import Example
+
+__all__ = ["Generation", "batch_of"]
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A causal language model that learns to continue a prompt.
+
+    Attributes:
+        directory: of the model, or its Hub id.
+    """
+
+    directory: str
+    task_type: str = "CAUSAL_LM"
+    code: tuple[Path, ...] = (Path(__file__),)
+    head_rate: float = 0.0
+
+    def load(self) -> nn.Module:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        return load_model(self.directory, dtype=torch.float32, task="causal-lm")
+
+    def model(self, adapted: nn.Module, task: str) -> nn.Module:
+        return adapted
+
+    def loss(self, model: Any, examples: Sequence[Example], device: str) -> Tensor:
+        """On the answers' tokens alone."""
+        tokens, labels = batch_of(examples)
+        loss: Tensor = model(input_ids=tokens.to(device), labels=labels.to(device), use_cache=False).loss
+        return loss
+
+    def right(self, model: Any, examples: Sequence[Example], device: str) -> int:
+        """How many answers are right in every token.
+
+        The model reads the right answer and predicts each token of it from those before. If the likeliest token is
+        right every time, greedy generation writes the same answer, and the other way round: up to the first error both
+        read the same.
+        """
+        tokens, labels = batch_of(examples)
+        predicted = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
+        return int(((predicted == labels[:, 1:]) | (labels[:, 1:] == _IGNORED)).all(-1).sum())
+
+
+def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels [batch, length], padded on the right; only answers have labels.
+
+    No attention mask is needed: under causal attention no token sees the padding after it.
+
+    >>> batch_of([Example((5, 6), (7,)), Example((5,), (8,))])
+    (tensor([[5, 6, 7],
+            [5, 8, 0]]), tensor([[-100, -100,    7],
+            [-100,    8, -100]]))
+    """
+    length = max(len(example.prompt) + len(example.answer) for example in examples)
+    tokens = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full_like(tokens, _IGNORED)
+    for row, (prompt, answer) in enumerate(examples):
+        end = len(prompt) + len(answer)
+        tokens[row, :end] = torch.tensor(prompt + answer)
+        labels[row, len(prompt) : end] = torch.tensor(answer)
+    return tokens, labels

@@ -1,0 +1,1 @@
+"""The suite on real text: what Python packages and the Unicode standard say, read by a pretrained encoder."""
