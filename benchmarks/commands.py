@@ -33,6 +33,8 @@ from .gpu import PHASES
 from .kernels import kernels
 from .latency import goals, latency
 from .latency import view as latency_view
+from .quantized import quantized
+from .quantized import view as quantized_view
 from .scaling import exporting, forms, fusing, large, scaling
 from .show.page import Chapter, setup, write_page
 from .show.results import RECORD, save
@@ -254,6 +256,17 @@ def _export(settings: Settings, options: Options, bar: Bar) -> Result:
     return exporting.measure(settings, depths=options.depths, rounds=options.rounds, progress=bar("export"))
 
 
+def _quantized(settings: Settings, options: Options, bar: Bar) -> Result:
+    return quantized.measure(
+        settings,
+        pretraining=Pretraining(hidden=128, steps=options.pretraining_steps),
+        recipe=Recipe(options.steps),
+        prompt=options.prompts[0],
+        rounds=options.rounds,
+        progress=bar,
+    )
+
+
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
     return kernels.measure(
         settings, runners=options.runners, variants=options.variants, prompt=options.prompts[0], progress=bar("kernels")
@@ -271,6 +284,7 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "forms": _forms,
     "large": _large,
     "export": _export,
+    "quantized": _quantized,
     "kernels": _kernels,
     "accuracy": _accuracy,
 }
@@ -286,6 +300,7 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "forms": forms.sheets,
     "large": large.sheets,
     "export": exporting.sheets,
+    "quantized": quantized_view.sheets,
     "kernels": kernels.sheets,
     "accuracy": lambda result: _accuracy_view(result).sheets(result),
 }
@@ -298,9 +313,10 @@ PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
 }
 
 SETUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "accuracy": lambda result: _accuracy_view(result).setup(result)
+    "accuracy": lambda result: _accuracy_view(result).setup(result),
+    "quantized": quantized_view.setup,
 }
-"""Of the suites that do not measure `Settings`."""
+"""Of the suites that do not measure `Settings` alone."""
 
 TITLES = {
     "latency": ("Latency", "TTFT, TPOT and total latency of every form of the model under every runner."),
@@ -334,6 +350,10 @@ TITLES = {
         "What an export takes, beside the onnxruntime-genai builder's, from the same checkpoint and adapter: whole "
         "commands, with Python's start and all imports. Layers that are alike are traced once, so time hardly grows "
         "with them.",
+    ),
+    "quantized": (
+        "A base in few bits",
+        "A QLoRA as it was trained, its adapter live, beside what else may be done with it; docs/qlora.md says how.",
     ),
     "kernels": (
         "Kernels per decoder layer",
@@ -488,6 +508,12 @@ def parser() -> argparse.ArgumentParser:
     suite = suites.add_parser("export", parents=[model()], help="time and memory of an export, beside the builder's")
     suite.add_argument("--depths", type=_numbers, default=[], help="in layers, with commas (a third of all, and all)")
     suite.add_argument("--rounds", type=int, default=3, help="exports by each, at each depth (%(default)s)")
+
+    suite = suites.add_parser("quantized", parents=[model(layers=4)], help="a base in few bits: size, error, tokens")
+    suite.add_argument("--steps", type=int, default=600, help="of training the adapter (%(default)s)")
+    suite.add_argument("--pretraining-steps", type=int, default=1500, help="of the small model (%(default)s)")
+    suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
+    suite.add_argument("--rounds", type=int, default=80, help="tokens that are timed (%(default)s)")
 
     suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]

@@ -42,6 +42,22 @@ class Target(StrEnum):
     general = "general"
 
 
+class Base(StrEnum):
+    """Names of what may become of a quantized base."""
+
+    auto = "auto"
+    keep = "keep"
+    dequantize = "dequantize"
+    float = "float"
+
+
+class Activations(StrEnum):
+    """Names of what its operators multiply with."""
+
+    exact = "exact"
+    int8 = "int8"
+
+
 def main() -> None:
     """The entry point of ``flora-fx``."""
     try:
@@ -150,6 +166,18 @@ def build_app() -> "typer.Typer":
         hot_swap: Annotated[
             bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
         ] = False,
+        base: Annotated[
+            Base,
+            typer.Option(
+                "--base",
+                help="Of a quantized base. keep: in operators of its own; dequantize: few bits in the file, plain "
+                "weights once it is loaded; float: plain weights; auto: kept where MatMulNBits can, else dequantized.",
+            ),
+        ] = Base.auto,
+        activations: Annotated[
+            Activations,
+            typer.Option("--activations", help="What a kept base is multiplied with; int8 is faster, and not exact."),
+        ] = Activations.exact,
         slots: Annotated[
             int | None,
             typer.Option(
@@ -184,6 +212,8 @@ def build_app() -> "typer.Typer":
                 "overwrite": overwrite,
                 "target": None if target is Target.auto else target.value,
                 "hot_swap": hot_swap,
+                "base": None if base is Base.auto else base.value,
+                "activations": activations.value,
                 **{name: value for name, value in (("slots", slots), ("rank", rank)) if value is not None},
             }
             if inputs is not None:
@@ -278,10 +308,13 @@ def build_app() -> "typer.Typer":
     def _demo(
         output: Annotated[Path, output_option],
         fast: Annotated[bool, typer.Option("--fast", help="A few training steps: for tests.")] = False,
+        quantized: Annotated[
+            bool, typer.Option("--quantized", help="Train the adapter over a base in 4 bits, and deploy that.")
+        ] = False,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with ending(_flags(app), as_json=as_json) as outcome:
-            demo(output, outcome, fast=fast, as_json=as_json)
+            demo(output, outcome, fast=fast, quantized=quantized, as_json=as_json)
 
     @app.command(
         "bench",
@@ -306,19 +339,21 @@ def _flags(app: "typer.Typer") -> dict[str, str]:
     return {**own, "adapters": own["adapter"], "example_inputs": own["inputs"], "stop_strings": own["stop"]}
 
 
-def demo(output: Path, outcome: Outcome, *, fast: bool, as_json: bool) -> None:
+def demo(output: Path, outcome: Outcome, *, fast: bool, quantized: bool, as_json: bool) -> None:
     """Run the demo and show what it found."""
     from rich.console import Console
 
     from flora_fx.commands.quiet import quiet
     from flora_fx.demo import run
+    from flora_fx.demo.quantized import run_quantized, show_quantized
     from flora_fx.demo.table import show
 
     outcome.left = lambda: f"{output} holds what was made so far"
     quiet()
-    outcome.document.update(run(output, fast=fast, console=Console(stderr=True)))
+    make, tell = (run_quantized, show_quantized) if quantized else (run, show)
+    outcome.document.update(make(output, fast=fast, console=Console(stderr=True)))
     if not as_json:
-        show(outcome.document, output, Console())
+        tell(outcome.document, output, Console())
 
 
 def bench(arguments: Sequence[str]) -> int:

@@ -130,6 +130,17 @@ def test_every_page_with_python_is_run_by_a_test() -> None:
     assert [name for name in with_python if f'"{name}"' not in tests] == []
 
 
+def test_qlora_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("qlora.md", blocks_at_least=2)
+    assert found["result"].greedy_tokens_equal
+    assert "all weights are equal bit for bit" in str(found["result"])
+    assert found["tokens"].shape == (1, 19)
+    # The fault that the page tells of: a release that mends it changes the page.
+    assert (found["right"] == -3).all()
+    assert (found["wrong"] == -8).all()
+
+
 def test_generating_runs_as_it_stands() -> None:
     found = run("generating.md")
     assert torch.equal(found["tokens"], found["expected"])

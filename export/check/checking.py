@@ -92,7 +92,7 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
 
     logits = decoder(ids, mask)
     expected, cache = _run(model, ids, mask, transformers.DynamicCache())
-    differences = Differences(decoder.manifest.dtype)
+    differences = Differences(_precision(decoder.manifest))
     differences.add("the logits of a prompt", logits[mask.bool()], expected[mask.bool()])
 
     token = expected[:, -1].argmax(-1, keepdim=True)
@@ -110,9 +110,14 @@ def _check_decoder(decoder: Decoder, model: nn.Module) -> Check:
     return Check(differences.max_abs, differences.max_rel, equal, checked_on, crossed, not_crossed)
 
 
+def _precision(manifest: Manifest) -> str:
+    """What the check's tolerance goes by."""
+    return "int8" if manifest.base.get("activations") == "int8" else manifest.dtype
+
+
 def _check_rows(decoder: Decoder, model: nn.Module, found: Check) -> Check:
     """Where each row chooses its adapter, beside what was found without any."""
-    differences = Differences(decoder.manifest.dtype)
+    differences = Differences(_precision(decoder.manifest))
     check_slots(decoder, model, partial(_run, model), differences)
     return replace(
         found,

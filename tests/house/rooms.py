@@ -143,6 +143,7 @@ HOUSES = (
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
             Room("benchmarks/accuracy/text", "tasks of real text, and an encoder for them"),
+            Room("benchmarks/quantized", "a base in few bits"),
             Room("benchmarks/gpu", "a GPU host's quarter of an hour"),
             Room("benchmarks", "the command line", "benchmarks: cli"),
         ),
