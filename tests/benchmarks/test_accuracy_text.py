@@ -34,6 +34,7 @@ from benchmarks.accuracy.text.phrases import (
     messages,
     parameters,
     signatures,
+    words_of,
 )
 from benchmarks.accuracy.text.sources import Source, sources, versions
 from benchmarks.accuracy.text.suite import TEXT, encoded, examples
@@ -178,6 +179,18 @@ def test_matching_pairs_a_name_with_its_summary_or_another(read: list[Source]) -
         own = {" ".join(item.summary.split()): item.name for item in described(one)}
         for item in CANDIDATES["name and summary"].items([one]):
             assert item.texts[1] in own
+            found[item.label] += 1
+    assert min(found["own"], found["other"]) > 0.4 * sum(found.values())
+
+
+def test_matching_pairs_a_parameter_with_its_text_or_another(read: list[Source]) -> None:
+    found: Counter[str] = Counter()
+    for one in read:
+        own = {(words_of(parameter.name), parameter.text) for parameter in parameters(one)}
+        for item in CANDIDATES["parameter and text"].items([one]):
+            assert item.texts[1] in {text for _, text in own}
+            if item.label == "own":
+                assert item.texts in own
             found[item.label] += 1
     assert min(found["own"], found["other"]) > 0.4 * sum(found.values())
 
