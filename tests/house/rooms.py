@@ -139,6 +139,7 @@ HOUSES = (
             Room("benchmarks/kernels", "launches, counted"),
             Room("benchmarks/latency", "TTFT, TPOT"),
             Room("benchmarks/generation", "whole texts; capacity"),
+            Room("benchmarks/adapters", "many adapters in one batch"),
             Room("benchmarks/training", "a training step"),
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
