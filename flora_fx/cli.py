@@ -5,6 +5,7 @@ in `flora_fx.commands.ending`, and what each command does in the files beside it
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     import typer
 
 __all__ = ["build_app", "main"]
+
+
+_TABLES = 80
+"""Columns from which on help stands in tables."""
 
 
 class DType(StrEnum):
@@ -88,6 +93,8 @@ def build_app() -> "typer.Typer":
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
+        # A narrow table cuts words; plain help wraps them.
+        rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _TABLES else None,
     )
     model_option = typer.Option("-m", "--model", help="Directory or Hub id of the base model.")
     adapter_option = typer.Option("-a", "--adapter", help="Directory or Hub id of the adapter (LoRA or FFBA).")
@@ -104,9 +111,10 @@ def build_app() -> "typer.Typer":
     task_option = typer.Option(
         "--task",
         callback=known_task,
-        help="What the model is for, which decides its head; auto: what the adapter was trained for, else what "
-        f"config.json names. One of {tasks}.",
+        help="What the model is for, which decides its head: one of those below. auto: what the adapter was trained "
+        "for, else what config.json names.",
     )
+    tasks_below = f"Tasks: {tasks}."  # not in the column beside the option, which narrow terminals cut
     inputs_option = typer.Option(
         "--inputs", help="Safetensors file of example inputs by name, batch first; made up, if left out."
     )
@@ -124,7 +132,7 @@ def build_app() -> "typer.Typer":
     ) -> None:
         pass
 
-    @app.command("inspect", help="Show what would fuse, what would not, and why.")
+    @app.command("inspect", help="Show what would fuse, what would not, and why.", epilog=tasks_below)
     def _inspect(
         model: Annotated[str, model_option],
         adapter: Annotated[str, adapter_option],
@@ -140,7 +148,7 @@ def build_app() -> "typer.Typer":
             if not as_json:
                 typer.echo(str(report))
 
-    @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.")
+    @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.", epilog=tasks_below)
     def _export(
         model: Annotated[str, model_option],
         output: Annotated[Path, output_option],
@@ -153,7 +161,10 @@ def build_app() -> "typer.Typer":
                 "a batch chooses one when it runs.",
             ),
         ] = None,
-        dtype: Annotated[DType, typer.Option("--dtype", help="What the weights are written in.")] = DType.float32,
+        dtype: Annotated[
+            DType,
+            typer.Option("--dtype", help="What the weights are written in."),
+        ] = DType.float32,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
         target: Annotated[
             Target,
@@ -248,12 +259,16 @@ def build_app() -> "typer.Typer":
             typer.Option("--temperature", min=0.0, help=f"Above 0: sample; 0 takes the likeliest token. {own}"),
         ] = None,
         top_k: Annotated[
-            int | None, typer.Option("--top-k", min=0, help=f"Sample among so many likeliest tokens; 0: all. {own}")
+            int | None,
+            typer.Option("--top-k", min=0, help=f"Sample among so many likeliest tokens; 0: all. {own}"),
         ] = None,
         top_p: Annotated[
             float | None,
             typer.Option(
-                "--top-p", min=0.0, max=1.0, help=f"Sample among the likeliest that have this share together. {own}"
+                "--top-p",
+                min=0.0,
+                max=1.0,
+                help=f"Sample among the likeliest that have this share together. {own}",
             ),
         ] = None,
         min_p: Annotated[
@@ -266,7 +281,8 @@ def build_app() -> "typer.Typer":
             ),
         ] = None,
         repetition_penalty: Annotated[
-            float | None, typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}")
+            float | None,
+            typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}"),
         ] = None,
         stop: Annotated[
             list[str] | None,

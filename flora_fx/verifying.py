@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from .internals import TorchDispatchMode, pytree
 from .ops import hold
+from .quantized.formats.live import with_quantized_linears
 from .reporting.notebook import as_html
 
 __all__ = ["Verification", "verify"]
@@ -75,7 +77,8 @@ def verify(
 ) -> Verification:
     """Run both programs in float64 on the same inputs and compare all they return.
 
-    Both are copied first (one after the other), so neither changes.
+    Both are copied first (one after the other), so neither changes. Quantized layers of bitsandbytes, torchao and
+    compressed-tensors are compared as what they stand for: their dequantized weights, in float32.
 
     Args:
         original: the model or its unfused graph.
@@ -114,7 +117,10 @@ def verify(
 
 def _run(program: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     module = program.module() if isinstance(program, ExportedProgram) else program
-    module = copy.deepcopy(module).to(torch.float64)
+    # Layers of other libraries compute in dtypes of their own: what they stand for is what is compared.
+    with warnings.catch_warnings():  # torch (2.13) warns of its own class as it copies a captured graph
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+        module = copy.deepcopy(with_quantized_linears(module).model).to(torch.float64)
     wide: Callable[[Any], Any] = lambda v: v.double() if isinstance(v, Tensor) and v.dtype in _NARROW else v  # noqa: E731
     args, kwargs = pytree.tree_map(wide, copy.deepcopy((args, kwargs)))
     with _InFloat64(), _HeldToNothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ def export_all(
     *,
     new: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Export base, fused and merged, continue the prompts with the fused one under ONNX Runtime.
+    """Export base, unmerged, fused and merged, continue the prompts with the fused one under ONNX Runtime.
 
     Each of `texts` gets an ``onnx`` beside ``base`` and ``adapter``.
 
@@ -87,7 +88,8 @@ def export_all(
 
     runners: dict[str, Any] = {}
     checks: dict[str, Any] = {}
-    sources = {"base": models["base"], "fused": models["unmerged"], "merged": models["merged"]}
+    adapted, merged = models["unmerged"], models["merged"]
+    sources = {"base": models["base"], "unmerged": _left_as_it_is(adapted), "fused": adapted, "merged": merged}
     for done, (name, model) in enumerate(sources.items()):
         exported = export_onnx(model, directory / name, tokenizer=tokenizer, overwrite=True)
         checks[name] = {
@@ -100,6 +102,20 @@ def export_all(
         ids = tokenizer(text["prompt"], return_tensors="pt")["input_ids"]
         text["onnx"] = _new_text(tokenizer, ids, runners["fused"].generate(ids, max_new_tokens=new))
     return runners, checks
+
+
+def _left_as_it_is(model: nn.Module) -> nn.Module:
+    """A copy whose LoRA computes the same and is not fused: a vector of equal numbers scales it.
+
+    PEFT has no exporter of its own; this is ours, with the adapters as PEFT writes them.
+    """
+    from peft.tuners.lora import Linear
+
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.scaling = {name: torch.full((layer.out_features,), scale) for name, scale in layer.scaling.items()}
+    return model
 
 
 def _new_text(tokenizer: PreTrainedTokenizerFast, prompt: Tensor, written: Tensor) -> str:

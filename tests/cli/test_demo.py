@@ -32,8 +32,13 @@ def test_fast_demo(tmp_path: Path) -> None:
     assert all(error["max_rel"] < 1e-5 for error in told["verification"].values())
     assert all(text["onnx"] == text["adapter"] for text in told["texts"])
     assert set(told["latency"]) == {"PyTorch", "ONNX Runtime"}
+    declined = [
+        json.loads((tmp_path / "onnx" / name / "flora_fx.json").read_text())["fusion"]["declines"]
+        for name in told["onnx"]
+    ]
+    assert [len(declines) > 0 for declines in declined] == [name == "unmerged" for name in told["onnx"]]
     for phases in told["latency"].values():
-        assert {"base", "fused", "merged"} <= set(phases["TTFT"])
+        assert {"base", "unmerged", "fused", "merged"} <= set(phases["TTFT"])
         assert set(phases["TTFT"]) == set(phases["TPOT"])
 
 

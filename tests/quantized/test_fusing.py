@@ -160,6 +160,14 @@ def test_what_may_differ(changed: Any, told: str) -> None:
     assert flora_fx.verify(model, fused, x).max_rel < 1e-12
 
 
+def test_two_orders_of_columns_are_two_operators() -> None:
+    model, x = Adapted(of_kind("act-order") | {"v": affine(ROWS["v"], K, ordered=True)[0]}), torch.randn(2, K)
+    fused = flora_fx.fuse(flora_fx.capture(model, x))
+    assert calls(fused)[OPERATOR] == 2
+    assert "another order" in flora_fx.report(fused).declines[0].detail
+    assert flora_fx.verify(model, fused, x).max_rel < 1e-12
+
+
 def test_biases_of_other_dtypes_stay_apart() -> None:
     model, x = Adapted(of_kind("nf4"), biased="qk"), torch.randn(2, K)
     model.k.bias = nn.Parameter(model.k.bias.bfloat16(), requires_grad=False)

@@ -149,6 +149,13 @@ def test_the_users_model_stays_as_it_is() -> None:
     assert graph.get_parameter("k.bias") is model.k.bias
 
 
+@pytest.mark.parametrize("library", ["bitsandbytes", "torchao"])
+def test_verify_compares_a_model_with_its_graph_by_what_its_codes_stand_for(library: str) -> None:
+    model = bitsandbytes(quant_type="nf4") if library == "bitsandbytes" else torchao("Int8WeightOnlyConfig")
+    x = torch.randn(3, 128)
+    assert flora_fx.verify(model, flora_fx.fuse(flora_fx.capture(model, x)), x).max_rel < 1e-12
+
+
 def test_what_computes_is_float64_over_the_dequantized_weight() -> None:
     model = bitsandbytes(quant_type="nf4")
     x = torch.randn(3, 128, dtype=torch.float64)
