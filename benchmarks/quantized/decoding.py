@@ -102,7 +102,7 @@ def _model(settings: Settings, way: Way) -> nn.Module:
 
 def _with_lora(model: nn.Module, settings: Settings) -> nn.Module:
     torch.manual_seed(1)
-    found: nn.Module = adapted(model, LORA, settings.rank).eval()
+    found: nn.Module = adapted(model, LORA, settings.rank, "CAUSAL_LM").eval()
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             if ".lora_B." in name:

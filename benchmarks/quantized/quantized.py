@@ -11,7 +11,7 @@ from flora_fx.measuring.method import pinned
 from flora_fx.progress import Bar
 
 from ..accuracy.model import Pretraining
-from ..accuracy.run import Recipe
+from ..accuracy.recipe import Recipe
 from ..contenders.settings import Settings
 from .decoding import decode, sizes
 from .task import TASK

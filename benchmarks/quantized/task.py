@@ -24,9 +24,11 @@ from flora_fx.quantized import dequantize
 from flora_fx.quantized.nearest import quantize_linears
 from flora_fx.quantized.weight import Kind
 
+from ..accuracy.generation import Generation, batch_of
 from ..accuracy.methods import LORA, adapted
 from ..accuracy.model import Pretraining, pretrained
-from ..accuracy.run import Recipe, batch_of, exact_match, scheduled, step
+from ..accuracy.recipe import Recipe
+from ..accuracy.run import percent_right, scheduled, step
 from ..accuracy.tasks import splits
 from ..measure.isolated import Progress
 
@@ -55,16 +57,13 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
         rows with ``format``, ``way``, ``bytes`` of the file of weights, ``error`` (of the logits, to float64 over the
         dequantized base with its adapter, in norms), and ``accuracy`` (answers that are right, in percent).
     """
-    import transformers
-
-    directory = pretrained(pretraining, place, lambda done, total: None)
+    learner = Generation(str(pretrained(pretraining, place, lambda done, total: None)))
     data = splits(TASK)
     rows: list[dict[str, Any]] = []
     for name, (kind, block) in FORMATS.items():
-        base: Any = transformers.AutoModelForCausalLM.from_pretrained(directory)
-        quantized = quantize_linears(base, kind, block=block)
+        quantized = quantize_linears(learner.load(), kind, block=block)
         untuned = copy.deepcopy(quantized)
-        tuned = _trained(quantized, data["train"], recipe)
+        tuned = _trained(learner, quantized, data["train"], recipe)
         tokens, _ = batch_of(data["test"][:_EXAMPLES])
         exact = _plain(tuned).double()(input_ids=tokens, use_cache=False).logits
         ways = _ways(name, kind, block, untuned, tuned)
@@ -78,7 +77,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
                         "way": way,
                         "bytes": result.files["model.onnx.data"],
                         "error": difference(runner(input_ids=tokens).logits, exact),
-                        "accuracy": exact_match(runner, data["test"], recipe),
+                        "accuracy": percent_right(learner, runner, data["test"], recipe),
                     }
                 )
             progress(len(rows), _COUNT)
@@ -102,16 +101,16 @@ def _ways(
     return found
 
 
-def _trained(model: nn.Module, examples: Any, recipe: Recipe) -> Any:
+def _trained(learner: Generation, model: nn.Module, examples: Any, recipe: Recipe) -> Any:
     torch.manual_seed(0)
-    tuned = adapted(model, LORA, _RANK).train()
+    tuned = adapted(model, LORA, _RANK, learner.task_type).train()
     parameters = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=_RATE, weight_decay=0.0)
     order = itertools.cycle(range(0, len(examples) - recipe.batch + 1, recipe.batch))
     for index, start in enumerate(itertools.islice(order, recipe.steps)):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * scheduled(index, recipe.steps)
-        step(tuned, optimizer, examples[start : start + recipe.batch], recipe.device)
+        step(optimizer, learner.loss(tuned, examples[start : start + recipe.batch], recipe.device))
     return tuned.eval()
 
 
@@ -120,14 +119,12 @@ def _plain(model: nn.Module) -> Any:
     return dequantize(model, torch.float32)
 
 
-class _Runner:
-    """An export, as `exact_match` calls a model."""
+class _Runner(nn.Module):
+    """An export, called as a model is."""
 
     def __init__(self, decoder: Any) -> None:
-        self._call: Callable[[Tensor, Tensor], Tensor] = decoder
+        super().__init__()
+        self._run: Callable[[Tensor, Tensor], Tensor] = decoder
 
-    def eval(self) -> None:
-        """Nothing: it always is."""
-
-    def __call__(self, input_ids: Tensor, **_: Any) -> Any:
-        return SimpleNamespace(logits=self._call(input_ids, torch.ones_like(input_ids)))
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        return SimpleNamespace(logits=self._run(input_ids, torch.ones_like(input_ids)))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime_genai
+import peft
 import pytest
 import torch
 
@@ -84,6 +86,31 @@ def test_another_adapter_takes_the_place(quantized: Get, name: str, options: dic
     assert torch.equal(made.decoder.generate(PROMPT, max_new_tokens=64), wanted)
     made.decoder.load_adapter(made.model)
     assert torch.equal(made.decoder.generate(PROMPT, max_new_tokens=64), greedy(made.model, PROMPT, 64))
+
+
+@pytest.mark.parametrize(("name", "options"), [("4 bits, zero points", {}), ("NF4", {"base": "keep"})])
+def test_onnxruntime_genai(quantized: Get, name: str, options: dict[str, Any]) -> None:
+    made = quantized(name, **options)
+    expected = greedy(made.model, PROMPT, 24)[0].tolist()
+    model = onnxruntime_genai.Model(str(made.directory))
+    parameters = onnxruntime_genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(expected), do_sample=False)
+    generator = onnxruntime_genai.Generator(model, parameters)
+    generator.append_tokens(PROMPT[0].numpy().astype("int32"))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = generator.get_sequence(0).tolist()
+    assert found == expected[: len(found)]
+    assert len(found) > PROMPT.shape[1] + 8 or 0 in found
+
+
+def test_several_adapters_beside_one_base(tmp_path: Path) -> None:
+    model = build("4 bits, zero points")
+    two = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model.add_adapter("two", two)
+    result = export_onnx(model.eval(), tmp_path / "out", adapters=["default", "two"])
+    assert load(tmp_path / "out").manifest.base["bit_equal"] == 7 * LAYERS
+    assert result.max_rel_error < 1e-5
 
 
 def test_every_number_is_the_sources(quantized: Get) -> None:
