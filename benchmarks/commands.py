@@ -25,6 +25,7 @@ from .accuracy.plan import Plan
 from .accuracy.recipe import Recipe
 from .accuracy.sequence import SEQUENCE
 from .accuracy.text.suite import TEXT
+from .adapters import adapters
 from .contenders.onnx_exports import GRAPHS
 from .contenders.settings import DTYPES, PROJECTIONS, SHAPES, Settings
 from .contenders.torch_contenders import LIVE, RUNNERS
@@ -252,6 +253,18 @@ def _forms(settings: Settings, options: Options, bar: Bar) -> Result:
     )
 
 
+def _adapters(settings: Settings, options: Options, bar: Bar) -> Result:
+    return adapters.measure(
+        settings,
+        adapters=options.adapters,
+        batches=options.batches,
+        grid=options.grid,
+        prompt=options.prompts[0],
+        rounds=options.rounds,
+        progress=bar,
+    )
+
+
 def _export(settings: Settings, options: Options, bar: Bar) -> Result:
     return exporting.measure(settings, depths=options.depths, rounds=options.rounds, progress=bar("export"))
 
@@ -283,6 +296,7 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "scaling": _scaling,
     "forms": _forms,
     "large": _large,
+    "adapters": _adapters,
     "export": _export,
     "quantized": _quantized,
     "kernels": _kernels,
@@ -299,6 +313,7 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
     "forms": forms.sheets,
     "large": large.sheets,
+    "adapters": adapters.sheets,
     "export": exporting.sheets,
     "quantized": quantized_view.sheets,
     "kernels": kernels.sheets,
@@ -309,6 +324,7 @@ PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
     "latency": latency_view.draw,
     "decoder": latency_view.draw,
     "scaling": scaling.draw,
+    "adapters": adapters.draw,
     "accuracy": lambda result, path: _accuracy_view(result).draw(result, path),
 }
 
@@ -343,6 +359,11 @@ TITLES = {
         "Forms of an up-projection",
         "Through the backend under Inductor, live models: `addmm`, a GEMM and an `add`, or `unrolled`, a product and a "
         "sum. With one token on a CPU all products are loops already.",
+    ),
+    "adapters": (
+        "Many adapters in one batch",
+        "Rows that have adapters of their own, which take turns: a token of all rows, beside PEFT's `adapter_names` "
+        "and beside the base.",
     ),
     "large": ("A model of 70B parameters", "Fused without its weights: shapes are all that the passes read."),
     "export": (
@@ -409,7 +430,7 @@ def _check(options: Options) -> None:
         least = 0 if (options.suite, name) == ("forms", "sequence") else 1
         if getattr(options, name, least) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
-    for name in ("runners", "prompts", "tokens", *(["batches"] if options.suite == "capacity" else [])):
+    for name in ("runners", "prompts", "tokens", *(["batches"] if options.suite in ("capacity", "adapters") else [])):
         if not getattr(options, name, True):
             raise ValueError(f"--{name} names none")
 
@@ -494,6 +515,13 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
+
+    suite = suites.add_parser("adapters", parents=[model(layers=4)], help="rows that have adapters of their own")
+    suite.add_argument("--adapters", type=_numbers, default=adapters.ADAPTERS, help="with commas (1,2,4,8,16,32)")
+    suite.add_argument("--batches", type=_numbers, default=adapters.BATCHES, help="rows, with commas (1,4,8,16)")
+    suite.add_argument("--grid", action="store_true", help="all pairs, not each with 8 of the other")
+    suite.add_argument("--prompts", type=_numbers, default=[32], help="prompt length (32)")
+    suite.add_argument("--rounds", type=int, default=30, help="tokens of each (%(default)s)")
 
     suite = suites.add_parser("forms", parents=[model(layers=4)], help="up-projections through the backend, each form")
     suite.add_argument("--ranks", type=_numbers, default=forms.RANKS, help="with commas (8,16,32,64)")
