@@ -25,6 +25,7 @@ from .accuracy.plan import Plan
 from .accuracy.recipe import Recipe
 from .accuracy.sequence import SEQUENCE
 from .accuracy.text.suite import TEXT
+from .adapters import adapters
 from .contenders.onnx_exports import GRAPHS
 from .contenders.settings import DTYPES, PROJECTIONS, SHAPES, Settings
 from .contenders.torch_contenders import LIVE, RUNNERS
@@ -33,6 +34,8 @@ from .gpu import PHASES
 from .kernels import kernels
 from .latency import goals, latency
 from .latency import view as latency_view
+from .quantized import quantized
+from .quantized import view as quantized_view
 from .scaling import exporting, forms, fusing, large, scaling
 from .show.page import Chapter, setup, write_page
 from .show.results import RECORD, save
@@ -250,8 +253,31 @@ def _forms(settings: Settings, options: Options, bar: Bar) -> Result:
     )
 
 
+def _adapters(settings: Settings, options: Options, bar: Bar) -> Result:
+    return adapters.measure(
+        settings,
+        adapters=options.adapters,
+        batches=options.batches,
+        grid=options.grid,
+        prompt=options.prompts[0],
+        rounds=options.rounds,
+        progress=bar,
+    )
+
+
 def _export(settings: Settings, options: Options, bar: Bar) -> Result:
     return exporting.measure(settings, depths=options.depths, rounds=options.rounds, progress=bar("export"))
+
+
+def _quantized(settings: Settings, options: Options, bar: Bar) -> Result:
+    return quantized.measure(
+        settings,
+        pretraining=Pretraining(hidden=128, steps=options.pretraining_steps),
+        recipe=Recipe(options.steps),
+        prompt=options.prompts[0],
+        rounds=options.rounds,
+        progress=bar,
+    )
 
 
 def _kernels(settings: Settings, options: Options, bar: Bar) -> Result:
@@ -270,7 +296,9 @@ _SUITES: dict[str, Callable[[Any, Options, Bar], Result]] = {
     "scaling": _scaling,
     "forms": _forms,
     "large": _large,
+    "adapters": _adapters,
     "export": _export,
+    "quantized": _quantized,
     "kernels": _kernels,
     "accuracy": _accuracy,
 }
@@ -285,7 +313,9 @@ SHEETS: dict[str, Callable[[Mapping[str, Any]], Sequence[Sheet]]] = {
     "scaling": lambda result: [*scaling.sheets(result), *fusing.sheets(result)],
     "forms": forms.sheets,
     "large": large.sheets,
+    "adapters": adapters.sheets,
     "export": exporting.sheets,
+    "quantized": quantized_view.sheets,
     "kernels": kernels.sheets,
     "accuracy": lambda result: _accuracy_view(result).sheets(result),
 }
@@ -294,13 +324,15 @@ PICTURES: dict[str, Callable[[Mapping[str, Any], Path], Sequence[Path]]] = {
     "latency": latency_view.draw,
     "decoder": latency_view.draw,
     "scaling": scaling.draw,
+    "adapters": adapters.draw,
     "accuracy": lambda result, path: _accuracy_view(result).draw(result, path),
 }
 
 SETUPS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "accuracy": lambda result: _accuracy_view(result).setup(result)
+    "accuracy": lambda result: _accuracy_view(result).setup(result),
+    "quantized": quantized_view.setup,
 }
-"""Of the suites that do not measure `Settings`."""
+"""Of the suites that do not measure `Settings` alone."""
 
 TITLES = {
     "latency": ("Latency", "TTFT, TPOT and total latency of every form of the model under every runner."),
@@ -328,12 +360,21 @@ TITLES = {
         "Through the backend under Inductor, live models: `addmm`, a GEMM and an `add`, or `unrolled`, a product and a "
         "sum. With one token on a CPU all products are loops already.",
     ),
+    "adapters": (
+        "Many adapters in one batch",
+        "Rows that have adapters of their own, which take turns: a token of all rows, beside PEFT's `adapter_names` "
+        "and beside the base.",
+    ),
     "large": ("A model of 70B parameters", "Fused without its weights: shapes are all that the passes read."),
     "export": (
         "Export",
         "What an export takes, beside the onnxruntime-genai builder's, from the same checkpoint and adapter: whole "
         "commands, with Python's start and all imports. Layers that are alike are traced once, so time hardly grows "
         "with them.",
+    ),
+    "quantized": (
+        "A base in few bits",
+        "A QLoRA as it was trained, its adapter live, beside what else may be done with it; docs/qlora.md says how.",
     ),
     "kernels": (
         "Kernels per decoder layer",
@@ -389,7 +430,7 @@ def _check(options: Options) -> None:
         least = 0 if (options.suite, name) == ("forms", "sequence") else 1
         if getattr(options, name, least) < least:
             raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least {least}")
-    for name in ("runners", "prompts", "tokens", *(["batches"] if options.suite == "capacity" else [])):
+    for name in ("runners", "prompts", "tokens", *(["batches"] if options.suite in ("capacity", "adapters") else [])):
         if not getattr(options, name, True):
             raise ValueError(f"--{name} names none")
 
@@ -475,6 +516,13 @@ def parser() -> argparse.ArgumentParser:
     suite.add_argument("--new", type=int, default=16, help="tokens after the prompt (%(default)s)")
     suite.add_argument("--rounds", type=int, default=6, help="generations by each contender (%(default)s)")
 
+    suite = suites.add_parser("adapters", parents=[model(layers=4)], help="rows that have adapters of their own")
+    suite.add_argument("--adapters", type=_numbers, default=adapters.ADAPTERS, help="with commas (1,2,4,8,16,32)")
+    suite.add_argument("--batches", type=_numbers, default=adapters.BATCHES, help="rows, with commas (1,4,8,16)")
+    suite.add_argument("--grid", action="store_true", help="all pairs, not each with 8 of the other")
+    suite.add_argument("--prompts", type=_numbers, default=[32], help="prompt length (32)")
+    suite.add_argument("--rounds", type=int, default=30, help="tokens of each (%(default)s)")
+
     suite = suites.add_parser("forms", parents=[model(layers=4)], help="up-projections through the backend, each form")
     suite.add_argument("--ranks", type=_numbers, default=forms.RANKS, help="with commas (8,16,32,64)")
     suite.add_argument("--tokens", type=_numbers, default=forms.TOKENS, help="of a forward (1,128,512)")
@@ -488,6 +536,12 @@ def parser() -> argparse.ArgumentParser:
     suite = suites.add_parser("export", parents=[model()], help="time and memory of an export, beside the builder's")
     suite.add_argument("--depths", type=_numbers, default=[], help="in layers, with commas (a third of all, and all)")
     suite.add_argument("--rounds", type=int, default=3, help="exports by each, at each depth (%(default)s)")
+
+    suite = suites.add_parser("quantized", parents=[model(layers=4)], help="a base in few bits: size, error, tokens")
+    suite.add_argument("--steps", type=int, default=600, help="of training the adapter (%(default)s)")
+    suite.add_argument("--pretraining-steps", type=int, default=1500, help="of the small model (%(default)s)")
+    suite.add_argument("--prompts", type=_numbers, default=[128], help="prompt length (128)")
+    suite.add_argument("--rounds", type=int, default=80, help="tokens that are timed (%(default)s)")
 
     suite = suites.add_parser("kernels", parents=[model()], help="launches per decoder layer, counted")
     counted = [*kernels.RUNNERS, "onnxruntime"]

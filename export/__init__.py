@@ -24,6 +24,7 @@ from __future__ import annotations
 from .directory.manifest import Manifest
 from .exporting import export_onnx
 from .forms import DECODER_FORMS, ONNX_FORMS
+from .lora.slots import Slot
 from .result import ExportResult
 from .run.conversation import Conversation
 from .run.decoder import Decoder
@@ -47,6 +48,7 @@ __all__ = [
     "Manifest",
     "Sampling",
     "Seq2Seq",
+    "Slot",
     "Streamer",
     "TokenStream",
     "export_onnx",

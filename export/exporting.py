@@ -37,6 +37,7 @@ from .result import ExportResult
 from .run.session import DEFAULT_PROVIDERS, provider_name, usable_providers
 from .targets import Target, TargetName, trace
 from .trace.model import DTYPES, kind_of, private_copy, unwrap
+from .trace.quantized_base import Activations, Base, check_options, settle_base
 from .translate.lora_operators import use_lora_operators
 from .translate.lowering import lower
 from .translate.slots import make_slots
@@ -62,6 +63,8 @@ def export_onnx(
     rank: int | None = None,
     custom_ops: bool | None = None,
     verify: Verify | None = None,
+    base: Base | None = None,
+    activations: Activations = "exact",
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
     """Write a model with its adapters fused in as a directory for ONNX Runtime, and check it there.
@@ -95,10 +98,17 @@ def export_onnx(
             has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
             False: plain operators. ``Manifest.custom_ops`` says what was written.
         verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
-            greedy tokens are compared. ``"quick"``, of a causal LM without slots on a CPU, and else as ``"full"``: the
-            graph runs part by part and the model layer by layer, so that neither has to stand in memory; logits are
-            compared, no tokens are generated. ``"none"``: not at all. None: ``"quick"`` for weights of more than 2 GiB,
-            else ``"full"``. ``ExportResult.verified`` and the manifest say which it was.
+            greedy tokens are compared. ``"quick"``: the graph runs part by part and the model layer by layer, so that
+            neither has to stand in memory; logits are compared, no tokens are generated. That is for a causal LM on a
+            CPU, without slots, its base not quantized; of all others it is ``"full"``. ``"none"``: not at all. None:
+            ``"quick"`` for weights of more than 2 GiB, else ``"full"``. ``ExportResult.verified`` and the manifest say
+            which it was.
+        base: what becomes of a quantized base. ``"keep"``: MatMulNBits, or MatMulBnb4 for codebooks (target
+            ``"decoder"``). ``"dequantize"``: few bits in the file, and nodes that ONNX Runtime folds into plain weights
+            as it loads. ``"float"``: plain weights in the file. None: kept where MatMulNBits holds the weights exactly,
+            dequantized where it does not. All of them multiply with the same numbers; docs/qlora.md.
+        activations: what MatMulNBits multiplies with. ``"int8"``: rounded to int8, which is faster and not exact; the
+            result says by how much.
         progress: called with the name of each stage as it begins.
 
     Returns:
@@ -108,7 +118,7 @@ def export_onnx(
         ExportError: the model is of another kind, cannot be captured or translated, does not agree with PyTorch on
             ONNX Runtime, or the directory must not be written.
         TypeError: ``model`` is no module, ``dtype`` no dtype, ``config`` no `FuseConfig`.
-        ValueError: an unknown target, or way to verify.
+        ValueError: an unknown target, base, activations or way to verify.
         AdapterError: an adapter weight holds NaN or infinity; ``hot_swap`` of an adapter that is more than a LoRA of
             linear layers, or ``adapters`` that are unknown, are more than that, or do not fit the slots.
         MissingExtraError: transformers, onnx, onnxscript or onnxruntime is not installed.
@@ -141,6 +151,7 @@ def export_onnx(
         raise ValueError(f"target is {target!r}; it must be 'decoder', 'general' or None")
     if verify not in (None, *get_args(Verify)):
         raise ValueError(f"verify is {verify!r}; it must be 'full', 'quick', 'none' or None")
+    check_options(base, activations)
     provider = provider_name(usable_providers(providers)[0])  # before the work, not after
     core = unwrap(model)
     kind = kind_of(core)
@@ -167,13 +178,20 @@ def export_onnx(
     with staged(destination, overwrite=overwrite, marker=MANIFEST) as place, Sealing() as sealing:
         with CAPTURING, stage("capture"):
             reference = private_copy(core, dtype)
+            quantized = settle_base(reference, base, activations, dtype)
             whole = reference if plan is None else stack(reference, plan)
             chosen, traced = trace(whole, kind, example_inputs, target, provider)
             why_not = "; ".join(traced.notes) or kind
             if custom_ops and chosen.operator_forms is None:
                 raise ExportError(f"custom_ops is for target 'decoder'; {why_not}")
-            operators = operators and chosen.operator_forms is not None
+            if custom_ops and quantized is not None:
+                raise ExportError("custom_ops is for plain weights, and the base is quantized; pass base='float', too")
+            if quantized is not None and not chosen.keeps_codes:
+                quantized = quantized.unkept(base, why_not)
+            operators = operators and chosen.operator_forms is not None and quantized is None
             own_forms = (chosen.operator_forms if operators else None) or chosen.forms
+            if quantized is not None:
+                own_forms = chosen.swappable_forms or chosen.forms  # codes cannot stand beside an adapter's numbers
             if plan is not None and chosen.swappable_forms is None:
                 raise ExportError(f"adapters= is for target 'decoder'; {why_not}")
             if hot_swap:
@@ -185,7 +203,7 @@ def export_onnx(
             fusion = combined([report(program) for program in fused.values()])
             chosen.finish(fused)
         with CAPTURING, stage("translate"):
-            graphs = {name: lower(fused[name], part) for name, part in captured.items()}
+            graphs = {name: lower(fused[name], part, quantized) for name, part in captured.items()}
             operators = operators and bool(use_lora_operators(graphs[MODEL], fusion))
             if plan is not None:
                 swappable = make_slots(graphs[MODEL], fusion, plan)
@@ -214,6 +232,13 @@ def export_onnx(
             del graphs, fused, captured, traced, whole
             give_back()
         with stage("check"):
+            if quantized is not None:
+                from .check.quantized import base_notes, check_base
+
+                paths = [place / name for name in manifest.graphs]
+                manifest = replace(manifest, base=check_base(paths, quantized, fusion, providers))
+                manifest = replace(manifest, notes=[*manifest.notes, *base_notes(manifest.base)])
+                reference = private_copy(reference, torch.float64)  # its weights are exact in any dtype
             # Plain greedy tokens are compared, whatever the model asks for.
             checked = check(place, replace(manifest, generation={}), reference, providers, example, verify)
             told = asdict(checked) if checked.verified != "none" else {"verified": "none"}

@@ -51,12 +51,14 @@ class Target(ABC):
         forms: what is fused into what.
         swappable_forms: the same, where another LoRA may replace the adapter; None where none can.
         operator_forms: the same, where the operators of ``flora_ort`` may be used; None where they may not.
+        keeps_codes: whether quantized weights have operators of their own.
     """
 
     name: ClassVar[TargetName] = "general"
     forms: ClassVar[FuseConfig] = ONNX_FORMS
     swappable_forms: ClassVar[FuseConfig | None] = None
     operator_forms: ClassVar[FuseConfig | None] = None
+    keeps_codes: ClassVar[bool] = False
 
     @abstractmethod
     def trace(self, model: nn.Module, examples: Mapping[str, Tensor], provider: str) -> Traced:
@@ -96,6 +98,7 @@ class DecoderTarget(Target):
     forms = DECODER_FORMS
     swappable_forms = SWAPPABLE_FORMS
     operator_forms = OPERATOR_FORMS
+    keeps_codes = True
 
     def trace(self, model: nn.Module, examples: Mapping[str, Tensor], provider: str) -> Traced:
         """See `Target.trace`; the examples are not used."""

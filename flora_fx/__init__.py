@@ -10,6 +10,8 @@ What to use:
     flora_fx.report(fused)                      what was fused, what was not, and why
     flora_fx.verify(graph, fused, *inputs)      how far the two differ, in float64
 
+    flora_fx.MixedAdapters(model, names)        a model whose rows each have an adapter of their own
+
     flora_fx.checkpoint.load_model(base, lora)  a model and its adapter from safetensors
     flora_fx.export.export_onnx(model, folder)  a model and its adapter as a directory for ONNX Runtime
     flora_fx.export.load(folder)                generate with it, swap adapters

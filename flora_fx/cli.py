@@ -5,6 +5,7 @@ in `flora_fx.commands.ending`, and what each command does in the files beside it
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     import typer
 
 __all__ = ["build_app", "main"]
+
+
+_TABLES = 80
+"""Columns from which on help stands in tables."""
 
 
 class DType(StrEnum):
@@ -49,6 +54,22 @@ class Verify(StrEnum):
     full = "full"
     quick = "quick"
     none = "none"
+
+
+class Base(StrEnum):
+    """Names of what may become of a quantized base."""
+
+    auto = "auto"
+    keep = "keep"
+    dequantize = "dequantize"
+    float = "float"
+
+
+class Activations(StrEnum):
+    """Names of what its operators multiply with."""
+
+    exact = "exact"
+    int8 = "int8"
 
 
 def main() -> None:
@@ -81,6 +102,8 @@ def build_app() -> "typer.Typer":
         no_args_is_help=True,
         context_settings={"help_option_names": ["-h", "--help"]},
         pretty_exceptions_enable=False,
+        # A narrow table cuts words; plain help wraps them.
+        rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _TABLES else None,
     )
     model_option = typer.Option("-m", "--model", help="Directory or Hub id of the base model.")
     adapter_option = typer.Option("-a", "--adapter", help="Directory or Hub id of the adapter (LoRA or FFBA).")
@@ -97,9 +120,10 @@ def build_app() -> "typer.Typer":
     task_option = typer.Option(
         "--task",
         callback=known_task,
-        help="What the model is for, which decides its head; auto: what the adapter was trained for, else what "
-        f"config.json names. One of {tasks}.",
+        help="What the model is for, which decides its head: one of those below. auto: what the adapter was trained "
+        "for, else what config.json names.",
     )
+    tasks_below = f"Tasks: {tasks}."  # not in the column beside the option, which narrow terminals cut
     inputs_option = typer.Option(
         "--inputs", help="Safetensors file of example inputs by name, batch first; made up, if left out."
     )
@@ -117,7 +141,7 @@ def build_app() -> "typer.Typer":
     ) -> None:
         pass
 
-    @app.command("inspect", help="Show what would fuse, what would not, and why.")
+    @app.command("inspect", help="Show what would fuse, what would not, and why.", epilog=tasks_below)
     def _inspect(
         model: Annotated[str, model_option],
         adapter: Annotated[str, adapter_option],
@@ -133,7 +157,7 @@ def build_app() -> "typer.Typer":
             if not as_json:
                 typer.echo(str(report))
 
-    @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.")
+    @app.command("export", help="Write a fused ONNX directory for ONNX Runtime.", epilog=tasks_below)
     def _export(
         model: Annotated[str, model_option],
         output: Annotated[Path, output_option],
@@ -146,7 +170,10 @@ def build_app() -> "typer.Typer":
                 "a batch chooses one when it runs.",
             ),
         ] = None,
-        dtype: Annotated[DType, typer.Option("--dtype", help="What the weights are written in.")] = DType.float32,
+        dtype: Annotated[
+            DType,
+            typer.Option("--dtype", help="What the weights are written in."),
+        ] = DType.float32,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
         target: Annotated[
             Target,
@@ -159,6 +186,18 @@ def build_app() -> "typer.Typer":
         hot_swap: Annotated[
             bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
         ] = False,
+        base: Annotated[
+            Base,
+            typer.Option(
+                "--base",
+                help="Of a quantized base. keep: in operators of its own; dequantize: few bits in the file, plain "
+                "weights once it is loaded; float: plain weights; auto: kept where MatMulNBits can, else dequantized.",
+            ),
+        ] = Base.auto,
+        activations: Annotated[
+            Activations,
+            typer.Option("--activations", help="What a kept base is multiplied with; int8 is faster, and not exact."),
+        ] = Activations.exact,
         slots: Annotated[
             int | None,
             typer.Option(
@@ -202,6 +241,8 @@ def build_app() -> "typer.Typer":
                 "overwrite": overwrite,
                 "target": None if target is Target.auto else target.value,
                 "hot_swap": hot_swap,
+                "base": None if base is Base.auto else base.value,
+                "activations": activations.value,
                 **{name: value for name, value in (("slots", slots), ("rank", rank)) if value is not None},
                 "verify": None if verify is Verify.auto else verify.value,
             }
@@ -237,12 +278,16 @@ def build_app() -> "typer.Typer":
             typer.Option("--temperature", min=0.0, help=f"Above 0: sample; 0 takes the likeliest token. {own}"),
         ] = None,
         top_k: Annotated[
-            int | None, typer.Option("--top-k", min=0, help=f"Sample among so many likeliest tokens; 0: all. {own}")
+            int | None,
+            typer.Option("--top-k", min=0, help=f"Sample among so many likeliest tokens; 0: all. {own}"),
         ] = None,
         top_p: Annotated[
             float | None,
             typer.Option(
-                "--top-p", min=0.0, max=1.0, help=f"Sample among the likeliest that have this share together. {own}"
+                "--top-p",
+                min=0.0,
+                max=1.0,
+                help=f"Sample among the likeliest that have this share together. {own}",
             ),
         ] = None,
         min_p: Annotated[
@@ -255,7 +300,8 @@ def build_app() -> "typer.Typer":
             ),
         ] = None,
         repetition_penalty: Annotated[
-            float | None, typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}")
+            float | None,
+            typer.Option("--repetition-penalty", min=0.0, help=f"Above 1: repeats itself less. {own}"),
         ] = None,
         stop: Annotated[
             list[str] | None,
@@ -297,10 +343,13 @@ def build_app() -> "typer.Typer":
     def _demo(
         output: Annotated[Path, output_option],
         fast: Annotated[bool, typer.Option("--fast", help="A few training steps: for tests.")] = False,
+        quantized: Annotated[
+            bool, typer.Option("--quantized", help="Train the adapter over a base in 4 bits, and deploy that.")
+        ] = False,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with ending(_flags(app), as_json=as_json) as outcome:
-            demo(output, outcome, fast=fast, as_json=as_json)
+            demo(output, outcome, fast=fast, quantized=quantized, as_json=as_json)
 
     @app.command(
         "bench",
@@ -325,19 +374,21 @@ def _flags(app: "typer.Typer") -> dict[str, str]:
     return {**own, "adapters": own["adapter"], "example_inputs": own["inputs"], "stop_strings": own["stop"]}
 
 
-def demo(output: Path, outcome: Outcome, *, fast: bool, as_json: bool) -> None:
+def demo(output: Path, outcome: Outcome, *, fast: bool, quantized: bool, as_json: bool) -> None:
     """Run the demo and show what it found."""
     from rich.console import Console
 
     from flora_fx.commands.quiet import quiet
     from flora_fx.demo import run
+    from flora_fx.demo.quantized import run_quantized, show_quantized
     from flora_fx.demo.table import show
 
     outcome.left = lambda: f"{output} holds what was made so far"
     quiet()
-    outcome.document.update(run(output, fast=fast, console=Console(stderr=True)))
+    make, tell = (run_quantized, show_quantized) if quantized else (run, show)
+    outcome.document.update(make(output, fast=fast, console=Console(stderr=True)))
     if not as_json:
-        show(outcome.document, output, Console())
+        tell(outcome.document, output, Console())
 
 
 def bench(arguments: Sequence[str]) -> int:

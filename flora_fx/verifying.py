@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,9 @@ def verify(
 def _run(program: nn.Module | ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     module = program.module() if isinstance(program, ExportedProgram) else program
     # Layers of other libraries compute in dtypes of their own: what they stand for is what is compared.
-    module = copy.deepcopy(with_quantized_linears(module).model).to(torch.float64)
+    with warnings.catch_warnings():  # torch (2.13) warns of its own class as it copies a captured graph
+        warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+        module = copy.deepcopy(with_quantized_linears(module).model).to(torch.float64)
     wide: Callable[[Any], Any] = lambda v: v.double() if isinstance(v, Tensor) and v.dtype in _NARROW else v  # noqa: E731
     args, kwargs = pytree.tree_map(wide, copy.deepcopy((args, kwargs)))
     with _InFloat64(), _HeldToNothing():

@@ -211,6 +211,20 @@ def test_views_of_one_weight_stay_views_of_one_weight() -> None:
     assert weight.all()
 
 
+def test_a_view_of_several_members_is_written_as_it_is() -> None:
+    """It is nobody's alone: rows of one member and of the next."""
+    model = Net().requires_grad_(False)
+    fused = by_fusing(model)
+    pack = next(p for p in flora_fx.report(fused).packs if "q.weight" in p.members)
+    whole = torch.as_strided(model.q.weight, pack.shape, (WIDE, 1), 0)
+    (_, first), (_, second) = (piece.rows for piece in pack.slices[:2])
+    for view in (whole, whole[:second], whole[first - 1 : first + 1], whole[first + 1 : second + 1]):
+        expected = view.clone()
+        loaded = pickle.loads(pickle.dumps(view))
+        assert torch.equal(loaded, expected)
+        assert loaded.untyped_storage().nbytes() == whole.untyped_storage().nbytes()
+
+
 def test_other_tensors_are_written_as_ever() -> None:
     by_fusing(Net().requires_grad_(False))  # from here on each tensor is looked at
     whole = torch.randn(100, 10)

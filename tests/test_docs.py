@@ -116,10 +116,29 @@ def test_training_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["options"] == {"unroll_reductions_threshold": 9}
 
 
+def test_many_adapters_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Inductor, as above."""
+    monkeypatch.setattr("flora_fx.backend._compiler", lambda inner, mode, options: compiler("aot_eager"))
+    found = run("many-adapters.md")
+    compiled = found["compiled"](found["tokens"], adapter_ids=found["ids"]).logits
+    assert torch.allclose(compiled, found["mixed"](found["tokens"], adapter_ids=found["ids"]).logits, atol=1e-5)
+
+
 def test_every_page_with_python_is_run_by_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.rglob("test_*.py"))
     with_python = [page.name for page in DOCS.rglob("*.md") if "\n```python\n" in page.read_text(encoding="utf-8")]
     assert [name for name in with_python if f'"{name}"' not in tests] == []
+
+
+def test_qlora_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = run("qlora.md", blocks_at_least=2)
+    assert found["result"].greedy_tokens_equal
+    assert "all weights are equal bit for bit" in str(found["result"])
+    assert found["tokens"].shape == (1, 19)
+    # The fault that the page tells of: a release that mends it changes the page.
+    assert (found["right"] == -3).all()
+    assert (found["wrong"] == -8).all()
 
 
 def test_generating_runs_as_it_stands() -> None:

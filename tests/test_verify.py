@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def test_a_fused_model_verifies_against_its_graph_and_against_the_model(dtype: t
         assert "float64" in str(result)
     assert next(model.parameters()).dtype == dtype
     assert len(pointers) == len(list(model.parameters()))
+
+
+def test_it_warns_of_nothing() -> None:
+    graph = flora_fx.capture(Siblings().eval().requires_grad_(False), torch.randn(4, D_IN))
+    fused = flora_fx.fuse(graph)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flora_fx.verify(graph, fused, torch.randn(4, D_IN))
 
 
 def test_an_error_is_found() -> None:

@@ -31,7 +31,8 @@ def search(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda do
     Returns:
         ``rule`` and ``registered``; ``choice`` and ``report``: what `accuracy.measure` returns of each half; and
         ``verdicts``, one per budget: ``chosen`` by family, their mean on the ``validation`` splits of the first half,
-        and on the second half ``difference``, of the chosen FFBA to the chosen LoRA, and ``to_plain``, to plain LoRA.
+        and on the second half ``difference``, of the chosen FFBA to the chosen LoRA, with ``over_tasks``, the interval
+        when tasks are drawn anew as well as seeds, and ``to_plain``, the difference to plain LoRA.
 
     Raises:
         ValueError: every task of a half is left out, or as for `accuracy.measure`.
@@ -75,19 +76,20 @@ def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float
         "chosen": {of: method for of, (method, _) in winners.items()},
         "validation": {of: mean for of, (_, mean) in winners.items()},
         "difference": difference,
+        "over_tasks": _difference(report, budget, ours, theirs, over_tasks=True),
         "to_plain": _difference(report, budget, ours, LORA),
         "target": TARGET,
         "reached": difference["mean"] >= TARGET and difference["low"] > 0,
     }
 
 
-def _difference(report: Result, budget: int, one: str, other: str) -> dict[str, float]:
+def _difference(report: Result, budget: int, one: str, other: str, *, over_tasks: bool = False) -> dict[str, float]:
     tests = [
         {cell["task"]: cell["test"] for cell in report["cells"] if (cell["budget"], cell["method"]) == (budget, method)}
         for method in (one, other)
     ]
     pairs = [[a - b for a, b in zip(mine, tests[1][task], strict=True)] for task, mine in tests[0].items()]
-    return asdict(bootstrap(pairs))
+    return asdict(bootstrap(pairs, over_tasks=over_tasks))
 
 
 def _mean(values: Sequence[float]) -> float:

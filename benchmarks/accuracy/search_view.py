@@ -46,13 +46,13 @@ def _verdicts(result: Result) -> Sheet:
     body, notes = [], []
     for one in result["verdicts"]:
         chosen = one["chosen"]
-        body.append(
-            [str(one["budget"]), chosen["FFBA"], chosen[LORA], *map(view.signed, (one["difference"], one["to_plain"]))]
-        )
+        differences = [view.signed(one[name]) for name in ("difference", "over_tasks", "to_plain")]
+        body.append([str(one["budget"]), chosen["FFBA"], chosen[LORA], *differences])
         found = "reached" if one["reached"] else "missed"
         target = f"the target of +{one['target']} points with the whole interval above 0"
         notes.append(f"Budget of a LoRA of rank {one['budget']}: {target} is {found}.")
-    header = ["budget, as LoRA's rank", "FFBA chosen", "LoRA chosen", "− LoRA chosen", f"− {LORA}"]
+    notes.append("Intervals are of another draw of seeds within tasks; in the middle one, of tasks as well.")
+    header = ["LoRA's rank", "FFBA chosen", "LoRA chosen", "− LoRA chosen", "with tasks drawn", f"− {LORA}"]
     return Sheet("What was chosen on the first half, on the test splits of the second", header, body, notes)
 
 

@@ -68,11 +68,12 @@ def chosen(validation: Sequence[Sequence[float]]) -> int:
     return means.index(max(means))
 
 
-def bootstrap(values: Sequence[Sequence[float]], *, draws: int = 10_000) -> Interval:
+def bootstrap(values: Sequence[Sequence[float]], *, over_tasks: bool = False, draws: int = 10_000) -> Interval:
     """The mean over tasks of means over seeds; seeds are drawn anew within each task.
 
     Args:
         values: by task and seed; for a paired difference, of the pairs.
+        over_tasks: whether tasks are drawn anew as well: how far another choice of tasks would move the mean.
         draws: that the interval comes from.
 
     >>> bootstrap([[1.0, 1.0], [3.0, 3.0]])
@@ -81,8 +82,10 @@ def bootstrap(values: Sequence[Sequence[float]], *, draws: int = 10_000) -> Inte
     table = torch.tensor(values, dtype=torch.float64)
     tasks, seeds = table.shape
     drawn = torch.randint(seeds, (draws, tasks, seeds), generator=torch.Generator().manual_seed(0))
-    means = table.expand(draws, -1, -1).gather(2, drawn).mean((1, 2))
-    return Interval(table.mean().item(), *interval(means))
+    means = table.expand(draws, -1, -1).gather(2, drawn).mean(2)
+    if over_tasks:
+        means = means.gather(1, torch.randint(tasks, (draws, tasks), generator=torch.Generator().manual_seed(1)))
+    return Interval(table.mean().item(), *interval(means.mean(1)))
 
 
 def compared(

@@ -20,7 +20,7 @@ from ..run.decoder import Decoder
 from ..run.encoder import Encoder
 from ..run.seq2seq import Seq2Seq
 from ..run.session import Session, usable_providers
-from .decoder import check_decoder, run_model
+from .decoder import check_decoder, precision, run_model
 from .differences import TOLERANCES, Check, Differences, Verify
 from .quick import check_quickly
 from .seq2seq import check_seq2seq
@@ -102,7 +102,7 @@ def _check(
 
 def _check_rows(decoder: Decoder, model: nn.Module, found: Check) -> Check:
     """Where each row chooses its adapter, beside what was found without any."""
-    differences = Differences(decoder.manifest.dtype)
+    differences = Differences(precision(decoder.manifest))
     check_slots(decoder, model, partial(run_model, model), differences)
     return replace(
         found,

@@ -25,7 +25,7 @@ from ..run.kv_memory import PAST, PRESENT
 from .crossing import Crossings, Signature, compare_steps, find_crossings, step_inputs
 from .differences import Check, Differences, own_config, same_tokens
 
-__all__ = ["check_decoder", "run_model"]
+__all__ = ["check_decoder", "precision", "run_model"]
 
 _NEW_TOKENS = 16
 _COMPARED = 2
@@ -73,7 +73,7 @@ def check_decoder(opened: Callable[[], Decoder], model: nn.Module) -> Check:
     found = _run_export(decoder, crossings)
     del decoder
     give_back()
-    differences = Differences(manifest.dtype)
+    differences = Differences(precision(manifest))
     if any(length < found.text.shape[1] for length in crossings.lengths):
         equal = _compare_by_steps(found, manifest, model, differences)
     else:
@@ -151,6 +151,11 @@ def _compare_by_steps(found: _Found, manifest: Manifest, model: nn.Module, diffe
         alike = (found.text[:, : start + index] == tokens[:, : start + index]).all(1)
         differences.add("the logits of the next token", logits[alike], those.cpu()[alike])
     return same_tokens(found.text, tokens, out.logits, start, differences)
+
+
+def precision(manifest: Manifest) -> str:
+    """What the check's tolerance goes by."""
+    return "int8" if manifest.base.get("activations") == "int8" else manifest.dtype
 
 
 def run_model(model: nn.Module, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:

@@ -50,6 +50,7 @@ class Manifest:
             `GenerationOptions` has. Empty in directories that were exported before this was kept.
         needs_mask: whether a speech model does not take a missing attention mask for one that is all ones.
         custom_ops: whether the graph needs the operators of ``flora_ort``.
+        base: of a quantized one, how its layers are written and what was found exact; empty for any other.
         notes: see `ExportResult`.
         live: the swappable weights: those of the adapter, where another one may replace it (``hot_swap``).
         slots: what stands in the places between which rows choose by ``adapter_ids``; none where there is one adapter
@@ -80,6 +81,7 @@ class Manifest:
     generation: dict[str, Any] = field(default_factory=dict)
     needs_mask: bool = False
     custom_ops: bool = False
+    base: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     live: tuple[SwappableWeight, ...] = ()
     slots: tuple[Slot, ...] = ()

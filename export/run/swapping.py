@@ -81,7 +81,12 @@ class SwappableAdapter:
             matrix = matrix.t() if weight.transposed else matrix
             for part in weight.parts:
                 whole = matrix[slice(*part.rows), slice(*part.columns)]
-                for regions, region in zip(self._slots, _parts(whole, len(self._slots), part.which), strict=True):
+                own = _parts(whole, len(self._slots), part.which)
+                if len({region.shape for region in own}) != 1 or len(own) != len(self._slots):
+                    raise ExportError(
+                        f"{session.path} has no {len(self._slots)} slots in {weight.name}; export it again"
+                    )
+                for regions, region in zip(self._slots, own, strict=True):
                     regions.setdefault(part.module, {})[part.which] = region
 
     @torch.no_grad()

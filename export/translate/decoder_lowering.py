@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.nn import functional
 from torch.onnx.ops import symbolic, symbolic_multi_out
 
 from flora_fx.decoder_ops import rotary_rows  # noqa: F401  registers the operators
+from flora_fx.quantized.weight import CODEBOOKS
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -25,6 +27,7 @@ def as_onnx_nodes(program: ExportedProgram) -> ExportedProgram:
         ops.positions.default: _positions,
         ops.rotary_rows.default: _rotary_rows,
         ops.group_query_attention.default: _group_query_attention,
+        ops.quantized_linear.default: _quantized_linear,
     }
     if not any(node.target in table for node in program.graph_module.graph.nodes):
         return program
@@ -49,6 +52,37 @@ def _silu(x: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16:  # ONNX Runtime has no kernel of QuickGelu for it
         return x * x.sigmoid()
     return symbolic("com.microsoft::QuickGelu", [x], {"alpha": 1.0}, dtype=x.dtype, shape=x.shape, version=1)
+
+
+def _quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    bias: Tensor | None,
+    kind: str,
+    bits: int,
+    block: int,
+    out_features: int,
+) -> Tensor:
+    """Of weights alone but for the product: what dequantizes them is computed once, as the graph is loaded."""
+    columns = x.shape[-1]
+    shifts = range(0, 8, bits) if kind == "affine" else (4, 0)
+    whole = codes.to(torch.int32)  # torch.onnx does not shift, and masks uint8 as int8
+    numbers = torch.stack([whole // 2**shift % 2**bits for shift in shifts], -1)
+    numbers = numbers.reshape(scales.numel(), -1)[:, :block]
+    if kind == "affine":
+        zero = 2.0 ** (bits - 1) if zeros is None else zeros.to(torch.float32).reshape(-1, 1)
+        values = numbers.to(torch.float32) - zero
+    else:
+        book = torch.cat([scales.new_full((1,), value, dtype=torch.float32) for value in CODEBOOKS[kind]])
+        values = book[numbers.to(torch.int64)]
+    values = values * scales.to(torch.float32).reshape(-1, 1)
+    weight = values.reshape(out_features, -1)[:, :columns]
+    if order is not None:
+        weight = weight.index_select(1, order.argsort())
+    return functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _group_query_attention(

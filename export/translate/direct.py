@@ -22,10 +22,12 @@ from flora_fx.storage.module import FusedExportedProgram
 from flora_fx.storage.pack import assemble
 
 from ..trace.capture import PREFIX
+from ..trace.quantized_base import QuantizedBase
 from ..trace.traced import Traced
 from .nodes import Nodes, Weight
 from .norms import Norm, find_norms
 from .operators import OPERATORS, Unknown, Written, value_of
+from .quantized_linear import write_quantized_linear
 
 __all__ = ["OPSET", "Unknown", "write_graph"]
 
@@ -35,22 +37,24 @@ OPSET = 20
 _IR_VERSION = 10
 
 
-def write_graph(program: ExportedProgram, traced: Traced) -> ir.Model:
+def write_graph(program: ExportedProgram, traced: Traced, base: QuantizedBase | None = None) -> ir.Model:
     """Write a program of target ``"decoder"``; its inputs and outputs get the names and axes of ``traced``.
 
-    Weights are not copied: they are read from where they are when the graph is saved.
+    Weights are not copied: they are read from where they are when the graph is saved. Quantized ones are written as
+    ``base`` says.
 
     Raises:
         Unknown: it has an operator that is not known here.
     """
-    return _Graph(program, traced).model()
+    return _Graph(program, traced, base).model()
 
 
 class _Graph:
     """One program, being written."""
 
-    def __init__(self, program: ExportedProgram, traced: Traced) -> None:
+    def __init__(self, program: ExportedProgram, traced: Traced, base: QuantizedBase | None) -> None:
         self.program = program
+        self.base = base
         self.traced = traced
         self.graph = program.graph_module.graph
         self._values: dict[Node, Any] = {}
@@ -102,6 +106,12 @@ class _Graph:
             return self.nodes.turned(self._weights[weight])
         return self.nodes.add("Transpose", [self.value(weight)], [value_of(weight).t()], perm=[1, 0])[0]
 
+    def weight(self, node: object) -> Weight:
+        """The weight that a placeholder is."""
+        if not isinstance(node, Node) or node not in self._weights:
+            raise Unknown(f"{node} in the place of a weight")
+        return self._weights[node]
+
     # Node by node
 
     def _written(self, node: Node) -> Written:
@@ -109,6 +119,8 @@ class _Graph:
             return self._norm(self._norms[node])
         if node in self._sums:
             return self._skip(self._sums[node])
+        if node.target is torch.ops.flora_fx.quantized_linear.default and self.base is not None:
+            return write_quantized_linear(self, node, self.weight, self.base)
         write = OPERATORS.get(node.target)
         if write is None:
             raise Unknown(str(node.target))

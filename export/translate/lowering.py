@@ -15,6 +15,7 @@ from flora_fx.errors import ExportError, require
 from flora_fx.storage.module import FusedExportedProgram
 
 from ..trace.capture import PREFIX
+from ..trace.quantized_base import QuantizedBase
 from ..trace.traced import Traced
 from .decoder_lowering import as_onnx_nodes, fuse_norms
 
@@ -30,7 +31,7 @@ _SMALL = 1024
 """Constants of at most so many elements are folded; weights are larger and keep their names."""
 
 
-def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
+def lower(program: ExportedProgram, traced: Traced, base: QuantizedBase | None = None) -> onnx_ir.Model:
     """Translate a program; its inputs and outputs get the names and axes of ``traced``.
 
     A decoder is written operator by operator, see `write_graph`. What has an operator that is not known there, and
@@ -46,7 +47,7 @@ def lower(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
         from .direct import Unknown, write_graph
 
         try:
-            return write_graph(program, traced)
+            return write_graph(program, traced, base)
         except Unknown as reason:
             log.info("translated by torch.onnx, which takes longer: the program has %s", reason)
     return by_torch_onnx(program, traced)

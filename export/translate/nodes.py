@@ -70,7 +70,7 @@ class Nodes:
             self._made[key] = tuple(outputs)
         return self._made[key]
 
-    def constant(self, value: float | bool | Sequence[int], dtype: torch.dtype) -> ir.Value:
+    def constant(self, value: float | bool | Sequence[float], dtype: torch.dtype) -> ir.Value:
         """A small initializer: a number, or a vector of numbers."""
         key = (repr(value), dtype)
         if key not in self._constants:

@@ -14,7 +14,10 @@ from .naming import named_adapters
 from .quiet import quiet
 from .stages import staged_work, uncollected
 
-__all__ = ["export"]
+__all__ = ["STAGES", "export"]
+
+STAGES = 7
+"""Loading, and the six of `export_onnx`."""
 
 
 def export(
@@ -49,7 +52,7 @@ def export(
         options = {**options, "adapters": list(adapter)}
     outcome.left = left_of(output)
     quiet()
-    with uncollected(), staged_work() as stages:
+    with uncollected(), staged_work(STAGES) as stages:
         stages.begin("load")
         from flora_fx.checkpoint import load_model
         from flora_fx.export import export_onnx

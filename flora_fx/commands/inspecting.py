@@ -31,7 +31,7 @@ def inspect(model: str, adapter: str, task: Task = "auto", inputs: Path | None =
         FloraError: the checkpoint or the inputs cannot be read, or the model cannot be captured.
     """
     quiet()
-    with staged_work() as stages:
+    with staged_work(3) as stages:
         stages.begin("load")
         import torch
 

@@ -1,4 +1,4 @@
-"""The stages of a command as they run, on stderr: a line with seconds for each that ended, a spinner in a terminal."""
+"""The stages of a command, on stderr: a line with seconds for each that ended, and in a terminal a bar below."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from flora_fx.errors import require
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
-__all__ = ["Stages", "staged_work", "uncollected"]
+__all__ = ["Stages", "columns", "staged_work", "uncollected"]
 
 
 class Stages:
@@ -22,17 +22,19 @@ class Stages:
 
     Args:
         progress: a ``rich.progress.Progress``, which shows nothing where stderr is no terminal.
+        count: how many stages there will be.
 
     Attributes:
         seconds: that each ended stage took.
         peaks: the most memory that the process has had by the end of each, in bytes; empty on Windows.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, count: int) -> None:
         self.seconds: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
         self._progress = progress
-        self._task = progress.add_task("", total=None)
+        self._count = count
+        self._task = progress.add_task("", total=count)
         self._name = ""
         self._since = 0.0
 
@@ -40,7 +42,7 @@ class Stages:
         """End the stage that runs, if any, and begin another."""
         self.end()
         self._name, self._since = name, time.perf_counter()
-        self._progress.reset(self._task, description=name)
+        self._progress.reset(self._task, description=name, total=self._count, completed=len(self.seconds))
 
     def end(self) -> None:
         """End the stage that runs, if any."""
@@ -72,12 +74,27 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def staged_work() -> Iterator[Stages]:
-    """Stages that end with the block; where it fails, the one that failed ends without its line."""
+def staged_work(count: int) -> Iterator[Stages]:
+    """Stages that end with the block; where it fails, the one that failed ends without its line.
+
+    Args:
+        count: how many there will be.
+    """
     console = require("rich.console", "cli").Console(stderr=True)
     rich = require("rich.progress", "cli")
-    columns = (rich.SpinnerColumn(), rich.TextColumn("{task.description:<10}"), rich.TimeElapsedColumn())
-    with rich.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        stages = Stages(progress)
+    with rich.Progress(*columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
+        stages = Stages(progress, count)
         yield stages
         stages.end()
+
+
+def columns() -> tuple[ProgressColumn, ...]:
+    """What a terminal shows: the stage that runs, how many are done, and how long this one takes so far."""
+    rich = require("rich.progress", "cli")
+    return (
+        rich.SpinnerColumn(),
+        rich.TextColumn("{task.description:<10}"),
+        rich.BarColumn(bar_width=20),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+    )

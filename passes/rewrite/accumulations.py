@@ -60,18 +60,14 @@ class AccumulationWriter:
         runs = {block: (edges[block.columns[0]], edges[block.columns[1]]) for block in layout.blocks}
         picked = [block for block in layout.blocks if self._picks(layout, block, z)]
         lows: dict[Block, Node] = {}
-        plain, scaled, gated = z, None, None
-        width = edges[len(layout.gates)]
-        if layout.gates:
-            scaled = self.gates.scale(self.written.slice_last(z, edges[-1], [(0, width)])[0], layout.gates)
-            if any(block.scale.gated and block not in picked for block in layout.blocks):
-                gated = self.gates.write(scaled, layout.gates)
-        for value, size, wanted in (
-            (scaled, width, picked),
-            (gated, width, [block for block in layout.blocks if block.scale.gated and block not in picked]),
-            (plain, edges[-1], [block for block in layout.blocks if not block.scale.gated]),
-        ):
-            if value is not None and wanted:
+        gated = [block for block in layout.blocks if block.scale.gated and block not in picked]
+        of_gated, width = z, edges[len(layout.gates)]
+        if gated:
+            of_gated = self.written.slice_last(z, edges[-1], [(0, width)])[0]
+            of_gated = self.gates.write(self.gates.scale(of_gated, layout.gates), layout.gates)
+        others = [block for block in layout.blocks if block not in gated]
+        for value, size, wanted in ((of_gated, width, gated), (z, edges[-1], others)):
+            if wanted:
                 pieces = self.written.slice_last(value, size, [runs[block] for block in wanted])
                 lows.update(zip(wanted, pieces, strict=True))
         for block, low in lows.items():

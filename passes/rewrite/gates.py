@@ -68,12 +68,14 @@ class GateWriter:
         return self.build.call(aten.where.ScalarSelf, mask, 0, value)
 
     def scale(self, z: Node, gates: Sequence[Gate]) -> Node:
-        """Values that stand beside each other, each times its factor."""
+        """Values that stand beside each other, each times its factor, rounded once."""
         if all(gate.factor == 1.0 for gate in gates):
             return z
         example, runs = self.program.value(z), _merged(_places(gates, [gate.factor for gate in gates]))
-        factors = self._once((runs, example.dtype), lambda: self._steps(runs, example.dtype, example.device))
-        return self.build.call(self.build.ops.mul, z, factors)
+        wide = torch.promote_types(example.dtype, torch.float32)
+        factors = self._once((runs, wide), lambda: self._steps(runs, wide, example.device))
+        z = self.build.call(self.build.ops.mul, z, factors)
+        return z if wide == example.dtype else self.build.cast(z, example.dtype)
 
     def write(self, z: Node, gates: Sequence[Gate]) -> Node:
         """Values that stand beside each other, each in its tokens, zero in the others."""
@@ -93,16 +95,31 @@ class GateWriter:
             gates: of all of the columns.
 
         Returns:
-            [..., rank] and [..., out, rank], where rank is the highest; what an adapter does not have of it is zero.
+            [..., rank], times each one's factor, and [..., out, rank], where rank is the highest; what an adapter does
+            not have of it is zero.
         """
         device, rank = self.program.value(z).device, max(gate.rank for gate in gates)
-        key = ("columns", *((gate.select, gate.rank) for gate in gates))
+        key = ("columns", *gates)
         columns = self._once((*key, "first"), lambda: self._columns(gates, rank, device))
         there = self._once((*key, "there"), lambda: self.build.call(aten.ge.Scalar, columns, 0))
         columns = self._once((*key, "any"), lambda: self.build.call(aten.clamp.default, columns, 0))
         wide = self.build.call(aten.expand.default, columns, [*self.build.sizes(z)[:-1], rank])
         low = self.build.call(aten.where.ScalarOther, there, self.build.call(aten.gather.default, z, -1, wide), 0)
+        if any(gate.factor != 1.0 for gate in gates):
+            dtype = torch.promote_types(self.program.value(z).dtype, torch.float32)
+            factors = self._once((*key, "factor", dtype), lambda: self._factors(gates, dtype, device))
+            low = self.build.call(self.build.ops.mul, low, factors)
         return low, self.build.call(pick_columns, up, columns, there)
+
+    def _factors(self, gates: Sequence[Gate], dtype: torch.dtype, device: torch.device) -> Node:
+        """[..., 1]: what each token's adapter is multiplied by."""
+        ids = self._grouped([gate.select for gate in gates])
+        found = self.build.call(aten.full.default, [1], 1.0, dtype=dtype, device=device)
+        for gate in gates:
+            if gate.select.choice is not None:
+                own = self.build.call(aten.eq.Scalar, ids, gate.select.choice.number)
+                found = self.build.call(aten.where.ScalarSelf, own, gate.factor, found)
+        return found
 
     def _columns(self, gates: Sequence[Gate], rank: int, device: torch.device) -> Node:
         """[..., rank]: the columns of each token's adapter, -1 for what it does not have."""

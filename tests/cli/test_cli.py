@@ -13,6 +13,7 @@ from typer.testing import CliRunner, Result
 import flora_fx
 from flora_fx import cli
 from flora_fx.checkpoint import load_tokenizer
+from flora_fx.commands.exporting import STAGES
 from flora_fx.commands.generating import pieces
 from flora_fx.demo.train import build_tokenizer
 
@@ -161,6 +162,7 @@ def test_export_json(model_dir: Path, adapter_dir: Path, tmp_path: Path) -> None
     assert told["operations"]["after"]["gemm"] < told["operations"]["before"]["gemm"]
     assert told["files"]["model.onnx.data"] == (tmp_path / "onnx" / "model.onnx.data").stat().st_size
     assert list(told["seconds"]) == ["load", "capture", "fuse", "translate", "write", "check", "seal"]
+    assert len(told["seconds"]) == STAGES  # a bar that ends before or after the work would lie
     assert {"flora-fx", "torch", "onnxscript"} <= set(told["versions"])
     stages = [line.split() for line in result.stderr.splitlines()]
     assert [(name, unit) for name, _, unit in stages] == [(name, "s") for name in told["seconds"]]

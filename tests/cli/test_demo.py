@@ -42,6 +42,21 @@ def test_fast_demo(tmp_path: Path) -> None:
         assert set(phases["TTFT"]) == set(phases["TPOT"])
 
 
+def test_fast_demo_over_a_base_in_few_bits(tmp_path: Path) -> None:
+    """Without ``--json``, so that what is told to people is told."""
+    result = CliRunner().invoke(cli.build_app(), ["demo", "--output", str(tmp_path), "--fast", "--quantized"])
+    assert result.exit_code == 0, result.output
+    told = json.loads((tmp_path / "demo.json").read_text())["quantized"]
+    live, merged, again = (told[name] for name in ("live", "merged in float", "merged, 4 bits again"))
+    assert live["texts"] == merged["texts"]
+    assert live["right"] == merged["right"]
+    assert live["bytes"] < 0.6 * merged["bytes"], "the embedding is in float32 in both"
+    assert max(live["max_rel_error"], merged["max_rel_error"]) < 1e-4
+    assert again["bytes"] < live["bytes"]
+    assert "MatMulNBits" in live["notes"][-1]
+    assert "Beautiful is" in result.stdout
+
+
 def test_texts_differ_and_are_plain() -> None:
     assert len(prose()) > 100_000
     assert len(zen().splitlines()) == 19

@@ -53,6 +53,17 @@ def test_what_is_typed_often_is_short() -> None:
             assert "Usage" in runner.invoke(build_app(), [command, "-h"]).stdout
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+@pytest.mark.parametrize("command", [name for name in GROUP.commands if name != "bench"])
+def test_a_narrow_terminal_cuts_no_word(command: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", columns)
+    text = CliRunner().invoke(build_app(), [command, "--help"], terminal_width=columns).stdout
+    assert max(map(len, text.splitlines())) <= columns
+    words = text.replace("NAME=…", "").split()
+    assert [word for word in words if word.endswith("…")] == []
+
+
 def test_the_help_says_what_the_exit_codes_mean() -> None:
     text = " ".join(CliRunner().invoke(build_app(), ["--help"], env={"COLUMNS": "200"}).stdout.split())
     for code, meaning in CODES.items():

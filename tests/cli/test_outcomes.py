@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from flora_fx import export
 from flora_fx.cli import build_app
 from flora_fx.commands.ending import ending, left_of
-from flora_fx.commands.stages import staged_work
+from flora_fx.commands.stages import Stages, columns, staged_work
 from flora_fx.errors import ExportError
 
 FLAGS = {"hot_swap": "--hot-swap"}
@@ -148,7 +152,7 @@ def test_stages_have_their_seconds(capsys: pytest.CaptureFixture[str]) -> None:
 
     def full() -> None:
         nonlocal seconds
-        with staged_work() as stages:
+        with staged_work(2) as stages:
             seconds = stages.seconds
             stages.begin("load")
             stages.begin("write")
@@ -158,3 +162,20 @@ def test_stages_have_their_seconds(capsys: pytest.CaptureFixture[str]) -> None:
         full()
     assert list(seconds) == ["load"]
     assert capsys.readouterr().err.split() == ["load", f"{seconds['load']:.1f}", "s"]
+
+
+def test_a_terminal_has_a_bar_of_all_stages_and_the_time_of_this_one() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=60)
+    with Progress(*columns(), console=console) as progress:
+        stages = Stages(progress, 3)
+        for done, name in enumerate(("load", "capture", "fuse")):
+            stages.begin(name)
+            (task,) = progress.tasks
+            assert (task.description, task.completed, task.total) == (name, done, 3)
+            progress.refresh()
+        stages.end()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue())
+    for line in ("load 0/3", "capture 1/3", "fuse 2/3", "0:00:00"):
+        assert line in re.sub(r"[━╸╺ ]+", " ", plain)
+    assert all(len(line) <= 60 for line in plain.replace("\r", "\n").splitlines())

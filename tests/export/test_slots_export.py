@@ -18,6 +18,7 @@ from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError, ExportError
 from flora_fx.export import export_onnx, load_decoder
 from flora_fx.export.forms import DECODER_FORMS
+from flora_fx.export.translate import slots
 from tests.export.exported_models import plain
 from tests.export.slot_models import Mixed
 from tests.faults.models import ADAPTERS, adapted, base
@@ -213,6 +214,14 @@ def test_refused(case: str, tmp_path: Path) -> None:
     make, options, error, message = REFUSED[case]
     with pytest.raises(error, match=message):
         export_onnx(make(), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_check_sees_rows_that_get_another_ones_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owners = slots._Selection._owners
+    monkeypatch.setattr(slots._Selection, "_owners", lambda self, weight: owners(self, weight)[::-1])
+    with pytest.raises(ExportError, match="PyTorch: the logits of a prompt with the adapter 'same' differs"):
+        export_onnx(adapted("same", "exported"), tmp_path / "out", adapters=["same", "exported"])
     assert not (tmp_path / "out").exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,32 @@ def test_swaps_under_one_graph(made: Callable[[Case], Made], case: Case) -> None
 def decoder_dtype(case: Case) -> torch.dtype:
     found: torch.dtype = getattr(torch, case.dtype)
     return found
+
+
+@pytest.mark.parametrize("case", BOTH)
+@torch.no_grad()
+def test_rows_with_adapters_of_their_own(case: Case, tmp_path: Path) -> None:
+    """In slots that are filled under one CUDA graph, in every batch that comes."""
+    one = settings("cpu", case.dtype, layers=1)
+    model, wide = make_model(one, "peft"), make_model(one, "peft", dtype=torch.float32)
+    for each in (model, wide):
+        torch.manual_seed(1)  # the same numbers in both
+        for name, rank in (("other", 3), ("third", 2)):
+            each.add_adapter(name, peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False))
+        for parameter in each.parameters():
+            parameter.data = parameter.data.to(decoder_dtype(case)).to(next(each.parameters()).dtype)
+    export_onnx(model, tmp_path / "out", adapters=["default", "other"], slots=3, providers=[PROVIDERS[case.device]])
+    decoder: Any = load(tmp_path / "out", providers=[PROVIDERS[case.device]])
+    assert decoder.session.cuda_graph is (case.device == "cuda")
+    model.set_adapter("third")
+    decoder.load_adapter(model)
+    for rows in (["third", "other"], [None, "third"], ["default", "third", None, "other"], ["other", "default"]):
+        ids, mask = IDS.repeat(2, 1)[: len(rows)], MASK.repeat(2, 1)[: len(rows)]
+        found = decoder.generate(ids, mask, adapters=rows, max_new_tokens=8, eos_token_id=[])
+        for row, name in enumerate(rows):
+            alone = slice(row, row + 1)
+            with wide.disable_adapter() if name is None else contextlib.nullcontext(wide.set_adapter(name)):
+                assert_greedy(found[alone], ids[alone], mask[alone], wide, case.dtype)
 
 
 @pytest.mark.parametrize("case", BOTH)

@@ -40,5 +40,5 @@ def test_the_blocks_of_all_pages_are_typed(tmp_path: Path) -> None:
     assert count > 20
     (tmp_path / "page_wrong.py").write_text("import flora_fx\n\nflora_fx.fuse(1)\n", encoding="utf-8")
     *errors, last = checked(tmp_path).strip().splitlines()
-    assert [line for line in errors if "error:" in line and not line.startswith("page_wrong.py")] == []
+    assert [line for line in errors if line.startswith("page_") and not line.startswith("page_wrong.py")] == []
     assert "page_wrong.py:3: error: No overload variant" in "\n".join(errors), last

@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from .sources import Source
 
-__all__ = ["Described", "Message", "Parameter", "Signature", "described", "messages", "parameters", "signatures"]
+__all__ = [
+    "Described",
+    "Message",
+    "Parameter",
+    "Signature",
+    "described",
+    "messages",
+    "parameters",
+    "signatures",
+    "words_of",
+]
 
 Defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)

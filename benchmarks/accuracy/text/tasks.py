@@ -101,6 +101,24 @@ def _names(sources: Sequence[Source]) -> Iterator[Item]:
                 yield Item((words_of(one.name), summary), "own" if own else "other", source.module)
 
 
+def _name_kinds(sources: Sequence[Source]) -> Iterator[Item]:
+    for source in sources:
+        yield from (Item((words_of(one.name),), one.kind, source.module) for one in described(source))
+
+
+def _arguments(sources: Sequence[Source]) -> Iterator[Item]:
+    """A parameter, and what is said of it or of the next one of the same file."""
+    for source in sources:
+        found = list({one.text: one for one in parameters(source)}.values())
+        for index, one in enumerate(found):
+            own = order("argument", source.module, one.name, one.text) < "8"
+            other = found[(index + 1) % len(found)]
+            if own or other.name != one.name:
+                yield Item(
+                    (words_of(one.name), one.text if own else other.text), "own" if own else "other", source.module
+                )
+
+
 def _files(sources: Sequence[Source]) -> Iterator[Item]:
     """Two summaries, of one file or of two of the same package and split; no summary is in two pairs."""
     halves: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
@@ -145,6 +163,8 @@ CANDIDATES: dict[str, Candidate] = {
     "name and summary": Candidate(("other", "own"), _names),
     "one file or two": Candidate(("one", "two"), _files),
     "category of a character": Candidate(("Ll", "Lo", "Lu", "Mn", "Sm", "So"), _characters, near=False),
+    "kind of a name": Candidate(("class", "function", "method", "property"), _name_kinds),
+    "parameter and text": Candidate(("other", "own"), _arguments),
 }
 
 

@@ -411,6 +411,14 @@ def test_a_rank_that_is_too_high(decoder: Decoder, mixed: Mixed) -> None:
     assert torch.equal(new_tokens(decoder, ["lower"]), expected)
 
 
+def test_a_table_that_is_not_the_graphs(mixed: Mixed) -> None:
+    decoder = load_decoder(mixed.slots, providers=CPU)
+    for count in (4, 7):  # of five
+        slots = (decoder.slots * 2)[:count]
+        with pytest.raises(ExportError, match=rf"has no {count} slots in .*; export it again"):
+            Decoder(decoder.session, replace(decoder.manifest, slots=slots))
+
+
 def test_slots_that_are_fixed(mixed: Mixed) -> None:
     decoder = load_decoder(mixed.fixed, providers=CPU)
     for change in (lambda: decoder.load_adapter(mixed.adapters / "same"), lambda: decoder.unload_adapter("same")):

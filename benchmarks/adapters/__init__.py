@@ -1,0 +1,1 @@
+"""Many adapters in one batch, beside each by itself and beside none."""

@@ -1,0 +1,1 @@
+"""A base in few bits with its adapter beside it, and merged into it."""
