@@ -220,9 +220,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
 def test_the_check_sees_rows_that_get_another_ones_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owners = slots._Selection._owners
     monkeypatch.setattr(slots._Selection, "_owners", lambda self, weight: owners(self, weight)[::-1])
-    with pytest.raises(
-        ExportError, match="PyTorch: the logits of a prompt with the adapter 'same' differs"
-    ):
+    with pytest.raises(ExportError, match="PyTorch: the logits of a prompt with the adapter 'same' differs"):
         export_onnx(adapted("same", "exported"), tmp_path / "out", adapters=["same", "exported"])
     assert not (tmp_path / "out").exists()
 
