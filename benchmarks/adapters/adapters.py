@@ -7,6 +7,7 @@ computes is compared with PEFT's model in float64, row by row with its own adapt
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,14 +23,21 @@ from ..contenders.contender import Contender
 from ..contenders.settings import Settings
 from ..measure.isolated import Progress, isolated
 from ..show.sheet import Sheet
-from .torch_contenders import PEFT, adapted, contenders
+from .onnx_contenders import NAMES, ONE, SESSIONS, onnx_contenders, write_exports
+from .torch_contenders import PEFT, adapted, rows_of, torch_contenders
 
-__all__ = ["ADAPTERS", "BATCHES", "MIDDLE", "draw", "measure", "points", "sample", "sheets"]
+__all__ = ["ADAPTERS", "BATCHES", "MIDDLE", "RUNNER", "draw", "measure", "points", "sample", "sheets"]
 
 ADAPTERS = (1, 2, 4, 8, 16, 32)
 BATCHES = (1, 4, 8, 16)
 MIDDLE = 8
 """Of both: one is varied while the other is this."""
+
+RUNNER = " (onnxruntime)"
+"""Ends the names of the contenders under ONNX Runtime."""
+
+SESSIONS_UP_TO = 8
+"""Of sessions that stand beside each other: each holds the base once more."""
 
 FACTOR, FLOOR = 4.0, 1e-6
 """How many times as far from float64 as PEFT's own model in the same dtype, or how far, a contender may be."""
@@ -71,23 +79,31 @@ def measure(
         ``milliseconds``, ``ratio``, ``low``, ``high`` (to PEFT's), ``tokens_per_second``, or ``refused``, the reason.
     """
     rows: list[dict[str, Any]] = []
-    for count, batch in points(adapters, batches, grid=grid):
-        asked = (replace(settings, batch=batch), count, prompt, rounds)
-        label = f"{count} adapters, {batch} rows"
-        rows += isolated(sample, *asked, threads=settings.threads, progress=progress(label))
+    with tempfile.TemporaryDirectory(prefix="flora-adapters-") as place:
+        for count, batch in points(adapters, batches, grid=grid):
+            asked = (replace(settings, batch=batch), count, prompt, rounds, Path(place, str(count)))
+            label = f"{count} adapters, {batch} rows"
+            rows += isolated(sample, *asked, threads=settings.threads, progress=progress(label))
     setup = asdict(settings) | {"layers": settings.depth}
     return {"settings": setup, "prompt": prompt, "rounds": rounds, "rows": rows}
 
 
 @torch.no_grad()
-def sample(settings: Settings, count: int, prompt: int, rounds: int, progress: Progress) -> list[dict[str, Any]]:
-    """The rows of one point, measured in this process."""
+def sample(
+    settings: Settings, count: int, prompt: int, rounds: int, place: Path, progress: Progress
+) -> list[dict[str, Any]]:
+    """The rows of one point, measured in this process; the exports in `place` are written if they are not there."""
     base, model, names = adapted(settings, count)
     drawn = torch.Generator().manual_seed(count)
     tokens = torch.randint(settings.vocabulary, (settings.batch, prompt + 1), generator=drawn).to(settings.device)
     given, token = tokens[:, :-1], tokens[:, -1:]
     room = 2 * rounds + 16
-    found: Mapping[str, Contender] = contenders(settings, base, model, names, given, room)
+    found: dict[str, Contender] = dict(torch_contenders(settings, base, model, names, given, room))
+    if not place.exists():
+        write_exports(settings, base, model, names, place)
+    wanted = [name for name in NAMES if name != SESSIONS or count <= SESSIONS_UP_TO]
+    exported = onnx_contenders(settings, model, rows_of(settings, names), place, room, wanted)
+    found |= {name + RUNNER: contender for name, contender in exported.items()}
     refused = _refused(settings, found, base, model, names, given, token)
     for contender in found.values():
         contender.prefill(given)
@@ -116,16 +132,17 @@ def _refused(
     token: Tensor,
 ) -> dict[str, str]:
     """Contenders that are farther from float64 than their dtype is."""
-    rows = [names[index % len(names)] for index in range(settings.batch)]
-    wide = {
-        "base": _logits(copy.deepcopy(base).double(), prompt, token),
-        "PEFT": _logits(copy.deepcopy(model).double(), prompt, token, adapter_names=rows),
-    }
+    double = copy.deepcopy(model).double()
+    nobodys = _logits(copy.deepcopy(base).double(), prompt, token)
+    mixed, alike = (
+        _logits(double, prompt, token, adapter_names=rows)
+        for rows in (rows_of(settings, names), [names[0]] * settings.batch)
+    )
     errors = {}
     for name, contender in found.items():
         contender.prefill(prompt)
-        expected = wide["base" if name.startswith("base") else "PEFT"]
-        errors[name] = difference(contender.decode(token).clone(), expected)
+        expected = nobodys if name.startswith("base") else alike if name == ONE + RUNNER else mixed
+        errors[name] = difference(contender.decode(token).to(expected.device), expected)
     allowed = max(FACTOR * errors[PEFT], FLOOR)
     return {
         name: f"{error:.1e} off float64, {allowed:.1e} allowed" for name, error in errors.items() if error > allowed

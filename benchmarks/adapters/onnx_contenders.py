@@ -23,7 +23,7 @@ from ..contenders.onnx_contenders import session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 
-__all__ = ["NAMES", "onnx_contenders", "write_exports"]
+__all__ = ["NAMES", "ONE", "SESSIONS", "onnx_contenders", "write_exports"]
 
 BASE, ONE, STACKED, SLOTS, SESSIONS = NAMES = (
     "base",

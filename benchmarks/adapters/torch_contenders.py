@@ -22,7 +22,7 @@ from ..contenders.settings import Settings
 from ..contenders.step import CachedStep, empty_cache
 from ..contenders.torch_contenders import RUNNERS, Form, TorchContender, built
 
-__all__ = ["FORMS", "PEFT", "adapted", "contenders"]
+__all__ = ["FORMS", "PEFT", "adapted", "rows_of", "torch_contenders"]
 
 PEFT = "PEFT adapter_names (eager)"
 """What ratios are taken to."""
@@ -64,7 +64,12 @@ def adapted(settings: Settings, count: int) -> tuple[nn.Module, Any, list[str]]:
     return base, model.to(settings.torch_dtype).eval().requires_grad_(False), names
 
 
-def contenders(
+def rows_of(settings: Settings, names: Sequence[str]) -> list[str]:
+    """The adapter of each row: they take turns."""
+    return [names[index % len(names)] for index in range(settings.batch)]
+
+
+def torch_contenders(
     settings: Settings, base: nn.Module, model: Any, names: Sequence[str], prompt: Tensor, room: int
 ) -> Mapping[str, TorchContender]:
     """All forms of a batch in which the adapters take turns.
@@ -75,7 +80,7 @@ def contenders(
         prompt: [batch, tokens].
         room: tokens behind it.
     """
-    rows = [names[index % len(names)] for index in range(settings.batch)]
+    rows = rows_of(settings, names)
     found = {}
     for name, form in FORMS.items():
         own = copy.deepcopy(base if name.startswith("base") else model)  # what is fused moves its weights

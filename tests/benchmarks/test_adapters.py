@@ -9,10 +9,12 @@ import pytest
 from torch import Tensor
 
 from benchmarks.adapters import adapters
+from benchmarks.adapters.onnx_contenders import NAMES
 from benchmarks.adapters.torch_contenders import FORMS, PEFT
 from benchmarks.contenders import torch_contenders
 from benchmarks.contenders.settings import Settings
 
+ALL = [*FORMS, *(name + adapters.RUNNER for name in NAMES)]
 TINY = Settings("tiny", layers=1, rank=4, threads=1, batch=3)
 
 
@@ -20,8 +22,8 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     """Op by op here: what Inductor makes of them has tests of its own."""
     monkeypatch.setattr(torch_contenders, "_compiled", lambda step, way, options=None: step)
     done: list[tuple[int, int]] = []
-    rows = adapters.sample(TINY, 2, 4, 2, lambda *at: done.append(at))
-    assert [row["variant"] for row in rows] == list(FORMS)
+    rows = adapters.sample(TINY, 2, 4, 2, tmp_path / "exports", lambda *at: done.append(at))
+    assert [row["variant"] for row in rows] == ALL
     assert not [row["refused"] for row in rows if "refused" in row]
     assert done == [(1, 2), (2, 2)]
     assert all(row["tokens_per_second"] > 0 for row in rows)
@@ -29,14 +31,14 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     result = {"settings": {**vars(TINY)}, "prompt": 4, "rounds": 2, "rows": rows}
     speed, ratio = adapters.sheets(result)
     assert (speed.title, ratio.title) == ("Tokens per second", "× PEFT's adapter_names")
-    assert list(speed.header) == ["adapters", "rows", *FORMS]
+    assert list(speed.header) == ["adapters", "rows", *ALL]
     assert [row[:2] for row in speed.rows] == [["8", "8"]]
-    assert ratio.rows[0][2 + list(FORMS).index(PEFT)] == "1.00"
+    assert ratio.rows[0][2 + ALL.index(PEFT)] == "1.00"
     pytest.importorskip("matplotlib")
     assert [path.exists() for path in adapters.draw(result, tmp_path / "adapters")] == [True, True]
 
 
-def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong(step: Any, way: str, options: Any = None) -> Any:
         def call(*args: Tensor) -> Tensor:
             return step(*args) * 1.1
@@ -44,6 +46,8 @@ def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
         return step if way == "eager" else call
 
     monkeypatch.setattr(torch_contenders, "_compiled", wrong)
-    rows = {row["variant"]: row for row in adapters.sample(TINY, 2, 4, 1, lambda *at: None)}
+    monkeypatch.setattr(adapters, "NAMES", ())  # their exports have been written once
+    monkeypatch.setattr(adapters, "write_exports", lambda *given: None)
+    rows = {row["variant"]: row for row in adapters.sample(TINY, 2, 4, 1, tmp_path / "exports", lambda *at: None)}
     assert {name for name, row in rows.items() if "refused" in row} == {n for n in FORMS if "inductor" in n}
     assert "off float64" in rows["base (inductor)"]["refused"]

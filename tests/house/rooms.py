@@ -141,7 +141,6 @@ HOUSES = (
             Room("benchmarks/generation", "whole texts; capacity"),
             Room("benchmarks/adapters", "many adapters in one batch"),
             Room("benchmarks/training", "a training step"),
-            Room("benchmarks/adapters", "many adapters in one batch"),
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
             Room("benchmarks/accuracy/text", "tasks of real text, and an encoder for them"),
