@@ -128,7 +128,10 @@ class FloraModel(BaseTuner):
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if kwargs.get("adapter_names") is not None:
-            raise AdapterError("FFBA has no adapter_names: activate one adapter with set_adapter, and batch by adapter")
+            raise AdapterError(
+                "FFBA has no adapter_names: call flora_fx.MixedAdapters(model, names) with adapter_ids, where each row "
+                "has its own; or activate one with set_adapter, and batch by adapter"
+            )
         return nullcontext()
 
     def _check_merge_allowed(self) -> None:

@@ -21,6 +21,7 @@ from peft.tuners.lora.config import (
 )
 from torch import Tensor, nn
 
+from flora_fx import MixedAdapters
 from flora_fx.quantized import QuantizedLinear
 from tests.quantized.weights import affine
 
@@ -109,6 +110,12 @@ def in_one_batch() -> Case:
     model.add_adapter("b", config(r=2))
     model.base_model.set_adapter(["a", "b"])  # so that both are trainable
     return Case(trained(model), (values(),), {"adapter_names": ["a", "b"]})
+
+
+def mixed() -> Case:
+    """The same as one graph."""
+    case = in_one_batch()
+    return Case(MixedAdapters(case.model, ["a", "b"]), case.args, {"adapter_ids": torch.tensor([0, 1])})
 
 
 def merged() -> Case:

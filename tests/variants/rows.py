@@ -365,6 +365,16 @@ VARIANTS = [
     ),
     Row(
         _VARIANTS,
+        "the same, in one graph",
+        "flora_fx.MixedAdapters(model, names)",
+        build.mixed,
+        fused(8, 21, 5),
+        fused(8, 21, 7),
+        fused(8, 21, 11),
+        slow=("compiled",),
+    ),
+    Row(
+        _VARIANTS,
         "X-LoRA",
         "XLoraConfig, two LoRAs",
         build.xlora,
