@@ -8,7 +8,9 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from flora_fx.adapters import FloraConfig
 from tests.variants.models import WIDTH, Linears
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -35,6 +37,19 @@ def adapted(base: nn.Module | None = None, adapters: dict[str, dict[str, Any]] |
     model: Any = peft.get_peft_model(base or Linears(), peft.LoraConfig(**options), adapter_name=first)
     for name, options in others:
         model.add_adapter(name, peft.LoraConfig(**options))
+    return moved(model).eval()
+
+
+def ffba(**options: Any) -> Any:
+    """A Llama with two FFBA adapters, "one" and "two", in eval mode."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
+        )
+    )
+    model: Any = peft.get_peft_model(base, FloraConfig(r=3, alpha=5, **options), adapter_name="one")
+    model.add_adapter("two", FloraConfig(r=2, alpha=7, **options))
     return moved(model).eval()
 
 

@@ -12,10 +12,13 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx import FuseConfig, MixedAdapters, Reason
+from flora_fx.ops import pick_columns
+from flora_fx.quantized import QuantizedLinear
 from tests.adapters import D_IN, D_OUT, RANK, linear
-from tests.variants.models import Linears
+from tests.quantized.weights import affine
+from tests.variants.models import Linears, Wide
 
-from .models import ADAPTERS, adapted, alone, assert_exact, batch
+from .models import ADAPTERS, adapted, alone, assert_exact, batch, ffba
 
 NAMES = list(ADAPTERS)
 MIXES: list[list[str | None]] = [["code", None, "sql", "chat", "math"], ["sql", "sql", None, "chat", None]]
@@ -162,6 +165,68 @@ def test_infinities_stay_in_their_rows() -> None:
     found = fused(x, adapter_ids=mixed.ids(["sql", "chat", None]))
     assert_exact(found[[0, 2]], expected[[0, 2]])
     assert not found[1].isfinite().all()
+
+
+@pytest.mark.parametrize("fold_scale", [False, True])
+def test_infinities_of_a_b_stay_in_their_rows_where_columns_are_picked(fold_scale: bool) -> None:
+    """A B that is no longer finite once the graph is fused; a GEMM of all B's would multiply it by zeros."""
+    model = frozen()
+    config = FuseConfig(up="per_projection", accumulate="unrolled", fold_scale=fold_scale)
+    fused, mixed, x = flora_fx.fuse(captured(model), config=config), MixedAdapters(model, NAMES), batch(3)
+    assert pick_columns in [node.target for node in fused.graph.nodes]
+    ids, expected = mixed.ids(["sql", "chat", None]), alone(model, x, ["sql", "chat", None])
+    assert_exact(fused(x, adapter_ids=ids), expected)
+    with torch.no_grad():
+        model.base_model.model.layers[0].o.lora_B["chat"].weight[0, 0] = float("inf")
+    found = fused(x, adapter_ids=ids)
+    assert_exact(found[[0, 2]], expected[[0, 2]])
+    assert not found[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "adapters", "gemms"),
+    [
+        # Packs of qkv, gate and up, each with all A's; B's of q, k and v, of gate and up; o and down; lm_head.
+        ({"placement": "shared"}, 28, 2 * 10 + 1),
+        ({"placement": "block", "activation": "silu"}, 8, 2 * 8 + 1),
+        # What attention reads is written onto the MLP, and the other way round: each B accumulates alone.
+        ({"placement": "cross"}, 14, 29),
+    ],
+    ids=str,
+)
+def test_ffba_adapters_fuse(options: dict[str, Any], adapters: int, gemms: int) -> None:
+    model = ffba(**options).requires_grad_(False)
+    tokens, names = torch.randint(40, (3, 6)), ["two", None, "one"]
+    graph = flora_fx.capture(model, input_ids=tokens, use_cache=False, adapters=["one", "two"])
+    fused, mixed = flora_fx.fuse(graph), MixedAdapters(model, ["one", "two"])
+    report = flora_fx.report(fused)
+    assert (len(report.fused), report.declines) == (adapters, ()), str(report)
+    assert report.ops_after["gemm"] == gemms
+    ids = mixed.ids(names)
+    found = fused(input_ids=tokens, use_cache=False, adapter_ids=ids).logits
+    for row, name in enumerate(names):
+        model.base_model.enable_adapter_layers() if name else model.base_model.disable_adapter_layers()
+        if name:
+            model.set_adapter(name)
+        assert_exact(found[row : row + 1], model(input_ids=tokens[row : row + 1], use_cache=False).logits)
+
+
+@pytest.mark.parametrize(("accumulate", "gemms"), [("addmm", 3), ("unrolled", 2)])
+def test_a_quantized_base(accumulate: Any, gemms: int) -> None:
+    """Its codes pack by themselves; the adapters beside it are as beside any other."""
+    base = Wide()
+    for seed, (name, layer) in enumerate(list(base.named_children())):
+        weight, _ = affine(layer.out_features, layer.in_features, seed=seed)
+        setattr(base, name, QuantizedLinear(weight, layer.bias))
+    options = {"a": {"r": 3, "lora_alpha": 4, "target_modules": ["q", "k"]}, "b": {"r": 2, "target_modules": ["q"]}}
+    model = adapted(base.double(), options).requires_grad_(False)
+    x, names = batch(3, 64), ["b", None, "a"]
+    graph, mixed = flora_fx.capture(model, x, adapters=["a", "b"]), MixedAdapters(model, ["a", "b"])
+    fused = flora_fx.fuse(graph, config=FuseConfig(accumulate=accumulate))
+    report = flora_fx.report(fused)
+    assert (len(report.fused), report.declines) == (3, ()), str(report)
+    assert (report.ops_before["gemm"], report.ops_after["gemm"]) == (8, gemms)
+    assert_exact(fused(x, adapter_ids=mixed.ids(names)), alone(model, x, names))
 
 
 class Chosen(nn.Module):

@@ -14,10 +14,9 @@ from torch import nn
 
 import flora_fx
 from flora_fx import AdapterError, MixedAdapters
-from flora_fx.adapters import FloraConfig
 from tests.variants.models import WIDTH, Convolutions, Linears, Tokens
 
-from .models import ADAPTERS, adapted, alone, assert_exact, batch, moved
+from .models import ADAPTERS, adapted, alone, assert_exact, batch, ffba, moved
 
 NAMES = list(ADAPTERS)
 MIX = ["code", None, "sql", "chat", "math", "sql", None]
@@ -84,20 +83,6 @@ def test_what_is_not_finite_in_one_adapter_reaches_no_other_row(where: str, valu
         found = mixed(x, adapter_ids=mixed.ids(["sql", "chat", None]))
     assert_exact(found[[0, 2]], expected[[0, 2]])
     assert not found[1].isfinite().all()
-
-
-def ffba(**options: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, head_dim=8
-        )
-    )
-    model: Any = peft.get_peft_model(base, FloraConfig(r=3, alpha=5, **options), adapter_name="one")
-    model.add_adapter("two", FloraConfig(r=2, alpha=7, **options))
-    return moved(model).eval()
 
 
 @pytest.mark.parametrize("options", [{"placement": "shared"}, {"placement": "block", "activation": "silu"}], ids=str)
@@ -258,6 +243,20 @@ def test_an_adapter_that_is_left_out_makes_no_trouble() -> None:
     mixed = MixedAdapters(model, ["a"])
     with torch.no_grad():
         assert_exact(mixed(x, adapter_ids=mixed.ids([None, "a"])), alone(model, x, [None, "a"]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_that_is_not_compiled(use_reentrant: bool) -> None:
+    """Its layers run again in the backward, when nobody says any more which row has which adapter."""
+    model = ffba()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    mixed = MixedAdapters(model, ["one", "two"]).train()
+    loss = mixed(
+        input_ids=torch.randint(40, (2, 6)), use_cache=False, adapter_ids=mixed.ids(["two", "one"])
+    ).logits.sum()
+    with pytest.raises(AdapterError, match="gradient checkpointing, which runs layers again when the forward is over"):
+        loss.backward()
 
 
 def test_no_tensor_with_a_batch() -> None:

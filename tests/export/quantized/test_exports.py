@@ -7,6 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,16 @@ def test_several_adapters_beside_one_base(tmp_path: Path) -> None:
     two = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     model.add_adapter("two", two)
     result = export_onnx(model.eval(), tmp_path / "out", adapters=["default", "two"])
-    assert load(tmp_path / "out").manifest.base["bit_equal"] == 7 * LAYERS
+    decoder = load(tmp_path / "out")
+    assert decoder.manifest.base["bit_equal"] == 7 * LAYERS
     assert result.max_rel_error < 1e-5
+    names = ["two", None, "default"]
+    found = decoder.generate(PROMPT.repeat(3, 1), adapters=names, max_new_tokens=32)
+    for row, name in enumerate(names):
+        model.set_adapter(name or "two")
+        with nullcontext() if name else model.disable_adapter():
+            assert torch.equal(found[row : row + 1], greedy(model, PROMPT, 32)), name
+    assert len({tuple(row.tolist()) for row in found}) == 3
 
 
 def test_every_number_is_the_sources(quantized: Get) -> None:
