@@ -30,6 +30,7 @@ from .directory.operators import choose_operators, copy_operators, without_opera
 from .directory.saving import save_graphs
 from .directory.sealing import Sealing
 from .directory.staging import staged
+from .forms import stacked_forms
 from .lora.slots import ADAPTER_IDS
 from .lora.stacking import SlotPlan, plan_slots, stack
 from .lora.swappable import check_swappable
@@ -196,6 +197,8 @@ def export_onnx(
                 raise ExportError(f"adapters= is for target 'decoder'; {why_not}")
             if hot_swap:
                 own_forms = _swappable_forms(chosen, why_not)
+            if plan is not None:
+                own_forms = stacked_forms(own_forms, provider)
         give_back()
         with CAPTURING, stage("fuse"):
             captured = chosen.graphs(traced)

@@ -17,7 +17,7 @@ from flora_fx.adapters import FloraConfig
 from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError, ExportError
 from flora_fx.export import export_onnx, load_decoder
-from flora_fx.export.forms import DECODER_FORMS
+from flora_fx.export.forms import DECODER_FORMS, stacked_forms
 from flora_fx.export.translate import slots
 from tests.export.exported_models import plain
 from tests.export.slot_models import Mixed
@@ -71,6 +71,24 @@ def widths(directory: Path) -> set[tuple[int, ...]]:
     sizes = {value.name: tuple(value.dims) for value in graph.initializer}
     made = {name: node for node in graph.node for name in node.output}
     return {sizes[made[node.input[1]].input[1]] for node in graph.node if node.op_type == "Where"}
+
+
+@pytest.mark.parametrize("export", ["fixed", "slots"])
+def test_a_b_for_each_projection_on_a_cpu(mixed: Mixed, export: str) -> None:
+    """None is block-diagonal: its zeros grow with the adapters. On a GPU they cost less than launches."""
+    graph = graph_of(getattr(mixed, export))
+    sizes = {value.name: tuple(value.dims) for value in graph.initializer}
+    selected = {node.output[0] for node in graph.node if node.op_type == "Where"}
+    pieces = {
+        name for node in graph.node if node.op_type == "Split" and node.input[0] in selected for name in node.output
+    }
+    found = [
+        sizes[node.input[1]][1]
+        for node in graph.node
+        if set(node.input) & (selected | pieces) and node.op_type == "MatMul"
+    ]
+    assert sorted(found) == sorted(2 * [64, 32, 32, 64, 80, 80, 64])
+    assert stacked_forms(DECODER_FORMS, "CUDAExecutionProvider") == DECODER_FORMS
 
 
 def test_bfloat16(tmp_path: Path) -> None:
