@@ -30,8 +30,8 @@ def stacked_forms(forms: FuseConfig, provider: str) -> FuseConfig:
     """Those where several LoRAs stand in a graph, side by side.
 
     The zeros of a block-diagonal B are as many times more as there are LoRAs. On a GPU they cost less than the launches
-    that they save; on a CPU each projection has a B of its own (8 of rank 16 in 4 of SmolLM-135M's layers, batch 8: 3 to
-    8% less CPU time a token, 8 to 10% where they can be replaced).
+    that they save; on a CPU each projection has a B of its own (8 of rank 16, 4 layers as SmolLM-135M's, batch 8:
+    3 to 8% less CPU time a token, 8 to 10% where they can be replaced).
 
     Args:
         forms: where there is one.
