@@ -49,7 +49,7 @@ class Reason(Enum):
     SCALE_NOT_SCALAR = "the scale is not known to be one number per token"
     NOT_BY_TOKEN = "the adapter is not known to be selected by token, with zeros elsewhere"
     OTHER_READER = "an intermediate value has another reader"
-    READS_ANOTHER_VALUE = "no projection that could share a pack reads what the adapter reads"
+    READS_ANOTHER_VALUE = "no base that could share a pack reads what the adapter reads"
     MUTATED = "a value is changed in place, or its memory layout is read"
     OTHER_MODE = "autocast or the recording of gradients is switched in between"
     SHAPE_UNKNOWN = "the shapes are not known to agree"

@@ -147,7 +147,9 @@ def test_another_mode() -> None:
 def test_another_value() -> None:
     found = declines(Model(lambda m, x: m.w(x) + m.b(m.a(torch.tanh(x))) * 0.3))
     assert list(found) == [Reason.READS_ANOTHER_VALUE]
-    assert found[Reason.READS_ANOTHER_VALUE][0].startswith("no projection shares what a.weight reads (tanh)")
+    [detail] = found[Reason.READS_ANOTHER_VALUE]
+    assert detail.startswith("no base that could share a pack reads what a.weight reads (tanh)")
+    assert detail.endswith("a.weight stays a GEMM of its own")
 
 
 @pytest.mark.parametrize("narrow", ["adapter", "base"])

@@ -136,10 +136,12 @@ def form_groups(context: Context) -> Grouping:
         or (len((*group.bases, *group.downs)) > 1 and (group.downs or config.pack_base or index in beside))
     )
     packed = {down.node for group in kept if group.bases for down in group.downs}
+    together = {down.node for group in kept if not group.bases for down in group.downs}
     others = {p.node: p for p in projections if p.node not in ups and p.node not in downs}
     for path in _without_company(decisions, packed):
         own = adapted_projection(values, others, path.onto)
-        context.declines.append(_alone(path, [own, *others.values()] if own else others.values(), decisions, regions))
+        candidates = [own, *others.values()] if own else others.values()
+        context.declines.append(_alone(path, candidates, decisions, regions, together=path.down.node in together))
     return Grouping(kept, tuple(singles))
 
 
@@ -314,14 +316,30 @@ def _without_company(decisions: Decisions, joined: set[Node]) -> Iterable[LowRan
     return [path for node, path in alone.items() if node not in decisions.shared]
 
 
-def _alone(path: LowRankPath, others: Iterable[Projection], decisions: Decisions, regions: dict[Node, int]) -> Decline:
-    """Why a down-projection stays a GEMM of its own: what became of the projections that read the same."""
+def _alone(
+    path: LowRankPath,
+    others: Iterable[Projection],
+    decisions: Decisions,
+    regions: dict[Node, int],
+    *,
+    together: bool,
+) -> Decline:
+    """Why a down-projection is in no pack with a base: what became of the projections that read the same.
+
+    Args:
+        path: which the down-projection is of.
+        others: what is no down-projection; the base that the path adapts comes first.
+        decisions: what is shared.
+        regions: the mode of each node.
+        together: whether it is in a pack of down-projections.
+    """
     down = path.down
-    own = f"{down.weight.name} stays a GEMM of its own"
+    name = down.weight.name
+    own = f"{name} packs with other down-projections alone" if together else f"{name} stays a GEMM of its own"
     for other in others:
         if other.reads is not down.reads:
             continue
-        company = f"{other.weight.name} reads what {down.weight.name} reads"
+        company = f"{other.weight.name} reads what {name} reads"
         if (kept_out := other.obstacle or _shared(other, decisions)) is not None:
             detail = f"{company}, but stays out of the pack ({other.node.name}): {own}"
             return Decline(kept_out.reason, path.add.name, detail)
@@ -329,5 +347,5 @@ def _alone(path: LowRankPath, others: Iterable[Projection], decisions: Decisions
             return Decline(Reason.OTHER_MODE, path.add.name, f"{company}, but in another mode: {own}")
         if other.dtype != down.dtype:
             return Decline(Reason.DTYPE_DIFFERS, path.add.name, f"{company}, but in another dtype: {own}")
-    detail = f"no projection shares what {down.weight.name} reads ({down.reads.name}): it stays a GEMM of its own"
+    detail = f"no base that could share a pack reads what {name} reads ({down.reads.name}): {own}"
     return Decline(Reason.READS_ANOTHER_VALUE, path.add.name, detail)

@@ -290,6 +290,8 @@ def test_the_backend_packs_the_downs_and_gives_exact_gradients(trains: bool) -> 
     assert report is not None
     assert len(report.fused) == 3
     assert [pack.shape for pack in report.packs if len(pack.slices) == 3] == [(sum(RANKS.values()), K)]
+    assert {decline.reason for decline in report.declines} == {Reason.READS_ANOTHER_VALUE}
+    assert all(decline.detail.endswith("packs with other down-projections alone") for decline in report.declines)
     if trains:
         parameters = [model.get_parameter(name) for name in names]
         pairs = [torch.autograd.grad(y.square().sum(), parameters) for y in (found, model(x))]

@@ -110,7 +110,7 @@ def unscalable(count: int) -> tuple[Reason, int, str]:
 
 
 def reads_another(count: int) -> tuple[Reason, int, str]:
-    return Reason.READS_ANOTHER_VALUE, count, "no projection shares what"
+    return Reason.READS_ANOTHER_VALUE, count, "no base that could share a pack"
 
 
 def in_place(count: int) -> tuple[Reason, int, str]:
