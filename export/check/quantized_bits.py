@@ -46,6 +46,7 @@ class StoredWeight:
         dtype: that it is multiplied in, as ONNX names it.
         level: ``accuracy_level``; 0 where the operator has none.
         quant_type: of ``"MatMulBnb4"``, as it has it; 0 of others.
+        across: whether blocks of ``"MatMulBnb4"`` go across rows, whose columns they do not divide.
         values: what it stands for [rows, columns], in float32; of ``"MatMul"`` in ``dtype``.
     """
 
@@ -57,6 +58,7 @@ class StoredWeight:
     dtype: str
     level: int
     quant_type: int
+    across: bool
     values: _Array
 
 
@@ -94,7 +96,7 @@ def _of_bits(node: onnx_ir.Node) -> StoredWeight:
     dtype, level = _of(node.inputs[2]).dtype, node.attributes["accuracy_level"].as_int()
     assert dtype is not None
     values = whole.reshape(rows, blocks * block)[:, :columns]
-    return StoredWeight(_name(node), "MatMulNBits", bits, block, given, dtype.name, level, 0, values)
+    return StoredWeight(_name(node), "MatMulNBits", bits, block, given, dtype.name, level, 0, False, values)
 
 
 def _of_bitsandbytes(node: onnx_ir.Node) -> StoredWeight:
@@ -104,7 +106,7 @@ def _of_bitsandbytes(node: onnx_ir.Node) -> StoredWeight:
     values = numpy.array(_BOOKS[kind], numpy.float32)[digits][: rows * columns]
     whole = values * numpy.repeat(largest.reshape(-1), block)[: rows * columns]
     values = whole.reshape(rows, columns)
-    return StoredWeight(_name(node), "MatMulBnb4", 4, block, False, "FLOAT", 0, kind, values)
+    return StoredWeight(_name(node), "MatMulBnb4", 4, block, False, "FLOAT", 0, kind, columns % block != 0, values)
 
 
 def _numbers(bytes_: _Array, bits: int) -> _Array:
@@ -150,7 +152,7 @@ def _dequantized(node: onnx_ir.Node) -> StoredWeight | None:
     values = _folded(node, weight, set(inner), constants).T
     name = next(name for name, constant in constants.items() if constant is codes)
     assert weight.dtype is not None
-    return StoredWeight(name, "MatMul", 0, 0, False, weight.dtype.name, 0, 0, values)
+    return StoredWeight(name, "MatMul", 0, 0, False, weight.dtype.name, 0, 0, False, values)
 
 
 def _folded(node: onnx_ir.Node, weight: onnx_ir.Value, inner: set[Any], constants: dict[str, Any]) -> _Array:

@@ -24,7 +24,7 @@ from .quantized_bits import StoredWeight, stored_weights
 __all__ = ["Probe", "probe"]
 
 _ROWS, _BLOCKS = 64, 3
-"""Of the weight that is asked about; several blocks, an odd number of them."""
+"""Of the weight that is asked about; several blocks, an odd number of them: in a row, or in two if they go across."""
 
 _LOSSY = 2e-2
 """How far a product in int8 may be off, over the largest weight."""
@@ -36,7 +36,7 @@ class Probe:
 
     Attributes:
         operator: ``"MatMulNBits"`` or ``"MatMulBnb4"``.
-        bits, block, zero_points, dtype: see `StoredWeight`.
+        bits, block, zero_points, dtype, across: see `StoredWeight`.
         level: ``accuracy_level``; 0 of an operator that has none.
         provider: that computed it.
         exact: whether the products are the weight, bit for bit, rounded to ``dtype`` once.
@@ -48,16 +48,16 @@ class Probe:
     block: int
     zero_points: bool
     dtype: str
+    across: bool
     level: int
     provider: str
     exact: bool
     error: float
 
     def __str__(self) -> str:
+        blocks = f"blocks of {self.block}{' across rows' if self.across else ''}"
         zeros = ", zero points" if self.zero_points else ""
-        return (
-            f"{self.operator}, {self.bits} bits, blocks of {self.block}{zeros}, {self.dtype.lower()}, {self.provider}"
-        )
+        return f"{self.operator}, {self.bits} bits, {blocks}{zeros}, {self.dtype.lower()}, {self.provider}"
 
 
 def probe(stored: StoredWeight, providers: Sequence[Any]) -> Probe:
@@ -70,7 +70,7 @@ def probe(stored: StoredWeight, providers: Sequence[Any]) -> Probe:
     Raises:
         ExportError: what comes is not the weight.
     """
-    columns = _BLOCKS * stored.block
+    columns = _BLOCKS * stored.block // (2 if stored.across else 1)
     with tempfile.TemporaryDirectory(prefix="flora_fx-probe-") as place:
         path = Path(place) / "probe.onnx"
         _write(path, stored, columns)
@@ -86,6 +86,7 @@ def probe(stored: StoredWeight, providers: Sequence[Any]) -> Probe:
         stored.block,
         stored.zero_points,
         stored.dtype,
+        stored.across,
         stored.level,
         session.provider,
         torch.equal(found, expected),
@@ -119,7 +120,7 @@ def _write(path: Path, stored: StoredWeight, columns: int) -> None:
     random = numpy.random.default_rng(0)
     dtype = getattr(kinds, stored.dtype)
     wide = stored.operator == "MatMulBnb4"  # whose scales are float32
-    scales = random.uniform(0.01, 0.02, _ROWS * _BLOCKS).astype(numpy.float32)
+    scales = random.uniform(0.01, 0.02, _ROWS * columns // stored.block).astype(numpy.float32)
 
     def given(name: str, shape: Sequence[int]) -> Any:
         return helper.make_tensor(name, kinds.UINT8, shape, random.bytes(int(numpy.prod(shape))), raw=True)

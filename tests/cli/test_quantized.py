@@ -58,7 +58,7 @@ def test_inspect_says_that_bases_pack_by_their_codes(folders: tuple[Path, torch.
 
 def test_what_is_refused_is_told_in_the_commands_words(folders: tuple[Path, torch.Tensor], tmp_path: Path) -> None:
     root, _ = folders
-    tiny().save_pretrained(tmp_path / "plain")
+    tiny().save_pretrained(tmp_path / "plain")  # type: ignore[operator]
     encoder, settings = checkpoints.gptq()
     write(tiny(), tmp_path / "eights", checkpoints.gptq(block=8)[0], settings | {"group_size": 8})
     write(tiny(), tmp_path / "marlin", encoder, settings | {"checkpoint_format": "marlin"})

@@ -26,6 +26,7 @@ FORMATS: dict[str, Callable[[int, int, int], QuantizedWeight]] = {
     "2 bits": lambda n, k, seed: affine(n, k, bits=2, seed=seed)[0],
     "NF4": lambda n, k, seed: codebook(n, k, kind="nf4", block=32, seed=seed),
     "FP4": lambda n, k, seed: codebook(n, k, kind="fp4", block=16, seed=seed),
+    "NF4 across rows": lambda n, k, seed: codebook(n, k, kind="nf4", block=128, seed=seed),
 }
 """Weights [n, k] drawn at random, by what is told of them."""
 

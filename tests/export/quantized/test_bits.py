@@ -23,7 +23,7 @@ CPU = ["CPUExecutionProvider"]
 
 
 def stored(operator: str = "MatMulNBits", **changes: object) -> StoredWeight:
-    plain = StoredWeight("codes", operator, 4, 32, True, "FLOAT", 1, 0, numpy.zeros((1, 1)))
+    plain = StoredWeight("codes", operator, 4, 32, True, "FLOAT", 1, 0, False, numpy.zeros((1, 1)))
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
@@ -37,9 +37,13 @@ def test_the_decoder_reads_what_onnx_runtime_computes(bits: int, block: int, zer
     assert found.provider == "CPUExecutionProvider"
 
 
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("quant_type", [0, 1])
-def test_the_decoder_reads_codebooks(quant_type: int) -> None:
-    assert probe(stored("MatMulBnb4", block=64, quant_type=quant_type, level=0), CPU).exact
+def test_the_decoder_reads_codebooks(quant_type: int, across: bool) -> None:
+    """Blocks that no row ends with are those of a bitsandbytes layer whose inputs are no multiple of them."""
+    found = probe(stored("MatMulBnb4", block=64, quant_type=quant_type, level=0, across=across), CPU)
+    assert found.exact
+    assert ("across rows" in str(found)) is across
 
 
 def test_products_in_int8_are_told_from_exact_ones() -> None:

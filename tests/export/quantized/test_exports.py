@@ -59,7 +59,7 @@ def ops(directory: Path) -> Counter[str]:
 def test_every_format_as_it_is_exported_where_nothing_is_asked_for(quantized: Get, name: str) -> None:
     made = quantized(name)
     base = made.decoder.manifest.base
-    codebook = name in ("NF4", "FP4")
+    codebook = name.startswith(("NF4", "FP4"))
     assert set(base["forms"].values()) == {"dequantize" if codebook else "keep"}
     assert base["bit_equal"] == 7 * LAYERS
     assert base["operators"] == {"MatMul" if codebook else "MatMulNBits": 4 * LAYERS}
@@ -75,6 +75,18 @@ def test_bitsandbytes_own_operator(quantized: Get) -> None:
     made = quantized("NF4", base="keep")
     assert made.decoder.manifest.base["operators"] == {"MatMulBnb4": 4 * LAYERS}
     assert ops(made.directory)["MatMulBnb4"] == 4 * LAYERS
+    assert [found["across"] for found in made.decoder.manifest.base["probes"]] == [False]
+    assert torch.equal(made.decoder.generate(PROMPT, max_new_tokens=64), greedy(made.model, PROMPT, 64))
+
+
+@pytest.mark.parametrize("base", ["keep", "dequantize"])
+def test_codebooks_whose_blocks_go_across_rows(quantized: Get, base: str) -> None:
+    """Inputs of 64 and of 96 in blocks of 128: half a row each, or a row and a third."""
+    made = quantized("NF4 across rows", base=base)
+    told = made.decoder.manifest.base
+    assert told["bit_equal"] == 7 * LAYERS
+    assert [(found["across"], found["exact"]) for found in told["probes"]] == ([(True, True)] if base == "keep" else [])
+    assert made.result.max_rel_error < 1e-5
     assert torch.equal(made.decoder.generate(PROMPT, max_new_tokens=64), greedy(made.model, PROMPT, 64))
 
 
