@@ -6,12 +6,13 @@ A model that was loaded from a file is a mapping of that file: what no one reads
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from torch import nn
 
-from flora_fx.internals import FakeTensorMode
+from flora_fx.internals import FakeTensor, FakeTensorMode
 
 from .refusals import first_line
 
@@ -38,8 +39,24 @@ def for_shapes(model: nn.Module, run: Callable[[], T]) -> T:
     if sum(parameter.nbytes for parameter in model.parameters()) < _LARGE:
         return run()
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _nothing_left(model), FakeTensorMode(allow_non_fake_inputs=True):
             return run()
     except Exception as error:  # whatever comes of numbers that are not there; what comes of anything else comes again
         log.debug("run with its numbers: %s", first_line(error))
     return run()
+
+
+@contextmanager
+def _nothing_left(model: nn.Module) -> Iterator[None]:
+    """What a run without numbers keeps in the model for the next one, such as frequencies, has none either."""
+    holders: list[dict[str, Any]] = [holder for part in model.modules() for holder in (part._buffers, vars(part))]
+    before = [dict(holder) for holder in holders]
+    try:
+        yield
+    finally:
+        for holder, old in zip(holders, before, strict=True):
+            for name in [name for name, value in holder.items() if isinstance(value, FakeTensor)]:
+                if name in old:
+                    holder[name] = old[name]
+                else:
+                    del holder[name]
