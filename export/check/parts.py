@@ -18,6 +18,7 @@ from flora_fx.errors import ExportError, require
 from flora_fx.storage.mapped import give_back
 
 from ..run.session import Session
+from .columns import cut_of
 from .crossing import Signature
 from .upcast import save_in_float32
 
@@ -90,13 +91,20 @@ class Parts:
         parts = list(self._parts())
         known: list[dict[str, Tensor]] = [{} for _ in texts]
         for index, part in enumerate(parts):
-            session = self._opened(part)
-            for values, inputs in zip(known, texts, strict=True):
-                given = {name: inputs(name) if name in self._inputs else values[name] for name in part.given}
-                values.update(session.run(dict(given)))
-            self.provider = session.provider
-            del session
-            give_back()
+            made: list[dict[str, list[Tensor]]] = [{} for _ in texts]
+            for weights in self._weights_of(part):
+                session = self._opened(part, weights)
+                for pieces, values, inputs in zip(made, known, texts, strict=True):
+                    given = {name: inputs(name) if name in self._inputs else values[name] for name in part.given}
+                    for name, value in session.run(dict(given)).items():
+                        pieces.setdefault(name, []).append(value)
+                self.provider = session.provider
+                del session
+                give_back()
+            for pieces, values in zip(made, known, strict=True):
+                values.update(
+                    {name: value[0] if len(value) == 1 else torch.cat(value, -1) for name, value in pieces.items()}
+                )
             needed = {self._output, *(name for later in parts[index + 1 :] for name in later.given)}
             known = [{name: value for name, value in values.items() if name in needed} for values in known]
         return [values[self._output] for values in known]
@@ -145,14 +153,25 @@ class Parts:
         lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
         return lengths[0] if lengths else len(tensor.raw_data)
 
-    def _opened(self, part: _Part) -> Session:
+    def _weights_of(self, part: _Part) -> Iterator[list[Any]]:
+        """The initializers of a part: once, or where they are one large weight once for some columns of it."""
+        weights = [self._weights[name] for name in part.weights]
+        cut = cut_of([self._nodes[number] for number in part.nodes], self._weights)
+        if cut is None or part.made != (cut.product,) or self._size(cut.weight) <= _BYTES:
+            yield weights
+            return
+        for piece in cut.pieces(self._weights[cut.weight], self._path.parent, _BYTES):
+            yield [piece]
+
+    def _opened(self, part: _Part, weights: Sequence[Any]) -> Session:
         helper = self._onnx.helper
         graph = helper.make_graph(
             [self._nodes[number] for number in part.nodes],
             "part",
             [self._value(name) for name in part.given],
-            [self._value(name) for name in part.made],
-            [self._weights[name] for name in part.weights],
+            # Without shapes: of a product's columns there are fewer.
+            [helper.make_tensor_value_info(name, self._kind(name), None) for name in part.made],
+            weights,
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
         written = [self._path.with_name(name) for name in (_PART, f"wide{_PART}", f"wide{_DATA}")]
@@ -174,6 +193,9 @@ class Parts:
         options.enable_cpu_mem_arena = False  # which would keep what it once had
         options.enable_mem_pattern = False
         return options
+
+    def _kind(self, name: str) -> int:
+        return int(self._value(name).type.tensor_type.elem_type)
 
     def _value(self, name: str) -> Any:
         if (found := self._values.get(name)) is None:

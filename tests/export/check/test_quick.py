@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import onnx
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from flora_fx.errors import ExportError
 from flora_fx.export import export_onnx
 from flora_fx.export.check import parts
+from flora_fx.export.check.columns import Cut, cut_of
 from flora_fx.export.check.crossing import text_input
 from flora_fx.export.check.layered import in_float32
 from flora_fx.export.check.parts import Parts
@@ -41,7 +43,7 @@ def test_what_is_compared(exported: Export, name: str, target: Any, monkeypatch:
     export = exported(name, target)
     before = sorted(path.name for path in export.directory.iterdir())
     whole = quick(export)
-    monkeypatch.setattr(parts, "_BYTES", 1)  # each weight in a part of its own
+    monkeypatch.setattr(parts, "_BYTES", 2**13)  # each matrix in a part of its own, and the larger ones in columns
     found = quick(export)
     assert found.max_abs_error == pytest.approx(whole.max_abs_error, abs=1e-6)
     assert 0 < found.max_rel_error < 1e-4
@@ -53,7 +55,7 @@ def test_what_is_compared(exported: Export, name: str, target: Any, monkeypatch:
 def test_parts_are_the_graph(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied embedding is transposed at run time: in the part that multiplies by it, not in front of it."""
     export = exported("llama", "general")
-    monkeypatch.setattr(parts, "_BYTES", 1)
+    monkeypatch.setattr(parts, "_BYTES", 2**13)
     graph = Parts(export.directory / "model.onnx", "logits", providers=CPU, wide=False)
     manifest = read_manifest(export.directory)
 
@@ -78,9 +80,47 @@ def test_parts_are_the_graph(exported: Export, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(logits, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_what_is_large_is_cut(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into columns of a matrix, or rows of one that is transposed, as the output layer's is."""
+    export = exported("Llama")
+    monkeypatch.setattr(parts, "_BYTES", 2**11)
+    graph = Parts(export.directory / "model.onnx", "logits", providers=CPU, wide=False)
+    axes = {}
+    for part in graph._parts():
+        cut = cut_of([graph._nodes[number] for number in part.nodes], graph._weights)
+        if cut is None or graph._size(cut.weight) <= 2**11:
+            continue
+        axes[cut.product] = cut.axis
+        whole = onnx.numpy_helper.to_array(graph._weights[cut.weight], str(export.directory))
+        pieces = [onnx.numpy_helper.to_array(weight) for (weight,) in graph._weights_of(part)]
+        assert len(pieces) > 1
+        assert all(piece.nbytes <= 2**11 for piece in pieces)
+        numpy.testing.assert_array_equal(numpy.concatenate(pieces, cut.axis), whole)
+    assert axes["logits"] == 0
+    assert list(axes.values()).count(1) >= 2 * read_manifest(export.directory).layers
+
+
+def test_what_is_not_cut() -> None:
+    node = onnx.helper.make_node
+    external = onnx.TensorProto(name="w", dims=[3, 5], data_type=onnx.TensorProto.FLOAT)
+    external.external_data.add(key="location", value="data")
+    inline = onnx.numpy_helper.from_array(numpy.ones((3, 5), numpy.float32), "inline")
+    weights = {"w": external, "inline": inline}
+    product, turned = node("MatMul", ["x", "w"], ["y"]), node("MatMul", ["x", "t"], ["y"])
+    assert cut_of([product], weights) == Cut("w", 1, "y")
+    assert cut_of([node("Transpose", ["w"], ["t"], perm=[1, 0]), turned], weights) == Cut("w", 0, "y")
+    assert cut_of([node("Transpose", ["w"], ["t"]), turned], weights) == Cut("w", 0, "y")
+    assert cut_of([node("Transpose", ["w"], ["t"], perm=[0, 1]), turned], weights) is None
+    assert cut_of([node("Cast", ["w"], ["t"], to=1), turned], weights) is None
+    assert cut_of([node("Gather", ["w", "x"], ["y"])], weights) is None
+    assert cut_of([node("MatMul", ["w", "x"], ["y"])], weights) is None
+    assert cut_of([node("MatMul", ["x", "inline"], ["y"])], weights) is None
+    assert cut_of([node("MatMul", ["x", "z"], ["y"])], weights) is None
+
+
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_weight_that_is_another(exported: Export, layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_BYTES", 1)
+    monkeypatch.setattr(parts, "_BYTES", 2**13)
     export = exported("Llama")
     model: Any = private_copy(unwrap(export.model))
     weight = model.model.layers[layer].mlp.down_proj.base_layer.weight

@@ -1,0 +1,89 @@
+"""A product with a weight that is larger than a part of a graph shall be: some columns at a time.
+
+That is the output layer. ONNX Runtime has no products of half precision on a CPU: it makes a copy in float32 that is
+twice as large, and one more where the weight is transposed as it runs, as a tied embedding is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+__all__ = ["Cut", "cut_of"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Columns of a product.
+
+    Attributes:
+        weight: a matrix [in, out], or [out, in] if it is transposed first.
+        axis: its dimension of the columns.
+        product: the name of what is made.
+    """
+
+    weight: str
+    axis: int
+    product: str
+
+    def pieces(self, tensor: Any, directory: Path, size: int) -> Iterator[Any]:
+        """The weight, as initializers of the same name that have one group of columns each, in order.
+
+        Args:
+            tensor: the initializer; its numbers are in a file.
+            directory: of the file.
+            size: about the bytes of a piece; one column, at the least.
+        """
+        rows, columns = tensor.dims
+        offset, width = _offset(tensor), _length(tensor) // (rows * columns)
+        count = tensor.dims[self.axis]
+        step = max(1, count * size // _length(tensor))
+        # Of bytes, whatever they mean: [rows, columns · width].
+        stored = numpy.memmap(directory / _entry(tensor, "location"), mode="r", offset=offset, shape=_length(tensor))
+        matrix = stored.reshape(rows, columns * width)
+        for start in range(0, count, step):
+            end = min(start + step, count)
+            piece = type(tensor)(name=tensor.name, data_type=tensor.data_type)
+            piece.dims.extend((end - start, columns) if self.axis == 0 else (rows, end - start))
+            part = matrix[start:end] if self.axis == 0 else matrix[:, start * width : end * width]
+            piece.raw_data = part.tobytes()
+            yield piece
+
+
+def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:
+    """How a product can be cut, if it can: a matrix, or a transposed one, is all that something is multiplied by.
+
+    Args:
+        nodes: ONNX nodes, each behind those whose results it reads.
+        weights: the initializers, by name.
+    """
+    *before, product = nodes
+    if product.op_type != "MatMul":
+        return None
+    given, axis = product.input[1], 1
+    if before:
+        (turn, *more) = before
+        turned = not more and turn.op_type == "Transpose" and list(turn.output) == [given]
+        if not turned or [list(attribute.ints) for attribute in turn.attribute] not in ([], [[1, 0]]):
+            return None
+        given, axis = turn.input[0], 0
+    tensor = weights.get(given)
+    if tensor is None or len(tensor.dims) != 2 or not tensor.external_data or product.input[0] in weights:
+        return None
+    return Cut(given, axis, product.output[0])
+
+
+def _entry(tensor: Any, key: str) -> str:
+    return next((entry.value for entry in tensor.external_data if entry.key == key), "")
+
+
+def _offset(tensor: Any) -> int:
+    return int(_entry(tensor, "offset") or 0)
+
+
+def _length(tensor: Any) -> int:
+    return int(_entry(tensor, "length"))
