@@ -39,18 +39,26 @@ class Cut:
             size: about the bytes of a piece; one column, at the least.
         """
         rows, columns = tensor.dims
-        offset, width = _offset(tensor), _length(tensor) // (rows * columns)
+        offset, length, path = int(_entry(tensor, "offset") or 0), _length(tensor), _entry(tensor, "location")
         count = tensor.dims[self.axis]
-        step = max(1, count * size // _length(tensor))
-        # Of bytes, whatever they mean: [rows, columns · width].
-        stored = numpy.memmap(directory / _entry(tensor, "location"), mode="r", offset=offset, shape=_length(tensor))
-        matrix = stored.reshape(rows, columns * width)
+        step = max(1, count * size // length)
         for start in range(0, count, step):
             end = min(start + step, count)
             piece = type(tensor)(name=tensor.name, data_type=tensor.data_type)
-            piece.dims.extend((end - start, columns) if self.axis == 0 else (rows, end - start))
-            part = matrix[start:end] if self.axis == 0 else matrix[:, start * width : end * width]
-            piece.raw_data = part.tobytes()
+            if self.axis == 0:
+                row = length // rows
+                at = offset + start * row
+                piece.dims.extend((end - start, columns))
+                piece.data_location = tensor.data_location
+                for key, value in (("location", path), ("offset", at), ("length", (end - start) * row)):
+                    piece.external_data.add(key=key, value=str(value))
+            else:
+                # Of bytes, whatever they mean: [rows, columns · width]. Mapped anew: what was read is given back.
+                width = length // (rows * columns)
+                stored = numpy.memmap(directory / path, mode="r", offset=offset, shape=(rows, columns * width))
+                piece.dims.extend((rows, end - start))
+                piece.raw_data = stored[:, start * width : end * width].tobytes()
+                del stored
             yield piece
 
 
@@ -79,10 +87,6 @@ def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:
 
 def _entry(tensor: Any, key: str) -> str:
     return next((entry.value for entry in tensor.external_data if entry.key == key), "")
-
-
-def _offset(tensor: Any) -> int:
-    return int(_entry(tensor, "offset") or 0)
 
 
 def _length(tensor: Any) -> int:

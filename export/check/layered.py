@@ -77,6 +77,7 @@ def in_float32(model: nn.Module, layers: int) -> Iterator[Layered]:
             hooks.callback(layer.register_forward_pre_hook(begin).remove)
             hooks.callback(layer.register_forward_hook(end, always_call=True).remove)
         rest.put()
+        give_back()
         yield layered
 
 

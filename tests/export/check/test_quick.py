@@ -92,7 +92,7 @@ def test_what_is_large_is_cut(exported: Export, monkeypatch: pytest.MonkeyPatch)
             continue
         axes[cut.product] = cut.axis
         whole = onnx.numpy_helper.to_array(graph._weights[cut.weight], str(export.directory))
-        pieces = [onnx.numpy_helper.to_array(weight) for (weight,) in graph._weights_of(part)]
+        pieces = [onnx.numpy_helper.to_array(weight, str(export.directory)) for (weight,) in graph._weights_of(part)]
         assert len(pieces) > 1
         assert all(piece.nbytes <= 2**11 for piece in pieces)
         numpy.testing.assert_array_equal(numpy.concatenate(pieces, cut.axis), whole)
