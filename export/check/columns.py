@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy
+from typing import Any, BinaryIO
 
 __all__ = ["Cut", "cut_of"]
 
@@ -53,12 +51,13 @@ class Cut:
                 for key, value in (("location", path), ("offset", at), ("length", (end - start) * row)):
                     piece.external_data.add(key=key, value=str(value))
             else:
-                # Of bytes, whatever they mean: [rows, columns · width]. Mapped anew: what was read is given back.
                 width = length // (rows * columns)
-                stored = numpy.memmap(directory / path, mode="r", offset=offset, shape=(rows, columns * width))
                 piece.dims.extend((rows, end - start))
-                piece.raw_data = stored[:, start * width : end * width].tobytes()
-                del stored
+                with (directory / path).open("rb") as file:
+                    piece.raw_data = b"".join(
+                        _read(file, offset + (row * columns + start) * width, (end - start) * width)
+                        for row in range(rows)
+                    )
             yield piece
 
 
@@ -83,6 +82,11 @@ def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:
     if tensor is None or len(tensor.dims) != 2 or not tensor.external_data or product.input[0] in weights:
         return None
     return Cut(given, axis, product.output[0])
+
+
+def _read(file: BinaryIO, at: int, count: int) -> bytes:
+    file.seek(at)
+    return file.read(count)
 
 
 def _entry(tensor: Any, key: str) -> str:
