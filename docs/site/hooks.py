@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mkdocs.plugins import event_priority
 from pymdownx.slugs import slugify
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _FENCE = re.compile(r"^ *```.*?^ *```[^\n]*$", flags=re.DOTALL | re.MULTILINE)
 _NAME = re.compile(r"(?<![`\[])`(?P<name>flora_fx(?:\.\w+)+)(?P<call>\([^`]*\))?`(?![`\]])")
 
 
+@event_priority(100)  # before mkdocstrings, which passes over folders that are not there yet
 def on_config(config: MkDocsConfig) -> None:
     """Headings get the anchors that hosts of Git give them, and the package's folders one place to be read in."""
     config.mdx_configs["toc"]["slugify"] = slugify(case="lower")

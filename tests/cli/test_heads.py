@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import peft
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from flora_fx.checkpoint import load_model
 from flora_fx.errors import AdapterError
+from flora_fx.quantized import QuantizedLinear
 
 TEXT = {
     "vocab_size": 61,
@@ -232,8 +234,9 @@ def test_a_task_that_is_asked_for_replaces_the_head(tmp_path: Path) -> None:
 
 
 def test_a_base_in_4_bits(tmp_path: Path) -> None:
-    """As QLoRA trains on: its weights have other shapes than its layers."""
-    made("LlamaForCausalLM", llama()).save_pretrained(tmp_path / "base")
+    """As QLoRA trains on: the adapter lies beside it, and the base holds the codes that were saved."""
+    config = transformers.LlamaConfig(**TEXT | {"hidden_size": 64, "intermediate_size": 128}, num_key_value_heads=2)
+    made("LlamaForCausalLM", config).save_pretrained(tmp_path / "base")
     bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
     quantized = transformers.LlamaForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=bits, device_map="cpu"
@@ -243,8 +246,15 @@ def test_a_base_in_4_bits(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "lora")
     loaded = load_model(tmp_path / "quantized", tmp_path / "lora")
     found, wanted = loaded.state_dict(), model.state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(found[name].equal(value) for name, value in wanted.items())
+    adapter = [name for name in wanted if "lora_" in name]
+    assert len(adapter) == 2 * 2 * 2  # A and B of two projections of two layers
+    assert all(found[name].equal(wanted[name]) for name in adapter)
+    layers = [name for name, layer in loaded.named_modules() if isinstance(layer, QuantizedLinear)]
+    assert len(layers) == 7 * 2
+    for name in layers:
+        parameter = model.get_submodule(name).weight
+        codes = bitsandbytes.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+        assert loaded.get_submodule(name).quantized.dequantize(codes.dtype).equal(codes)
 
 
 # --- what may be left out ---------------------------------------------------------------------------------
