@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -170,11 +170,17 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
         ("× PEFT's adapter_names", lambda row: f"{1 / row['ratio']:.2f}"),
     ):
         cells = [
-            [f"{count}", f"{batch}", *("refused" if "refused" in at[name] else cell(at[name]) for name in variants)]
+            [f"{count}", f"{batch}", *(_cell(at.get(name), cell) for name in variants)]
             for (count, batch), at in found.items()
         ]
         sheet.append(Sheet(title, ["adapters", "rows", *variants], cells, list(dict.fromkeys(notes))))
     return sheet
+
+
+def _cell(row: Mapping[str, Any] | None, told: Callable[[Mapping[str, Any]], str]) -> str:
+    if row is None:
+        return ""  # not measured: too many sessions
+    return "refused" if "refused" in row else told(row)
 
 
 def draw(result: Mapping[str, Any], path: Path) -> Sequence[Path]:

@@ -34,6 +34,8 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     assert list(speed.header) == ["adapters", "rows", *ALL]
     assert [row[:2] for row in speed.rows] == [["8", "8"]]
     assert ratio.rows[0][2 + ALL.index(PEFT)] == "1.00"
+    few = {**result, "rows": [*rows, {**rows[0], "adapters": 32}]}  # where some are not measured
+    assert adapters.sheets(few)[0].rows[1][2:] == [speed.rows[0][2], *[""] * (len(ALL) - 1)]
     pytest.importorskip("matplotlib")
     assert [path.exists() for path in adapters.draw(result, tmp_path / "adapters")] == [True, True]
 
