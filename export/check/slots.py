@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flora_fx.errors import require
 
+from ..lora.layers import tuner_layers
 from ..run.decoder import Decoder
 from .differences import Differences
 
@@ -63,8 +64,7 @@ def check_slots(decoder: Decoder, model: nn.Module, run: Run, differences: Diffe
 @contextmanager
 def adapted(model: nn.Module, name: str | None) -> Iterator[None]:
     """Let one of a private model's adapters be active, or none; all are in the end."""
-    tuners: Any = require("peft.tuners.tuners_utils", "hf")
-    layers = [module for module in model.modules() if isinstance(module, tuners.BaseTunerLayer)]
+    layers = [*tuner_layers(model).values()]
     before = [list(layer.active_adapters) for layer in layers]
     for layer in layers:
         if name is None:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flora_fx.errors import AdapterError, ExportError, require
+from flora_fx.errors import AdapterError, ExportError
 
 from ..trace.model import private_copy
+from .layers import active_adapters, tuner_layers
 from .reading import Lora, LoraLayer, check_settings
 from .slots import EMPTY, Slot, checked_name, rank_of
 
@@ -73,7 +74,9 @@ def plan_slots(
         raise ExportError("adapters, slots and rank are for a PEFT model, whose LoRAs say which layers have slots")
     if isinstance(names, str):
         raise TypeError(f"adapters is {names!r}; it must be a list of names")
-    names = tuple(_active(model) if names is None else names)
+    if names is None:
+        names = active_adapters(layer for layer in tuner_layers(model).values() if hasattr(layer, "lora_A"))
+    names = tuple(names)
     for name in names:
         if name not in known:
             raise AdapterError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, known))}")
@@ -147,11 +150,9 @@ def stack(model: nn.Module, plan: SlotPlan) -> nn.Module:
     Raises:
         AdapterError: see `named_lora`; or a B is too large for its dtype, times its scale.
     """
-    tuners: Any = require("peft.tuners.tuners_utils", "hf")
     private = private_copy(model)
     loras = [named_lora(private, name) for name in plan.names]
-    layers = [(path, layer) for path, layer in private.named_modules() if isinstance(layer, tuners.BaseTunerLayer)]
-    for path, layer in layers:
+    for path, layer in tuner_layers(private).items():
         base = layer.get_base_layer()
         parts = [lora.layers.get(path) for lora in loras]
         private.set_submodule(path, _stacked(path, base, parts, plan) if path in plan.widths else base)
@@ -210,15 +211,6 @@ def _stacked(path: str, base: nn.Module, parts: Sequence[LoraLayer | None], plan
                 f"{dtype}; export the model in another dtype"
             )
     return StackedLora(base, down, up)
-
-
-def _active(model: nn.Module) -> Iterator[str]:
-    found: dict[str, None] = {}
-    for module in model.modules():
-        layer: Any = module
-        if hasattr(layer, "lora_A") and not layer.disable_adapters:
-            found.update(dict.fromkeys(layer.active_adapters))
-    return iter(found)
 
 
 def _besides(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ ONNX Runtime neither folds nor pre-packs an initializer that may be overridden. 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from flora_fx.errors import ExportError
 
+from .layers import active_adapters, tuner_layers
 from .reading import check_settings
 
 __all__ = ["SwappablePart", "SwappableWeight", "check_swappable"]
@@ -69,9 +69,7 @@ def check_swappable(model: nn.Module) -> str:
         ExportError: it has no active adapter, or several.
         AdapterError: it has another adapter than a LoRA of linear layers.
     """
-    peft: Any = sys.modules.get("peft")  # who has an adapter has imported it
-    layers = [m for m in model.modules() if peft is not None and isinstance(m, peft.tuners.tuners_utils.BaseTunerLayer)]
-    active = sorted({name for layer in layers if not layer.disable_adapters for name in layer.active_adapters})
+    active = sorted(active_adapters(tuner_layers(model).values()))
     if len(active) != 1:
         has = f"it has {', '.join(active)}" if active else "it has none"
         raise ExportError(f"hot_swap needs a model with one active LoRA of PEFT; {has}")

@@ -400,6 +400,18 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
         (["--model", "somewhere"], "--model and --data go together"),
         (["--device", "abacus"], "unknown device 'abacus'; it must be one of cpu, cuda"),
         (["--data", "/nowhere.jsonl"], "No such file or directory: '/nowhere.jsonl'"),
+        (
+            ["--search", "--methods", "LoRA"],
+            "--search goes without --methods: what it tries, and on what, is registered",
+        ),
+        (["--search", "--tasks", "sort pairs"], "--search goes without --tasks"),
+        (
+            ["--suite", "text", "--tasks", "sort pairs"],
+            "unknown task 'sort pairs'; it must be one of package of a summary",
+        ),
+        (["--suite", "image"], "invalid choice: 'image'"),
+        (["--until", "-1"], "--until must be at least 0 points"),
+        (["--until", "1", "--most-seeds", "2"], "--most-seeds at least 5, the seeds"),
     ],
 )
 def test_arguments_that_make_no_sense(

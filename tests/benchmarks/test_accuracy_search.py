@@ -201,32 +201,6 @@ def test_search_through_the_command_line(tmp_path: Path, told: Any, capsys: pyte
     assert "| 2 | shared, tanh | LoRA, MLP | +3.5 (+3.5…+3.5) | +3.5 (+3.5…+3.5) | +12.0 (+12.0…+12.0) |" in page
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (
-            ["--search", "--methods", "LoRA"],
-            "--search goes without --methods: what it tries, and on what, is registered",
-        ),
-        (["--search", "--tasks", "sort pairs"], "--search goes without --tasks"),
-        (
-            ["--suite", "text", "--tasks", "sort pairs"],
-            "unknown task 'sort pairs'; it must be one of package of a summary",
-        ),
-        (["--suite", "image"], "invalid choice: 'image'"),
-        (["--until", "-1"], "--until must be at least 0 points"),
-        (["--until", "1", "--most-seeds", "2"], "--most-seeds at least 5, the seeds"),
-    ],
-)
-def test_arguments_that_make_no_sense(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["accuracy", *arguments, "--output", str(tmp_path)])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 def test_text_has_a_model_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data.jsonl"
     rows = [{"task": "t", "split": split, "prompt": "a", "answer": "b"} for split in ("train", "validation", "test")]

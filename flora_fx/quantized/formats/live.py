@@ -30,21 +30,23 @@ REMEDY = (
     "one for it, before the adapter is put on"
 )
 
+_OUTLIERS = "LLM.int8 quantizes its activations and keeps outliers apart, anew at each call"
+_FLOAT_ZEROS = "torchao's int4 has float zero points, which are no codes"
 _CODEBOOK_OF_VECTORS = "its codes stand for vectors, not for numbers"
 _OTHER_FLOATS = "it computes in floating point of 8 or 4 bits, with scales of activations"
 _FROM_CHECKPOINT = (
     "its packing was changed for a kernel as it was loaded; flora_fx.checkpoint.load_model reads its checkpoint"
 )
 _REFUSED = {
-    "Linear8bitLt": "LLM.int8 quantizes its activations and keeps outliers apart, anew at each call",
-    "Int8Params": "LLM.int8 quantizes its activations and keeps outliers apart, anew at each call",
+    "Linear8bitLt": _OUTLIERS,
+    "Int8Params": _OUTLIERS,
     "Embedding4bit": "an embedding in 4 bits is no linear layer",
     "HQQLinear": "HQQ has float zero points, which are no codes",
-    "Int4Tensor": "torchao's int4 has float zero points, which are no codes",
-    "Int4TilePackedTo4dTensor": "torchao's int4 has float zero points, which are no codes",
-    "Int4PlainInt32Tensor": "torchao's int4 has float zero points, which are no codes",
-    "Int4PreshuffledTensor": "torchao's int4 has float zero points, which are no codes",
-    "Int4OpaqueTensor": "torchao's int4 has float zero points, which are no codes",
+    "Int4Tensor": _FLOAT_ZEROS,
+    "Int4TilePackedTo4dTensor": _FLOAT_ZEROS,
+    "Int4PlainInt32Tensor": _FLOAT_ZEROS,
+    "Int4PreshuffledTensor": _FLOAT_ZEROS,
+    "Int4OpaqueTensor": _FLOAT_ZEROS,
     "Float8Tensor": _OTHER_FLOATS,
     "NVFP4Tensor": _OTHER_FLOATS,
     "MXTensor": _OTHER_FLOATS,
