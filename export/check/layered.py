@@ -2,12 +2,14 @@
 
 A CPU has no fast products of half precision, and a model twice as large as itself need not fit. So every layer gets its
 weights, in float32, as it begins, and loses them as it ends; what stands outside of the layers has them throughout.
+Several texts go through the layers together: the weights of each are read once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +19,68 @@ from flora_fx.storage.mapped import give_back
 
 from ..trace.by_layer import path_of_layers
 from ..trace.model import private_copy
+from .turns import Turns
 
-__all__ = ["Layered", "in_float32"]
+__all__ = ["Layered", "Run", "in_float32"]
 
-Hook = Callable[[int], None]
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a model.
+
+    Attributes:
+        run: calls the model once, and gives what is wanted of it.
+        begins, ends: called with the number of a layer, before it and behind it.
+    """
+
+    run: Callable[[], Tensor]
+    begins: Callable[[int], None] = lambda index: None
+    ends: Callable[[int], None] = lambda index: None
 
 
 class Layered:
-    """A model, and whoever wants to know which of its layers begins and ends.
+    """A model whose layers have their weights while they run.
 
     Attributes:
         model: it.
         layers: how many of them there are; 0 where they were not found.
-        begins, ends: called with the number of a layer; may be set.
     """
 
     def __init__(self, model: nn.Module, layers: int) -> None:
         self.model = model
         self.layers = layers
-        self.begins: Hook = lambda index: None
-        self.ends: Hook = lambda index: None
+        self._turns = Turns()
+        self._runs: Sequence[Run] = ()
+
+    def run(self, runs: Sequence[Run]) -> list[Tensor]:
+        """What each of several runs gives. A layer gets its weights once for all of them."""
+        if not self.layers:
+            return [run.run() for run in runs]
+        self._runs = runs
+        try:
+            return self._turns.run([run.run for run in runs])
+        finally:
+            self._runs = ()
+
+    def watch(self, layer: nn.Module, index: int, weights: _Weights) -> Iterator[Callable[[], None]]:
+        """Hooks around a layer, each told by how it is removed."""
+
+        def begin(*_: Any) -> None:
+            if not weights.there:
+                weights.put()
+            if self._runs:
+                self._runs[self._turns.current].begins(index)
+
+        def end(*_: Any) -> None:
+            if self._runs:
+                self._runs[self._turns.current].ends(index)
+            self._turns.pass_on()  # behind it, all runs are
+            if weights.there:
+                weights.take()
+                give_back()
+
+        yield layer.register_forward_pre_hook(begin).remove
+        yield layer.register_forward_hook(end).remove
 
 
 @contextmanager
@@ -64,25 +108,19 @@ def in_float32(model: nn.Module, layers: int) -> Iterator[Layered]:
             own = _Weights(layer)
             rest.leave(own)
             own.take()
-
-            def begin(*_: Any, own: _Weights = own, index: int = index) -> None:
-                own.put()
-                layered.begins(index)
-
-            def end(*_: Any, own: _Weights = own, index: int = index) -> None:
-                layered.ends(index)
-                own.take()
-                give_back()
-
-            hooks.callback(layer.register_forward_pre_hook(begin).remove)
-            hooks.callback(layer.register_forward_hook(end, always_call=True).remove)
+            for remove in layered.watch(layer, index, own):
+                hooks.callback(remove)
         rest.put()
         give_back()
         yield layered
 
 
 class _Weights:
-    """The floating-point weights of a module, and where they belong."""
+    """The floating-point weights of a module, and where they belong.
+
+    Attributes:
+        there: whether they are there in float32.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         saved = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
@@ -93,6 +131,7 @@ class _Weights:
             for name, tensor in holder.items()
             if tensor is not None and tensor.is_floating_point() and id(tensor) in saved
         ]
+        self.there = False
 
     def leave(self, others: _Weights) -> None:
         """Be no more for what others are for."""
@@ -101,6 +140,7 @@ class _Weights:
 
     def put(self) -> None:
         """Put them there, in float32; what is one weight stays one."""
+        self.there = True
         made: dict[int, Tensor] = {}
         for holder, name, tensor in self._places:
             if id(tensor) not in made:
@@ -109,6 +149,7 @@ class _Weights:
 
     def take(self) -> None:
         """Leave something of their shapes there that takes no memory."""
+        self.there = False
         for holder, name, tensor in self._places:
             holder[name] = _like(
                 tensor, torch.zeros((), dtype=torch.float32, device=tensor.device).expand(tensor.shape)

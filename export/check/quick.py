@@ -1,6 +1,6 @@
 """Compare an exported causal LM that is too large to stand in memory with its model: both by parts.
 
-All of the graph runs, and all of its weights are read: on a prompt, on a token behind keys and values, and on both
+All of the graph runs, and each weight is read once: on a prompt, on a token behind keys and values, and on both
 sides of the lengths of `crossing`. What is left out is greedy generation, which takes many runs.
 """
 
@@ -20,7 +20,7 @@ from ..run.kv_memory import PAST
 from .crossing import Signature, find_crossings, text_input
 from .decoder import run_model
 from .differences import Check, Differences
-from .layered import Layered, in_float32
+from .layered import Layered, Run, in_float32
 from .parts import Parts
 
 __all__ = ["check_quickly"]
@@ -61,8 +61,9 @@ def check_quickly(path: Path, manifest: Manifest, model: nn.Module, providers: S
     found = parts.run(given)
     differences = Differences(manifest.dtype)
     with in_float32(model, manifest.layers) as layered:
-        for text, logits in zip(texts, found, strict=True):
-            differences.add(f"the logits of {text}", logits, _expected(layered, signature, manifest, text))
+        expected = layered.run([_reference(layered, signature, manifest, text) for text in texts])
+    for text, logits, wanted in zip(texts, found, expected, strict=True):
+        differences.add(f"the logits of {text}", logits, wanted)
     return Check(
         differences.max_abs,
         differences.max_rel,
@@ -78,7 +79,7 @@ def _input(signature: Signature, manifest: Manifest, text: _Text, name: str) -> 
     return text_input(signature, manifest, name, text.batch, text.total, text.new)
 
 
-def _expected(layered: Layered, signature: Signature, manifest: Manifest, text: _Text) -> Tensor:
+def _reference(layered: Layered, signature: Signature, manifest: Manifest, text: _Text) -> Run:
     """PyTorch's logits, with the keys and values of one layer in memory."""
     from transformers import DynamicCache
 
@@ -94,18 +95,15 @@ def _expected(layered: Layered, signature: Signature, manifest: Manifest, text: 
         layer = cache.layers[index]
         layer.keys, layer.values = (torch.zeros(()).expand(x.shape) for x in (layer.keys, layer.values))
 
-    if text.total > text.new:
-        for index in range(len(names)):
+    def run() -> Tensor:
+        for index in range(len(names) if text.total > text.new else 0):
             one = torch.zeros(text.batch, manifest.kv_heads, 1, manifest.head_dim)
             cache.update(one, one, index)
             layer = cache.layers[index]
             layer.keys = layer.values = one[:, :, :1].expand(-1, -1, text.total - text.new, -1)
             if not layered.layers:
                 put(index)
-        if layered.layers:
-            layered.begins, layered.ends = put, take
-    ids, mask = (_input(signature, manifest, text, name) for name in ("input_ids", "attention_mask"))
-    try:
+        ids, mask = (_input(signature, manifest, text, name) for name in ("input_ids", "attention_mask"))
         return run_model(layered.model, ids, mask, cache)[0]
-    finally:
-        layered.begins = layered.ends = lambda index: None
+
+    return Run(run, put, take) if text.total > text.new else Run(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from flora_fx.export import export_onnx
 from flora_fx.export.check import parts
 from flora_fx.export.check.columns import Cut, cut_of
 from flora_fx.export.check.crossing import text_input
-from flora_fx.export.check.layered import in_float32
+from flora_fx.export.check.layered import Run, _Weights, in_float32
 from flora_fx.export.check.parts import Parts
 from flora_fx.export.check.quick import check_quickly
 from flora_fx.export.directory.manifest import read_manifest
@@ -143,9 +144,12 @@ def test_keys_that_are_read_otherwise(exported: Export) -> None:
 # A model in float32, layer by layer
 
 
+IDS = [torch.tensor(ids) for ids in ([[3, 14, 15, 92]], [[6, 5], [35, 8]], [[9, 7, 9]])]
+
+
 def test_one_layer_is_in_memory(exported: Export) -> None:
     core = private_copy(unwrap(exported("Llama").model), torch.float16)
-    ids = torch.tensor([[3, 14, 15, 92]])
+    wanted = private_copy(core, torch.float32)
     with torch.no_grad(), in_float32(core, 2) as layered:
         held: list[list[int]] = []
         layers = layered.model.model.layers  # type: ignore[union-attr]
@@ -153,15 +157,51 @@ def test_one_layer_is_in_memory(exported: Export) -> None:
         def note(index: int) -> None:
             held.append([sum(p.untyped_storage().nbytes() for p in layer.parameters()) for layer in layers])
 
-        layered.begins = layered.ends = note
-        found = layered.model(ids).logits
-        assert found.dtype == torch.float32
+        found = layered.run([Run(lambda: layered.model(IDS[0]).logits, note, note)])
         full = sum(p.numel() * 4 for p in layers[0].parameters())
         empty = sum(4 for _ in layers[0].parameters())
         assert held == [[full, empty]] * 2 + [[empty, full]] * 2
-        expected = private_copy(core, torch.float32)(ids).logits
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert found[0].dtype == torch.float32
+        torch.testing.assert_close(found, [wanted(IDS[0]).logits], rtol=0, atol=0)
+        torch.testing.assert_close(layered.model(IDS[1]).logits, wanted(IDS[1]).logits, rtol=0, atol=0)
     assert all(p.dtype == torch.float16 for p in core.parameters())
+
+
+def test_texts_go_through_the_layers_together(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gives what it gives alone, bit for bit; each weight is read once for all of them."""
+    core = private_copy(unwrap(exported("Llama").model), torch.float16)
+    wanted = private_copy(core, torch.float32)
+    read: list[nn.Module] = []
+    passed: list[tuple[str, int, int]] = []
+
+    def run(number: int) -> Run:
+        return Run(
+            lambda: layered.model(IDS[number]).logits,
+            lambda index: passed.append(("begins", number, index)),
+            lambda index: passed.append(("ends", number, index)),
+        )
+
+    put = _Weights.put
+    monkeypatch.setattr(_Weights, "put", lambda self: (read.append(self), put(self))[1])
+    with torch.no_grad(), in_float32(core, 2) as layered:
+        found = layered.run([run(number) for number in range(len(IDS))])
+        torch.testing.assert_close(found, [wanted(ids).logits for ids in IDS], rtol=0, atol=0)
+    assert len(read) == len(set(map(id, read))) == 3  # what is outside of the layers, and each of them
+    assert passed == [
+        (what, number, index) for index in range(2) for number in range(len(IDS)) for what in ("begins", "ends")
+    ]
+    assert not any(logits.requires_grad for logits in found)
+
+
+def test_a_text_that_fails(exported: Export) -> None:
+    core = private_copy(unwrap(exported("Llama").model), torch.float16)
+    before = threading.active_count()
+    with torch.no_grad(), in_float32(core, 2) as layered:
+        runs = [Run(lambda ids=ids: layered.model(ids).logits) for ids in (IDS[0], torch.tensor([[10**6]]), IDS[2])]
+        with pytest.raises(IndexError, match="out of range"):
+            layered.run(runs)
+        assert threading.active_count() == before
+        assert len(layered.run(runs[::2])) == 2
 
 
 def test_a_tied_weight_stays_one() -> None:
