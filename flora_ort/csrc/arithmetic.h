@@ -120,19 +120,37 @@ FLORA_FN float activate(float x, Activation kind) {
   return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-// Which rows of B reach a column of p, and in which column of B; none where no block does.
+// Which rows of B reach a column of p, in which column of B, and by which block; none where no block does.
 struct Reach {
-  int32_t first, last, from;
+  int32_t first, last, from, block;
 };
 
 FLORA_FN Reach reach_of(const Call& call, int32_t column) {
-  Reach found{0, 0, 0};
+  Reach found{0, 0, 0, 0};
   for (int i = 0; i < call.blocks; ++i) {
     const Block& block = call.block[i];
     if (block.begin <= column && column < block.end)
-      found = {block.first, block.last, column - block.begin + block.from};
+      found = {block.first, block.last, column - block.begin + block.from, i};
   }
   return found;
+}
+
+// Which adapter a row has, where rows have their own; -1: none.
+FLORA_FN int32_t adapter_of(const Call& call, int64_t row) {
+  const int32_t place = call.share == 1 ? static_cast<int32_t>(row) : static_cast<int32_t>(row) / call.share;
+#if defined(__CUDACC__)
+  const int64_t id = __ldcg(reinterpret_cast<const long long*>(call.ids) + place);  // anew: see the prefetch
+#else
+  const int64_t id = call.ids[place];
+#endif
+  return id >= 0 && id < call.adapters ? static_cast<int32_t>(id) : -1;
+}
+
+// What of it an adapter has.
+FLORA_FN Reach reach_of_adapter(const Call& call, const Reach& whole, int32_t adapter) {
+  if (adapter < 0 || whole.first == whole.last) return {0, 0, whole.from, whole.block};
+  const uint16_t* edge = call.edge + whole.block * (call.adapters + 1) + adapter;
+  return {edge[0], edge[1], whole.from, whole.block};
 }
 
 // The column of p that a column of the output is.
@@ -143,27 +161,11 @@ FLORA_FN int32_t column_of(const Call& call, int32_t at) {
   return column;
 }
 
-// p + z B in the columns column..column + VEC of the rows row..row + TM; a row that is not there repeats the last one.
-template <typename T, int VEC, int KV, int TM>
-FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&sum)[TM][VEC]) {
-  const T* p = static_cast<const T*>(call.p);
-  const T* z[TM];
-  FLORA_UNROLL
-  for (int t = 0; t < TM; ++t) {
-    const int64_t at = row + t < call.rows ? row + t : call.rows - 1;
-    load<T, VEC>(p + at * call.stride + column, sum[t]);
-    z[t] = static_cast<const T*>(call.z) + at * call.z_stride;
-  }
-  if (call.bias != nullptr) {
-    float bias[VEC];
-    load<T, VEC>(static_cast<const T*>(call.bias) + column, bias);
-    FLORA_UNROLL
-    for (int t = 0; t < TM; ++t) {
-      FLORA_UNROLL
-      for (int v = 0; v < VEC; ++v) sum[t][v] += bias[v];
-    }
-  }
-  const Reach reach = reach_of(call, column);
+// To the sums of TM rows come their z times rows of B. With SOME only to those rows whose bits are in `mine`: what is not
+// theirs is not multiplied with zero, which would not keep out what is infinite.
+template <typename T, int VEC, int KV, int TM, bool SOME>
+FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)[TM], uint32_t mine,
+                       float (&sum)[TM][VEC]) {
   const T* b = static_cast<const T*>(call.b) + reach.from;
 #if defined(__CUDACC__)
 #pragma unroll(TM > 1 ? (KV > 1 ? 1 : 4) : (KV > 1 ? 2 : 8))
@@ -187,11 +189,66 @@ FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&
       load<T, VEC>(b + static_cast<int64_t>(k + i) * call.columns, up);
       FLORA_UNROLL
       for (int t = 0; t < TM; ++t) {
+        if (SOME && (mine >> t & 1) == 0) continue;
         FLORA_UNROLL
         for (int v = 0; v < VEC; ++v) sum[t][v] += low[t][i] * up[v];
       }
     }
   }
+}
+
+// Adapter by adapter, where rows differ in it.
+template <typename T, int VEC, int KV, int TM>
+FLORA_FN void multiply_apart(const Call& call, const Reach& whole, const T* const (&z)[TM],
+                             const int32_t (&adapter)[TM], float (&sum)[TM][VEC]) {
+  for (uint32_t left = (1u << TM) - 1; left != 0;) {
+    int32_t next = -1;
+    uint32_t mine = 0;
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t)
+      if (left >> t & 1) next = adapter[t];
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t)
+      if (adapter[t] == next) mine |= 1u << t;
+    left &= ~mine;
+    multiply<T, VEC, KV, TM, true>(call, reach_of_adapter(call, whole, next), z, mine, sum);
+  }
+}
+
+// p + z B in the columns column..column + VEC of the rows row..row + TM; a row that is not there repeats the last one.
+// Rows of one adapter read B together.
+template <typename T, int VEC, int KV, int TM>
+FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&sum)[TM][VEC]) {
+  const T* p = static_cast<const T*>(call.p);
+  const T* z[TM];
+  FLORA_UNROLL
+  for (int t = 0; t < TM; ++t) {
+    const int64_t at = row + t < call.rows ? row + t : call.rows - 1;
+    load<T, VEC>(p + at * call.stride + column, sum[t]);
+    z[t] = static_cast<const T*>(call.z) + at * call.z_stride;
+  }
+  if (call.bias != nullptr) {
+    float bias[VEC];
+    load<T, VEC>(static_cast<const T*>(call.bias) + column, bias);
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) sum[t][v] += bias[v];
+    }
+  }
+  Reach reach = reach_of(call, column);
+  if (call.ids != nullptr) {
+    int32_t adapter[TM];
+    bool same = true;
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      adapter[t] = adapter_of(call, row + t < call.rows ? row + t : call.rows - 1);
+      same = same && adapter[t] == adapter[0];
+    }
+    if (!same) return multiply_apart<T, VEC, KV, TM>(call, reach, z, adapter, sum);
+    reach = reach_of_adapter(call, reach, adapter[0]);
+  }
+  multiply<T, VEC, KV, TM, false>(call, reach, z, 0, sum);
 }
 
 template <typename T, int VEC, int KV, int TM>

@@ -5,6 +5,8 @@
 //     LoraAdd           some ranges of y, one after the other
 //     LoraSwiGLU        act(y at gate) * (y at up)
 //     LoraSkipRMSNorm   s = a range of y + skip, and s / rms(s) * gamma, in groups of columns
+//
+// Where rows choose among several adapters, a row has the rows of B that its own has in each block, and no others.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +29,7 @@ struct Part {
 
 constexpr int kBlocks = 16;
 constexpr int kParts = 8;
+constexpr int kEdges = 256;
 
 struct Call {
   Operator op;
@@ -41,6 +44,11 @@ struct Call {
   int32_t columns;  // of B
   int32_t blocks;
   Block block[kBlocks];
+
+  const int64_t* ids;     // of the adapter of each `share` rows, or null: one adapter for all; others than 0.. are none
+  int32_t share;
+  int32_t adapters;
+  uint16_t edge[kEdges];  // adapters + 1 for each block: where the rows of B begin that an adapter has, and the last end
 
   int32_t parts;
   Part part[kParts];  // of LoraSwiGLU and LoraSkipRMSNorm one: the gate, and what is normalised

@@ -2,7 +2,8 @@
 //
 // From compute capability 9 on a kernel may be launched while the one before it ends (programmatic dependent launch):
 // until that has ended it reads nothing, but has B brought into the L2 cache, from which the weights of a layer have
-// driven it since the last token.
+// driven it since the last token. Where rows have adapters of their own, whose B that is, is read once more afterwards:
+// those who write the ids may not have ended.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -19,9 +20,10 @@ using portable::BFloat;
 using portable::Half;
 
 template <typename T>
-__device__ void prefetch(const Call& call, int32_t column) {
+__device__ void prefetch(const Call& call, int64_t row, int32_t column) {
 #if __CUDA_ARCH__ >= 900
-  const portable::Reach reach = portable::reach_of(call, column);
+  portable::Reach reach = portable::reach_of(call, column);
+  if (call.ids != nullptr) reach = portable::reach_of_adapter(call, reach, portable::adapter_of(call, row));
   const T* b = static_cast<const T*>(call.b) + reach.from;
   for (int32_t k = reach.first; k < reach.last; ++k)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(b + static_cast<int64_t>(k) * call.columns));
@@ -39,7 +41,7 @@ __device__ void wait_for_inputs() {
 template <typename T, int VEC, int KV, int TM>
 __global__ void __launch_bounds__(128, 1) add_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
-  if (TM == 1 && chunk * VEC < call.width) prefetch<T>(call, portable::column_of(call, chunk * VEC));
+  if (TM == 1 && chunk * VEC < call.width) prefetch<T>(call, blockIdx.y, portable::column_of(call, chunk * VEC));
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
     portable::add_thread<T, VEC, KV, TM>(call, tile, chunk);
@@ -50,8 +52,8 @@ __global__ void __launch_bounds__(128, 1)
     swiglu_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
   if (TM == 1 && chunk * VEC < call.width) {
-    prefetch<T>(call, call.part[0].start + chunk * VEC);
-    prefetch<T>(call, call.up + chunk * VEC);
+    prefetch<T>(call, blockIdx.y, call.part[0].start + chunk * VEC);
+    prefetch<T>(call, blockIdx.y, call.up + chunk * VEC);
   }
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int32_t base = blockIdx.x * call.group;
   if (TM == 1) {
     for (int32_t column = threadIdx.x * VEC; column < call.group; column += blockDim.x * VEC)
-      prefetch<T>(call, call.part[0].start + base + column);
+      prefetch<T>(call, blockIdx.y, call.part[0].start + base + column);
   }
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) {

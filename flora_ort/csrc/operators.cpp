@@ -1,13 +1,16 @@
 // What ONNX Runtime hands over, checked and made a call.
 //
-//     LoraAdd(p, B, bias?, z?)                          -> y          parts
-//     LoraSwiGLU(p, B, bias?, z?)                       -> y          gate, up, width, activation
-//     LoraSkipRMSNorm(p, B, gamma, skip?, bias?, z?)    -> y, sum?    start, width, group, epsilon
+//     LoraAdd(p, B, bias?, z?, ids?)                          -> y          parts
+//     LoraSwiGLU(p, B, bias?, z?, ids?)                       -> y          gate, up, width, activation
+//     LoraSkipRMSNorm(p, B, gamma, skip?, bias?, z?, ids?)    -> y, sum?    start, width, group, epsilon
 //
 // and blocks, z_start of all. p is [..., columns], B [rank, any], bias p's [columns]; z is [..., rank], or without it
 // p's columns from z_start on. blocks are [begin, end, first, last, from] each, see call.h; parts are [start, width].
+// ids is int64 and has p's first dimensions; with it there are adapters: for each block where each one's rows of B begin
+// within first..last, and where those of the last one end.
 #include "operators.h"
 
+#include <algorithm>
 #include <climits>
 #include <cstdio>
 #include <cstring>
@@ -38,10 +41,10 @@ const char* name_of(Operator op) {
 
 // Where each input stands; gamma and skip are those of the norm.
 struct Places {
-  int bias, z, count;
+  int bias, z, ids, count;
 };
 
-Places places_of(Operator op) { return op == Operator::kNorm ? Places{4, 5, 6} : Places{2, 3, 4}; }
+Places places_of(Operator op) { return op == Operator::kNorm ? Places{4, 5, 6, 7} : Places{2, 3, 4, 5}; }
 
 struct Kernel {
   ort::Api* api;
@@ -97,6 +100,25 @@ ort::Status* read_blocks(ort::Api* api, const ort::KernelInfo* info, Call* call)
   return nullptr;
 }
 
+ort::Status* read_adapters(ort::Api* api, const ort::KernelInfo* info, Call* call) {
+  size_t count = 0;
+  if (ort::Status* missing = ort::GetInts::of(api)(info, "adapters", nullptr, &count)) {
+    ort::ReleaseStatus::of(api)(missing);
+    return nullptr;  // one for all rows
+  }
+  std::vector<int32_t> rows;
+  FLORA_TRY(read_rows(api, info, "adapters", call->blocks, kEdges / call->blocks, &rows));
+  const size_t each = rows.size() / call->blocks;
+  call->adapters = static_cast<int32_t>(each) - 1;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Block& block = call->block[i / each];
+    if (rows[i] < block.first || rows[i] > block.last || rows[i] > UINT16_MAX || (i % each > 0 && rows[i] < rows[i - 1]))
+      return refuse(api, "adapters must follow each other within their blocks");
+    call->edge[i] = static_cast<uint16_t>(rows[i]);
+  }
+  return nullptr;
+}
+
 ort::Status* read_parts(ort::Api* api, const ort::KernelInfo* info, Call* call) {
   std::vector<int32_t> rows;
   FLORA_TRY(read_rows(api, info, "parts", 2, kParts, &rows));
@@ -140,6 +162,7 @@ ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInf
   call.op = kernel->entry->op;
   call.element = kernel->entry->element;
   FLORA_TRY(read_blocks(api, info, &call));
+  FLORA_TRY(read_adapters(api, info, &call));
   FLORA_TRY(read_int(api, info, "z_start", &kernel->z_start));
   if (call.op == Operator::kAdd) FLORA_TRY(read_parts(api, info, &call));
   if (call.op == Operator::kSwiGLU) {
@@ -204,7 +227,7 @@ const void* at(const void* data, int64_t index, Element element) {
 
 // Why these shapes cannot be, or nothing.
 std::string wrong(const Call& call, int64_t z_start, const Input& p, const Input& b, const Input& bias, const Input& z,
-                  const Input& gamma, const Input& skip) {
+                  const Input& gamma, const Input& skip, const Input& ids) {
   if (p.shape.empty() || b.shape.size() != 2) return "p must have columns, and B two dimensions";
   const int64_t rank = b.shape[0], columns = b.shape[1];
   if (columns > INT_MAX || rank > INT_MAX || p.last() > INT_MAX) return "p or B is too large";
@@ -218,6 +241,12 @@ std::string wrong(const Call& call, int64_t z_start, const Input& p, const Input
     const Block& block = call.block[i];
     if (block.end > p.last()) return "a block reaches beyond p";
     if (block.from + block.end - block.begin > columns || block.last > rank) return "a block reaches beyond B";
+  }
+  if (ids.given() != (call.adapters > 0)) return "ids and adapters are for each other";
+  if (ids.given()) {
+    if (ids.shape.size() >= p.shape.size() || !std::equal(ids.shape.begin(), ids.shape.end(), p.shape.begin()))
+      return "ids does not have the first dimensions of p";
+    if (p.rows() > INT_MAX) return "p has too many rows";
   }
   if (call.op == Operator::kNorm) {
     if (gamma.shape.size() != 1 || gamma.last() != call.group) return "gamma does not have as many numbers as a group";
@@ -260,16 +289,17 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   Call call = kernel.call;
   const Places places = places_of(call.op);
   const bool norm = call.op == Operator::kNorm;
-  Input p, b, bias, z, gamma, skip;
+  Input p, b, bias, z, gamma, skip, ids;
   FLORA_TRY(read_input(api, context, 0, &p));
   FLORA_TRY(read_input(api, context, 1, &b));
   FLORA_TRY(read_input(api, context, places.bias, &bias));
   FLORA_TRY(read_input(api, context, places.z, &z));
+  FLORA_TRY(read_input(api, context, places.ids, &ids));
   if (norm) {
     FLORA_TRY(read_input(api, context, 2, &gamma));
     FLORA_TRY(read_input(api, context, 3, &skip));
   }
-  const std::string why = wrong(call, kernel.z_start, p, b, bias, z, gamma, skip);
+  const std::string why = wrong(call, kernel.z_start, p, b, bias, z, gamma, skip, ids);
   if (!why.empty()) return refuse(api, std::string(name_of(call.op)) + ": " + why);
 
   call.rows = p.rows();
@@ -283,6 +313,8 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   call.z_bias = z.given() ? nullptr : at(bias.data, kernel.z_start, call.element);
   call.gamma = gamma.data;
   call.skip = skip.data;
+  call.ids = static_cast<const int64_t*>(ids.data);
+  if (ids.given() && call.rows > 0) call.share = static_cast<int32_t>(call.rows / (ids.rows() * ids.last()));
 
   std::vector<int64_t> shape = p.shape;
   shape.back() = call.width;
@@ -317,7 +349,10 @@ Entry make_entry(Operator op, Element element, bool on_device) {
   entry.get_provider = [](const ort::CustomOp* it) {
     return entry_of(it)->on_device ? "CUDAExecutionProvider" : "CPUExecutionProvider";
   };
-  entry.get_input_type = [](const ort::CustomOp* it, size_t) { return type_of(entry_of(it)->element); };
+  entry.get_input_type = [](const ort::CustomOp* it, size_t index) {
+    const bool ids = static_cast<int>(index) == places_of(entry_of(it)->op).ids;
+    return ids ? ort::kInt64 : type_of(entry_of(it)->element);
+  };
   entry.get_input_count = [](const ort::CustomOp* it) -> size_t { return places_of(entry_of(it)->op).count; };
   entry.get_output_type = [](const ort::CustomOp* it, size_t) { return type_of(entry_of(it)->element); };
   entry.get_output_count = [](const ort::CustomOp* it) -> size_t { return entry_of(it)->op == Operator::kNorm ? 2 : 1; };

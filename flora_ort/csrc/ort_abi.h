@@ -24,7 +24,7 @@ struct ApiBase {
   const char* (*get_version)();
 };
 
-enum ElementType : int { kFloat = 1, kHalf = 10, kBFloat = 16 };
+enum ElementType : int { kFloat = 1, kInt64 = 7, kHalf = 10, kBFloat = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 

@@ -33,10 +33,19 @@ inline bool divides(const Call& call, int32_t vec) {
   return all;
 }
 
+// How many numbers of `edge` there are.
+inline int32_t edges_of(const Call& call) { return call.ids == nullptr ? 0 : call.blocks * (call.adapters + 1); }
+
 inline bool divides_z(const Call& call, int32_t vec) {
   bool all = call.z_stride % vec == 0;
+  for (int i = 0; i < edges_of(call); ++i) all = all && call.edge[i] % vec == 0;
   for (int i = 0; i < call.blocks; ++i) all = all && call.block[i].first % vec == 0 && call.block[i].last % vec == 0;
   return all;
+}
+
+// Whether so many rows are worth tiles. Rows of a tile read B together, which those of several adapters cannot.
+inline bool worth_tiles(const Call& call, int64_t rows) {
+  return call.rows >= rows && (call.ids == nullptr || call.share >= kTile);
 }
 
 inline bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
@@ -56,11 +65,11 @@ inline Plan plan_for_device(const Call& call) {
   if (norm) {
     plan.threads = 32 * warps < kMostThreads ? 32 * warps : kMostThreads;
     const int32_t each = ceil_div(chunks, plan.threads);
-    plan.tile = call.rows >= 8 * kTile && each == 1 ? kTile : 1;
+    plan.tile = worth_tiles(call, 8 * kTile) && each == 1 ? kTile : 1;
     plan.keep = plan.tile > 1 ? 1 : each <= kKeep ? kKeep : 0;
     plan.across = call.width / call.group;
   } else {
-    plan.tile = call.rows >= 8 * kTile ? kTile : 1;
+    plan.tile = worth_tiles(call, 8 * kTile) ? kTile : 1;
     const int32_t most = plan.tile > 1 ? 128 : 64;  // a few rows: as many processors as possible
     plan.threads = 32 * warps < most ? 32 * warps : most;
     plan.across = ceil_div(chunks, plan.threads);
@@ -75,7 +84,7 @@ inline Plan plan_for_host(const Call& call) {
   plan.wide = divides(call, kHostVec);
   plan.vec = plan.wide ? kHostVec : 1;
   const bool norm = call.op == Operator::kNorm;
-  plan.tile = call.rows >= kTile ? kTile : 1;
+  plan.tile = worth_tiles(call, kTile) ? kTile : 1;
   plan.keep = 1;
   plan.threads = (norm ? call.group : call.width) / plan.vec;
   plan.across = norm ? call.width / call.group : 1;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ _ORACLES: dict[str, Callable[..., Any]] = {
     "LoraSwiGLU": reference.lora_swiglu,
     "LoraSkipRMSNorm": reference.lora_skip_rms_norm,
 }
-_INPUTS = dict.fromkeys(OPERATORS, ("p", "B", "bias", "z")) | {
-    "LoraSkipRMSNorm": ("p", "B", "gamma", "skip", "bias", "z")
+_INPUTS = dict.fromkeys(OPERATORS, ("p", "B", "bias", "z", "ids")) | {
+    "LoraSkipRMSNorm": ("p", "B", "gamma", "skip", "bias", "z", "ids")
 }
 _UNITS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 """Of half a unit in the last place, relative."""
@@ -58,7 +59,10 @@ class Drawn:
 
     def expected(self) -> list[Tensor]:
         """By the oracle, in float64."""
-        given = [None if value is None else value.double() for value in self.inputs.values()]
+        given = [
+            value.double() if value is not None and value.is_floating_point() else value
+            for value in self.inputs.values()
+        ]
         found = _ORACLES[self.name](*given, **self.attributes)
         return list(found) if isinstance(found, tuple) else [found]
 
@@ -66,7 +70,8 @@ class Drawn:
 def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | None = None) -> Drawn:
     """A call with any mix of ranks, of any shape: sizes that are read in 16 bytes at once, and sizes that are not.
 
-    Parts of p stand in any order, those without an adapter among them, and B's columns in another one.
+    Parts of p stand in any order, those without an adapter among them, and B's columns in another one. In every second
+    call rows choose among several adapters.
     """
     dice = random.Random(f"{name} {dtype} {seed}")
     numbers = torch.Generator().manual_seed(seed)
@@ -100,7 +105,7 @@ def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | No
     wide = columns + gap if apart else -(-(columns + gap + rank) // step) * step + step * dice.randint(0, 1)
     if not apart and dice.random() < 0.3:
         wide += 1  # rows that begin anywhere
-    lead = rows or dice.choice(((1, 1), (2, 3), (1, 37), (5, 8), (67,)))
+    lead = rows or dice.choice(((1, 1), (2, 3), (1, 37), (5, 8), (67,), (7, 6)))
     inputs: dict[str, Tensor | None] = {"p": tensor(*lead, wide), "B": b}
     attributes: dict[str, Any] = {"blocks": blocks, "z_start": 0 if apart else columns + gap}
     if name == "LoraAdd":
@@ -118,6 +123,16 @@ def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | No
         inputs["skip"] = tensor(*lead, widths[part]) if dice.random() < 0.7 else None
     inputs["bias"] = tensor(wide) if dice.random() < 0.4 else None
     inputs["z"] = tensor(*lead, rank) if apart else None
+    inputs["ids"] = None
+    if dice.random() < 0.5:
+        several = dice.randint(1, 5)
+        per_row = len(lead) if dice.random() < 0.3 else 1
+        chosen = [dice.randint(-1, several) for _ in range(math.prod(lead[:per_row]))]
+        inputs["ids"] = torch.tensor(chosen, dtype=torch.int64).reshape(lead[:per_row])
+        attributes["adapters"] = []
+        for first, last in zip(blocks[2::5], blocks[3::5], strict=True):
+            inner = sorted(first + low * dice.randint(0, (last - first) // low) for _ in range(several - 1))
+            attributes["adapters"] += [first, *inner, last]
     return Drawn(name, inputs, attributes)
 
 
@@ -131,7 +146,10 @@ def model(call: Drawn) -> bytes:
     graph = helper.make_graph(
         [node],
         "one",
-        [helper.make_tensor_value_info(name, element, list(value.shape)) for name, value in given.items()],
+        [
+            helper.make_tensor_value_info(name, 7 if name == "ids" else element, list(value.shape))
+            for name, value in given.items()
+        ],
         [helper.make_tensor_value_info(name, element, None) for name in outputs],
     )
     domains = [helper.make_opsetid("", 20), helper.make_opsetid("flora_ort", 1)]

@@ -15,7 +15,7 @@ __all__ = ["emulated", "planned"]
 
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-_BLOCKS, _PARTS = 16, 8
+_BLOCKS, _PARTS, _EDGES = 16, 8, 256
 
 
 class _Call(ctypes.Structure):
@@ -29,6 +29,10 @@ class _Call(ctypes.Structure):
         ("columns", ctypes.c_int32),
         ("blocks", ctypes.c_int32),
         ("block", ctypes.c_int32 * (5 * _BLOCKS)),
+        ("ids", ctypes.c_void_p),
+        ("share", ctypes.c_int32),
+        ("adapters", ctypes.c_int32),
+        ("edge", ctypes.c_uint16 * _EDGES),
         ("parts", ctypes.c_int32),
         ("part", ctypes.c_int32 * (3 * _PARTS)),
         *((name, ctypes.c_int32) for name in ("width", "up", "activation")),
@@ -46,7 +50,7 @@ def _aligned(value: Tensor | None) -> Tensor | None:
     if value is None:
         return None
     size = value.element_size()
-    whole = torch.full((value.numel() + 64 // size,), torch.nan, dtype=value.dtype)
+    whole = value.new_full((value.numel() + 64 // size,), torch.nan if value.is_floating_point() else 1 << 60)
     offset = (-whole.data_ptr() % 16) // size
     found = whole[offset : offset + value.numel()].view(value.shape)
     found.copy_(value)
@@ -60,11 +64,12 @@ def _address(value: Tensor | None, index: int = 0) -> int | None:
 def _prepared(call: Drawn) -> tuple[_Call, list[Tensor], list[Any]]:
     """The call, its outputs, and what must live as long."""
     given = {name: _aligned(value) for name, value in call.inputs.items()}
-    p, b, bias, z = given["p"], given["B"], given["bias"], given["z"]
+    p, b, bias, z, ids = given["p"], given["B"], given["bias"], given["z"], given.get("ids")
     assert p is not None
     assert b is not None
     rank, columns = b.shape
     width, blocks, z_start = call.width, call.attributes["blocks"], call.attributes["z_start"]
+    edges = call.attributes.get("adapters", ())
     parts = call.attributes.get("parts", (call.attributes.get("gate", call.attributes.get("start")), width))
     placed = [*zip(parts[::2], parts[1::2], itertools.accumulate(parts[1::2], initial=0), strict=False)]
     count = 2 if call.name == "LoraSkipRMSNorm" else 1
@@ -83,6 +88,10 @@ def _prepared(call: Drawn) -> tuple[_Call, list[Tensor], list[Any]]:
         columns=columns,
         blocks=len(blocks) // 5,
         block=(ctypes.c_int32 * (5 * _BLOCKS))(*blocks),
+        ids=_address(ids),
+        share=1 if ids is None else p[..., 0].numel() // ids.numel(),
+        adapters=len(edges) // (len(blocks) // 5) - 1,
+        edge=(ctypes.c_uint16 * _EDGES)(*edges),
         parts=len(placed),
         part=(ctypes.c_int32 * (3 * _PARTS))(*itertools.chain.from_iterable(placed)),
         width=width,

@@ -105,7 +105,7 @@ def test_no_rows(name: str, options: Any) -> None:
     ],
 )
 def test_attributes_that_cannot_be(name: str, change: dict[str, Any], said: str, options: Any) -> None:
-    call = next(call for call in calls(name) if call.inputs["z"] is None)
+    call = next(call for call in calls(name) if call.inputs["z"] is None and call.inputs["ids"] is None)
     call.attributes.update(change)
     with pytest.raises(Exception, match=said):
         run(call, options)
