@@ -26,7 +26,7 @@ from .describing import describe
 from .directory.companions import write_companions
 from .directory.identity import identify
 from .directory.manifest import DATA, MANIFEST, MODEL, write_manifest
-from .directory.operators import choose_operators, copy_operators, without_operators
+from .directory.operators import choose_operators, copy_operators
 from .directory.saving import save_graphs
 from .directory.sealing import Sealing
 from .directory.staging import staged
@@ -96,8 +96,9 @@ def export_onnx(
             ones) stand in the first of them. Like ``hot_swap=True`` beside ``adapters``, it costs speed on a CPU.
         rank: of every slot; None for the highest of those adapters.
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
-            has to be built: 9 nodes a Llama layer. None: where CUDA is the first provider and the library is there.
-            False: plain operators. ``Manifest.custom_ops`` says what was written.
+            has to be built: 9 nodes a Llama layer, with one adapter or with up to 50 in ``adapters`` or ``slots``.
+            None: where CUDA is the first provider, the library is there, and there are no more of them. False: plain
+            operators. ``Manifest.custom_ops`` says what was written.
         verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
             greedy tokens are compared. ``"quick"``: the graph runs part by part and the model layer by layer, so that
             neither has to stand in memory; logits are compared, no tokens are generated. That is for a causal LM on a
@@ -158,13 +159,11 @@ def export_onnx(
     kind = kind_of(core)
     plan: SlotPlan | None = None
     if adapters is not None or slots is not None or rank is not None:
-        operators = without_operators(custom_ops)
         plan = plan_slots(core, adapters, slots, rank, replaceable=hot_swap)
         hot_swap = plan.replaceable
-    else:
-        operators = choose_operators(custom_ops, provider)
-        if hot_swap:
-            check_swappable(core)
+    elif hot_swap:
+        check_swappable(core)
+    operators = choose_operators(custom_ops, provider, 1 if plan is None else len(plan.slots))
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -197,7 +196,7 @@ def export_onnx(
                 raise ExportError(f"adapters= is for target 'decoder'; {why_not}")
             if hot_swap:
                 own_forms = _swappable_forms(chosen, why_not)
-            if plan is not None:
+            if plan is not None and not operators:
                 own_forms = stacked_forms(own_forms, provider)
         give_back()
         with CAPTURING, stage("fuse"):

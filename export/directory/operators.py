@@ -14,16 +14,19 @@ from flora_fx.errors import ExportError, require
 
 __all__ = [
     "DOMAIN",
+    "MOST_ADAPTERS",
     "choose_operators",
     "copy_operators",
     "needs_operators",
     "operators_library",
     "register_operators",
-    "without_operators",
 ]
 
 DOMAIN = "flora_ort"
 """Of the operators, and the name of the package that has them."""
+
+MOST_ADAPTERS = 50
+"""Among which rows may choose: an operator has room for that many where five projections are one pack."""
 
 _CUDA = "CUDAExecutionProvider"
 _REGISTERED = "flora_ort.registered"
@@ -35,35 +38,30 @@ _HOW = (
 )
 
 
-def choose_operators(asked: bool | None, provider: str) -> bool:
+def choose_operators(asked: bool | None, provider: str, adapters: int = 1) -> bool:
     """Whether an export is to use the operators.
 
     Args:
         asked: None: where they are measured to be faster, on CUDA, and the library is here.
         provider: ONNX Runtime's name of the execution provider that the export is for.
+        adapters: among which rows choose; the operators have `MOST_ADAPTERS` at most.
 
     Raises:
-        ExportError: they are asked for, and are not here.
+        ExportError: they are asked for, and are not here, or do not have so many adapters.
     """
+    if adapters > MOST_ADAPTERS and asked:
+        raise ExportError(
+            f"custom_ops is for at most {MOST_ADAPTERS} adapters, and there are places for {adapters}; leave it out, "
+            "or take fewer"
+        )
     if asked is not None:
         return asked and bool(operators_library(provider))
-    if provider != _CUDA:
+    if provider != _CUDA or adapters > MOST_ADAPTERS:
         return False
     try:
         return bool(operators_library(provider))
     except ExportError:
         return False
-
-
-def without_operators(asked: bool | None) -> bool:
-    """False, for an export whose rows choose their adapter: the operators have one for all rows.
-
-    Raises:
-        ExportError: they are asked for.
-    """
-    if asked:
-        raise ExportError("custom_ops has one adapter for all rows of a batch; leave it out where rows have their own")
-    return False
 
 
 def operators_library(provider: str) -> Path:

@@ -16,7 +16,7 @@ from ..trace.capture import PREFIX
 if TYPE_CHECKING:
     import onnx_ir
 
-__all__ = ["SKIP_NORM", "Sum", "Sums", "attribute", "bias_place", "is_read", "readers_of_pack", "sizes"]
+__all__ = ["SKIP_NORM", "Sum", "Sums", "attribute", "bias_place", "is_read", "readers_of_pack", "sizes", "split_edges"]
 
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
 _MOST_BLOCKS, _MOST_PARTS = 16, 8
@@ -192,7 +192,7 @@ class Sums:
         width = sizes(output)[-1] if sizes(output) else -1
         if node.op_type == "Split":
             whole = self.get(node.inputs[0])
-            if whole is not None and (edges := _edges(node)):
+            if whole is not None and (edges := split_edges(node)):
                 for value, (start, stop) in zip(node.outputs, itertools.pairwise(edges), strict=True):
                     yield value, whole.part(start, stop - start)
         elif node.op_type == "Add" and (total := self.added(*node.inputs)) is not None:
@@ -203,7 +203,7 @@ class Sums:
     def _product(self, value: onnx_ir.Value, pack: onnx_ir.Value | None) -> _Product | None:
         """Columns of z B that a value is, where z may be in a pack."""
         node, start, width = value.producer(), 0, sizes(value)[-1] if sizes(value) else -1
-        if node is not None and node.op_type == "Split" and node.domain == "" and (edges := _edges(node)):
+        if node is not None and node.op_type == "Split" and node.domain == "" and (edges := split_edges(node)):
             start = edges[list(node.outputs).index(value)]
             node = None if node.inputs[0] is None else node.inputs[0].producer()
         if node is None or node.op_type != "MatMul" or node.domain != "":
@@ -270,6 +270,17 @@ def is_read(value: onnx_ir.Value) -> bool:
     return value.is_graph_output() or any(True for _ in value.uses())
 
 
+def split_edges(split: onnx_ir.Node) -> list[int]:
+    """Where the parts of a split of the last dimension begin and end; none where that is not known."""
+    whole = split.inputs[0]
+    if whole is None or whole.shape is None or attribute(split, "axis", 0) not in (-1, len(whole.shape) - 1):
+        return []
+    parts = [sizes(value)[-1] if sizes(value) else -1 for value in split.outputs]
+    if any(part < 1 for part in parts) or sum(parts) != sizes(whole)[-1]:
+        return []
+    return [*itertools.accumulate(parts, initial=0)]
+
+
 def _is_up(pack: Pack) -> bool:
     return len(pack.shape) == 2 and all(piece.role is Role.UP for piece in pack.slices)
 
@@ -288,14 +299,3 @@ def _alike(base: onnx_ir.Value, delta: onnx_ir.Value) -> bool:
     """Whether an addition broadcasts nothing."""
     one, other = base.shape, delta.shape
     return one is not None and other is not None and len(one) == len(other)
-
-
-def _edges(split: onnx_ir.Node) -> list[int]:
-    """Where the parts of a split of the last dimension begin and end; none where that is not known."""
-    whole = split.inputs[0]
-    if whole is None or whole.shape is None or attribute(split, "axis", 0) not in (-1, len(whole.shape) - 1):
-        return []
-    parts = [sizes(value)[-1] if sizes(value) else -1 for value in split.outputs]
-    if any(part < 1 for part in parts) or sum(parts) != sizes(whole)[-1]:
-        return []
-    return [*itertools.accumulate(parts, initial=0)]

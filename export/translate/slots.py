@@ -3,26 +3,34 @@
     z = A x;  y = W x + B z      ->      z = A x;  y = W x + B Where(mask, z, 0)
 
 ``mask`` [batch, 1, rank of all] is computed once a run for packs that are laid out alike: where the slot that owns a
-column is the row's. It selects and does not multiply: 0 · inf is NaN.
+column is the row's. It selects and does not multiply: 0 · inf is NaN. Operators of ``flora_ort`` are given the ids, and
+select for themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from flora_fx.errors import ExportError, require
 from flora_fx.reporting.fusion_report import FusionReport
 
+from ..directory.operators import DOMAIN
 from ..lora.slots import ADAPTER_IDS
 from ..lora.stacking import SlotPlan
 from ..lora.swappable import SwappableWeight
+from .lora_sums import is_read, split_edges
+from .slots_of_operators import let_operators_choose
 from .swappable import swappable_weights
 
 if TYPE_CHECKING:
     import onnx_ir
 
 __all__ = ["make_slots"]
+
+_BASE = -1
+"""Owner of what is no slot's."""
 
 
 def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tuple[SwappableWeight, ...]:
@@ -42,7 +50,9 @@ def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tu
     if fusion.declines:
         raise ExportError(f"adapters= needs adapters that are fused completely; declined: {fusion.declines[0]}")
     weights = tuple(swappable_weights(model, fusion))
-    _Selection(model, plan).write(weights)
+    ids = _new_input(model)
+    let_operators_choose(model, weights, plan, ids)
+    _Selection(model, plan, ids).write(weights)
     if not plan.replaceable:
         return ()
     for weight in weights:
@@ -50,11 +60,20 @@ def make_slots(model: onnx_ir.Model, fusion: FusionReport, plan: SlotPlan) -> tu
     return weights
 
 
+def _new_input(model: onnx_ir.Model) -> onnx_ir.Value:
+    """[batch]."""
+    ir = require("onnx_ir", "onnx")
+    given: onnx_ir.Value = ir.Value(name=ADAPTER_IDS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch"]))
+    model.graph.inputs.append(given)
+    return given
+
+
 class _Selection:
-    def __init__(self, model: onnx_ir.Model, plan: SlotPlan) -> None:
+    def __init__(self, model: onnx_ir.Model, plan: SlotPlan, ids: onnx_ir.Value) -> None:
         self._ir = require("onnx_ir", "onnx")
         self._graph = model.graph
         self._plan = plan
+        self._ids = ids
         self._first = next(iter(self._graph))
         self._rows: onnx_ir.Value | None = None
         self._masks: dict[tuple[int, ...], onnx_ir.Value] = {}
@@ -63,32 +82,53 @@ class _Selection:
     def write(self, weights: Iterable[SwappableWeight]) -> None:
         for weight in weights:
             if any(part.which == "A" for part in weight.parts):
-                mask = self._mask(self._owners(weight))
+                owners = self._owners(weight)
                 for use in list(self._graph.initializers[weight.name].uses()):
-                    self._select(use.node, weight, mask)
+                    for value, start, stop in self._low_rank(use.node, weight, owners):
+                        self._select(value, owners[start:stop])
 
     def _owners(self, weight: SwappableWeight) -> tuple[int, ...]:
-        """Whose each row of a pack of A's is."""
+        """Whose each row of a pack is, `_BASE` where it is not of an A."""
         sizes = [int(size) for size in self._graph.initializers[weight.name].shape or ()]
-        owners = [-1] * sizes[1 if weight.transposed else 0]
+        owners = [_BASE] * sizes[1 if weight.transposed else 0]
         for part in weight.parts:
             widths = self._plan.widths[part.module]
             if part.which == "A" and part.rows[1] - part.rows[0] == sum(widths):
                 owners[slice(*part.rows)] = [slot for slot, width in enumerate(widths) for _ in range(width)]
-        if -1 in owners:
-            raise ExportError(
-                f"adapters= needs A's that are packed by themselves; {weight.name} holds other rows too: leave "
-                'config out, or let config.layout be "beside" or "ahead"'
-            )
         return tuple(owners)
 
-    def _select(self, node: onnx_ir.Node, weight: SwappableWeight, mask: onnx_ir.Value) -> None:
-        z = node.outputs[0]
-        if node.op_type != "MatMul" or z.shape is None or len(z.shape) != 3 or z.dtype is None:
+    def _low_rank(
+        self, node: onnx_ir.Node, weight: SwappableWeight, owners: tuple[int, ...]
+    ) -> Iterator[tuple[onnx_ir.Value, int, int]]:
+        """What others than operators of ``flora_ort`` read of a product with A's, and of which columns it is."""
+        product = node.outputs[0]
+        if node.op_type != "MatMul" or product.shape is None or len(product.shape) != 3 or product.dtype is None:
             raise ExportError(
                 f"adapters= needs a product with {weight.name} [batch, seq, rank]; {node.name} is another"
             )
-        readers = list(z.uses())
+        if _BASE not in owners:
+            yield product, 0, len(owners)
+            return
+        for reader in [use.node for use in product.uses() if use.node.domain != DOMAIN]:
+            edges = split_edges(reader) if reader.op_type == "Split" else [0, len(owners)]
+            for value, (start, stop) in zip(reader.outputs, itertools.pairwise(edges), strict=False):
+                mine = owners[start:stop]
+                if set(mine) == {_BASE} or not is_read(value):
+                    continue
+                if reader.op_type != "Split" or _BASE in mine:
+                    raise ExportError(
+                        f"adapters= needs low-rank values that stand alone; {value.name} holds others, too: leave "
+                        'config out, or let config.layout be "beside" or "ahead"'
+                    )
+                yield value, start, stop
+
+    def _select(self, z: onnx_ir.Value, owners: tuple[int, ...]) -> None:
+        readers = [use for use in z.uses() if use.node.domain != DOMAIN]
+        node = z.producer()
+        if not readers:
+            return
+        assert node is not None
+        mask = self._mask(owners)
         wide, narrow = self._ir.DataType.FLOAT, self._ir.DataType.BFLOAT16
         last, value = node, z
         if z.dtype == narrow:  # which ONNX Runtime does not select on CUDA
@@ -130,14 +170,11 @@ class _Selection:
     def _given(self) -> onnx_ir.Value:
         """The input, [batch, 1, 1]."""
         if self._rows is None:
-            integers = self._ir.TensorType(self._ir.DataType.INT64)
-            given = self._ir.Value(name=ADAPTER_IDS, type=integers, shape=self._ir.Shape(["batch"]))
-            self._graph.inputs.append(given)
             self._rows = self._ir.Value(
-                name=f"{ADAPTER_IDS}_rows", type=integers, shape=self._ir.Shape(["batch", 1, 1])
+                name=f"{ADAPTER_IDS}_rows", type=self._ids.type, shape=self._ir.Shape(["batch", 1, 1])
             )
             axes = self._constant(f"{ADAPTER_IDS}_axes", [1, 2], self._ir.DataType.INT64)
-            self._graph.insert_before(self._first, self._node("Unsqueeze", [given, axes], self._rows))
+            self._graph.insert_before(self._first, self._node("Unsqueeze", [self._ids, axes], self._rows))
         return self._rows
 
     def _zero(self, like: onnx_ir.Value) -> onnx_ir.Value:

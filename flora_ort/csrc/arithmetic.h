@@ -161,9 +161,9 @@ FLORA_FN int32_t column_of(const Call& call, int32_t at) {
   return column;
 }
 
-// To the sums of TM rows come their z times rows of B. With SOME only to those rows whose bits are in `mine`: what is not
-// theirs is not multiplied with zero, which would not keep out what is infinite.
-template <typename T, int VEC, int KV, int TM, bool SOME>
+// To the sums of TM rows come their z times rows of B. Where rows are APART, only to those whose bits are in `mine`: what
+// is not theirs is not multiplied with zero, which would not keep out what is infinite.
+template <typename T, int VEC, int KV, int TM, bool APART>
 FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)[TM], uint32_t mine,
                        float (&sum)[TM][VEC]) {
   const T* b = static_cast<const T*>(call.b) + reach.from;
@@ -189,7 +189,7 @@ FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)
       load<T, VEC>(b + static_cast<int64_t>(k + i) * call.columns, up);
       FLORA_UNROLL
       for (int t = 0; t < TM; ++t) {
-        if (SOME && (mine >> t & 1) == 0) continue;
+        if (APART && (mine >> t & 1) == 0) continue;
         FLORA_UNROLL
         for (int v = 0; v < VEC; ++v) sum[t][v] += low[t][i] * up[v];
       }
@@ -197,10 +197,13 @@ FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)
   }
 }
 
-// Adapter by adapter, where rows differ in it.
+// Adapter by adapter of those that TM rows have: rows of one read B together.
 template <typename T, int VEC, int KV, int TM>
-FLORA_FN void multiply_apart(const Call& call, const Reach& whole, const T* const (&z)[TM],
-                             const int32_t (&adapter)[TM], float (&sum)[TM][VEC]) {
+FLORA_FN void multiply_apart(const Call& call, const Reach& whole, int64_t row, const T* const (&z)[TM],
+                             float (&sum)[TM][VEC]) {
+  int32_t adapter[TM];
+  FLORA_UNROLL
+  for (int t = 0; t < TM; ++t) adapter[t] = adapter_of(call, row + t < call.rows ? row + t : call.rows - 1);
   for (uint32_t left = (1u << TM) - 1; left != 0;) {
     int32_t next = -1;
     uint32_t mine = 0;
@@ -216,8 +219,8 @@ FLORA_FN void multiply_apart(const Call& call, const Reach& whole, const T* cons
 }
 
 // p + z B in the columns column..column + VEC of the rows row..row + TM; a row that is not there repeats the last one.
-// Rows of one adapter read B together.
-template <typename T, int VEC, int KV, int TM>
+// APART: they may differ in their adapter.
+template <typename T, int VEC, int KV, int TM, bool APART>
 FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&sum)[TM][VEC]) {
   const T* p = static_cast<const T*>(call.p);
   const T* z[TM];
@@ -237,26 +240,20 @@ FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&
     }
   }
   Reach reach = reach_of(call, column);
-  if (call.ids != nullptr) {
-    int32_t adapter[TM];
-    bool same = true;
-    FLORA_UNROLL
-    for (int t = 0; t < TM; ++t) {
-      adapter[t] = adapter_of(call, row + t < call.rows ? row + t : call.rows - 1);
-      same = same && adapter[t] == adapter[0];
-    }
-    if (!same) return multiply_apart<T, VEC, KV, TM>(call, reach, z, adapter, sum);
-    reach = reach_of_adapter(call, reach, adapter[0]);
+  if constexpr (APART) {
+    multiply_apart<T, VEC, KV, TM>(call, reach, row, z, sum);
+  } else {
+    if (call.ids != nullptr) reach = reach_of_adapter(call, reach, adapter_of(call, row));
+    multiply<T, VEC, KV, TM, false>(call, reach, z, 0, sum);
   }
-  multiply<T, VEC, KV, TM, false>(call, reach, z, 0, sum);
 }
 
-template <typename T, int VEC, int KV, int TM>
+template <typename T, int VEC, int KV, int TM, bool APART>
 FLORA_FN void add_thread(const Call& call, int64_t tile, int32_t chunk) {
   const int32_t column = chunk * VEC;
   if (column >= call.width) return;
   float sum[TM][VEC];
-  accumulate<T, VEC, KV, TM>(call, tile * TM, column_of(call, column), sum);
+  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, column_of(call, column), sum);
   FLORA_UNROLL
   for (int t = 0; t < TM; ++t) {
     const int64_t row = tile * TM + t;
@@ -264,13 +261,13 @@ FLORA_FN void add_thread(const Call& call, int64_t tile, int32_t chunk) {
   }
 }
 
-template <typename T, int VEC, int KV, int TM>
+template <typename T, int VEC, int KV, int TM, bool APART>
 FLORA_FN void swiglu_thread(const Call& call, int64_t tile, int32_t chunk) {
   const int32_t column = chunk * VEC;
   if (column >= call.width) return;
   float gate[TM][VEC], up[TM][VEC];
-  accumulate<T, VEC, KV, TM>(call, tile * TM, call.part[0].start + column, gate);
-  accumulate<T, VEC, KV, TM>(call, tile * TM, call.up + column, up);
+  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.part[0].start + column, gate);
+  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.up + column, up);
   FLORA_UNROLL
   for (int t = 0; t < TM; ++t) {
     const int64_t row = tile * TM + t;
@@ -282,13 +279,13 @@ FLORA_FN void swiglu_thread(const Call& call, int64_t tile, int32_t chunk) {
 
 // A thread of a norm: it gathers its columns and their squares, waits for the sum of all threads, and finishes.
 // CH is how many chunks of columns it keeps meanwhile; 0: any number, computed anew at the end.
-template <typename T, int VEC, int KV, int TM, int CH>
+template <typename T, int VEC, int KV, int TM, bool APART, int CH>
 struct NormThread {
   float kept[CH > 0 ? CH : 1][TM][VEC];
   float squares[TM];
 
   FLORA_FN void chunk(const Call& call, int64_t tile, int32_t base, int32_t column, float (&sum)[TM][VEC]) const {
-    accumulate<T, VEC, KV, TM>(call, tile * TM, call.part[0].start + base + column, sum);
+    accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.part[0].start + base + column, sum);
     if (call.skip == nullptr) return;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t) {

@@ -38,16 +38,16 @@ __device__ void wait_for_inputs() {
 #endif
 }
 
-template <typename T, int VEC, int KV, int TM>
+template <typename T, int VEC, int KV, int TM, bool APART>
 __global__ void __launch_bounds__(128, 1) add_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
   if (TM == 1 && chunk * VEC < call.width) prefetch<T>(call, blockIdx.y, portable::column_of(call, chunk * VEC));
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
-    portable::add_thread<T, VEC, KV, TM>(call, tile, chunk);
+    portable::add_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
 }
 
-template <typename T, int VEC, int KV, int TM>
+template <typename T, int VEC, int KV, int TM, bool APART>
 __global__ void __launch_bounds__(128, 1)
     swiglu_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(128, 1)
   }
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
-    portable::swiglu_thread<T, VEC, KV, TM>(call, tile, chunk);
+    portable::swiglu_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
 }
 
 template <int TM>
@@ -81,7 +81,7 @@ __device__ void sum_over_block(const float (&mine)[TM], float (&total)[TM], floa
   __syncthreads();  // the next tile writes there again
 }
 
-template <typename T, int VEC, int KV, int TM, int CH>
+template <typename T, int VEC, int KV, int TM, bool APART, int CH>
 __global__ void __launch_bounds__(kMostThreads, 1)
     norm_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   __shared__ float shared[TM][32];
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   }
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) {
-    portable::NormThread<T, VEC, KV, TM, CH> thread;
+    portable::NormThread<T, VEC, KV, TM, APART, CH> thread;
     thread.gather(call, tile, base, threadIdx.x, blockDim.x);
     float total[TM];
     sum_over_block<TM>(thread.squares, total, shared);
@@ -102,18 +102,19 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 
 using Kernel = void (*)(Call, Plan);
 
+template <typename T, int VEC, int KV, int TM, bool APART>
+Kernel kernel_of_rows(const Call& call, const Plan& plan) {
+  if (call.op == Operator::kAdd) return add_kernel<T, VEC, KV, TM, APART>;
+  if (call.op == Operator::kSwiGLU) return swiglu_kernel<T, VEC, KV, TM, APART>;
+  if constexpr (TM > 1) return norm_kernel<T, VEC, KV, TM, APART, 1>;
+  return plan.keep > 0 ? norm_kernel<T, VEC, KV, 1, false, kKeep> : norm_kernel<T, VEC, KV, 1, false, 0>;
+}
+
 template <typename T, int VEC, int KV>
 Kernel kernel_of(const Call& call, const Plan& plan) {
-  const bool tiled = plan.tile > 1;
-  switch (call.op) {
-    case Operator::kAdd:
-      return tiled ? add_kernel<T, VEC, KV, kTile> : add_kernel<T, VEC, KV, 1>;
-    case Operator::kSwiGLU:
-      return tiled ? swiglu_kernel<T, VEC, KV, kTile> : swiglu_kernel<T, VEC, KV, 1>;
-    default:
-      if (tiled) return norm_kernel<T, VEC, KV, kTile, 1>;
-      return plan.keep > 0 ? norm_kernel<T, VEC, KV, 1, kKeep> : norm_kernel<T, VEC, KV, 1, 0>;
-  }
+  if (plan.apart) return kernel_of_rows<T, VEC, KV, kTile, true>(call, plan);
+  return plan.tile > 1 ? kernel_of_rows<T, VEC, KV, kTile, false>(call, plan)
+                       : kernel_of_rows<T, VEC, KV, 1, false>(call, plan);
 }
 
 template <typename T>

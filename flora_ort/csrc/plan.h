@@ -12,6 +12,7 @@ struct Plan {
   bool wide_z;      // whether neighbouring numbers of z are
   int32_t vec;      // columns of a thread
   int32_t tile;     // rows of a thread
+  bool apart;       // whether these may differ in their adapter
   int32_t keep;     // of a norm: chunks that a thread keeps; 0 for any number
   int32_t threads;  // of a block
   int32_t across;   // blocks side by side: of columns, or of a norm's groups
@@ -75,6 +76,7 @@ inline Plan plan_for_device(const Call& call) {
     plan.across = ceil_div(chunks, plan.threads);
   }
   plan.down = (call.rows + plan.tile - 1) / plan.tile;
+  plan.apart = plan.tile > 1 && call.ids != nullptr;
   return plan;
 }
 
@@ -93,6 +95,7 @@ inline Plan plan_for_host(const Call& call) {
     plan.threads = 64;
   }
   plan.down = (call.rows + plan.tile - 1) / plan.tile;
+  plan.apart = plan.tile > 1 && call.ids != nullptr;
   return plan;
 }
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import peft
 import pytest
 import torch
@@ -18,6 +20,8 @@ from flora_fx.config import FuseConfig
 from flora_fx.errors import AdapterError, ExportError
 from flora_fx.export import export_onnx, load_decoder
 from flora_fx.export.forms import DECODER_FORMS, stacked_forms
+from flora_fx.export.lora.stacking import SlotPlan
+from flora_fx.export.lora.swappable import SwappablePart, SwappableWeight
 from flora_fx.export.translate import slots
 from tests.export.exported_models import plain
 from tests.export.slot_models import Mixed
@@ -119,6 +123,16 @@ def test_learned_positions_and_transposed_weights(tmp_path: Path) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
+def test_a_s_below_their_bases(tmp_path: Path) -> None:
+    """What is selected is a part of a product; the export's own check holds row by row."""
+    joined = FuseConfig(**{**vars(DECODER_FORMS), "layout": "joined"})
+    export_onnx(adapted("same", "fewer"), tmp_path / "out", adapters=["same", "fewer"], config=joined)
+    graph = graph_of(tmp_path / "out")
+    made = {name: node for node in graph.node for name in node.output}
+    selections = [node for node in graph.node if node.op_type == "Where"]
+    assert [made[node.input[1]].op_type for node in selections] == ["Split"] * 4
+
+
 # Refused
 
 
@@ -212,18 +226,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], str
         ExportError,
         "adapters= is for target 'decoder'",
     ),
-    "operators": (
-        lambda: two(lora()),
-        {**BOTH, "custom_ops": True},
-        ExportError,
-        "custom_ops has one adapter for all rows of a batch; leave it out",
-    ),
-    "rows of both": (
-        lambda: two(lora()),
-        {**BOTH, "config": FuseConfig(**{**vars(DECODER_FORMS), "layout": "joined"})},
-        ExportError,
-        "needs A's that are packed by themselves; .* holds other rows too: leave config out",
-    ),
 }
 
 
@@ -233,6 +235,30 @@ def test_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(error, match=message):
         export_onnx(make(), tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "reader", ["y = Relu(p)", "y, rest = Split <axis = -1> (p, sizes)"], ids=["all of it", "a part that holds more"]
+)
+def test_a_low_rank_value_that_does_not_stand_alone(reader: str) -> None:
+    """No fused form reads it so; if one ever did, rows would have what other adapters add."""
+    parsed = onnx.parser.parse_model(
+        f"""<ir_version: 10, opset_import: ["": 20]>
+        g (float[1, 3, 4] x, float[4, 5] A, int64[2] sizes) => (float[1, 3, 5] y) {{ p = MatMul(x, A)  {reader} }}"""
+    )
+    model = ir.from_proto(parsed)
+    for name, value in (("A", np.zeros((4, 5), np.float32)), ("sizes", np.array([3, 2]))):
+        given = next(found for found in model.graph.inputs if found.name == name)
+        model.graph.inputs.remove(given)
+        given.const_value = ir.tensor(value, name=name)
+        model.graph.register_initializer(given)
+    for node in model.graph:
+        for output, width in zip(node.outputs, [3, 2] if node.op_type == "Split" else [5], strict=True):
+            output.shape, output.dtype = ir.Shape([1, 3, width]), ir.DataType.FLOAT
+    weight = SwappableWeight("A", transposed=True, parts=(SwappablePart("layer", "A", (2, 5), (0, 4)),))
+    plan = SlotPlan((), (), {"layer": (2, 1)}, replaceable=False)
+    with pytest.raises(ExportError, match="needs low-rank values that stand alone; y holds others, too: leave config"):
+        slots._Selection(model, plan, ir.Value(name="ids")).write([weight])
 
 
 def test_the_check_sees_rows_that_get_another_ones_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,10 +230,19 @@ def decoder_dtype(case: Case) -> torch.dtype:
     return found
 
 
-@pytest.mark.parametrize("case", BOTH)
+@pytest.mark.parametrize(
+    ("case", "slots"),
+    [
+        pytest.param(*found.values, slots, id=f"{found.id}, {'fixed' if slots is None else 'slots'}", marks=found.marks)
+        for slots, cases in ((3, ALL), (None, ALL[2:]))
+        for found in cases
+    ],
+)
 @torch.no_grad()
-def test_rows_with_adapters_of_their_own(case: Case, tmp_path: Path) -> None:
-    """In slots that are filled under one CUDA graph, in every batch that comes."""
+def test_rows_with_adapters_of_their_own(
+    case: Case, slots: int | None, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """In slots that are filled under one CUDA graph, or as they were exported; in every batch that comes."""
     one = settings("cpu", case.dtype, layers=1)
     model, wide = make_model(one, "peft"), make_model(one, "peft", dtype=torch.float32)
     for each in (model, wide):
@@ -242,11 +251,17 @@ def test_rows_with_adapters_of_their_own(case: Case, tmp_path: Path) -> None:
             each.add_adapter(name, peft.LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False))
         for parameter in each.parameters():
             parameter.data = parameter.data.to(decoder_dtype(case)).to(next(each.parameters()).dtype)
-    export_onnx(model, tmp_path / "out", adapters=["default", "other"], slots=3, providers=[PROVIDERS[case.device]])
+    if case.custom_ops:
+        request.getfixturevalue("library")
+    places: dict[str, Any] = {"providers": [PROVIDERS[case.device]], "custom_ops": case.custom_ops}
+    names = ["default", "other"] if slots else ["default", "other", "third"]
+    export_onnx(model, tmp_path / "out", adapters=names, slots=slots, **places)
     decoder: Any = load(tmp_path / "out", providers=[PROVIDERS[case.device]])
+    assert decoder.manifest.custom_ops is case.custom_ops
     assert decoder.session.cuda_graph is (case.device == "cuda")
-    model.set_adapter("third")
-    decoder.load_adapter(model)
+    if slots:
+        model.set_adapter("third")
+        decoder.load_adapter(model)
     for rows in (["third", "other"], [None, "third"], ["default", "third", None, "other"], ["other", "default"]):
         ids, mask = IDS.repeat(2, 1)[: len(rows)], MASK.repeat(2, 1)[: len(rows)]
         found = decoder.generate(ids, mask, adapters=rows, max_new_tokens=8, eos_token_id=[])

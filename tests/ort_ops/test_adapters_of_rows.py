@@ -24,12 +24,13 @@ def run(request: pytest.FixtureRequest, options: Any, code: ctypes.CDLL) -> Run:
     if request.param != "onnxruntime":
         return lambda call: emulated(call, code)
 
-    def by_session(call: Drawn) -> list[Tensor]:
-        session = onnxruntime.InferenceSession(model(call), options, providers=["CPUExecutionProvider"])
-        feeds = {name: value.numpy() for name, value in call.inputs.items() if value is not None}
-        return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
+    return lambda call: by_session(call, options)
 
-    return by_session
+
+def by_session(call: Drawn, options: Any) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(model(call), options, providers=["CPUExecutionProvider"])
+    feeds = {name: value.numpy() for name, value in call.inputs.items() if value is not None}
+    return [torch.from_numpy(np.asarray(value)) for value in session.run(None, feeds)]
 
 
 def three(name: str, ids: list[int], tokens: int, *, apart: bool = False, step: int = 8) -> Drawn:
@@ -163,5 +164,4 @@ def test_what_cannot_be(name: str, change: dict[str, Any], said: str, options: A
         else:
             call.attributes[key] = value
     with pytest.raises(Exception, match=said):
-        session = onnxruntime.InferenceSession(model(call), options, providers=["CPUExecutionProvider"])
-        session.run(None, {name: value.numpy() for name, value in call.inputs.items() if value is not None})
+        by_session(call, options)
