@@ -304,7 +304,8 @@ def test_onnxruntime_genai(mixed: Mixed) -> None:
     rows = [None, "lower", "rslora", "lower"]
     numbers = [-1, *(list(ADAPTERS).index(str(name)) for name in rows[1:])]
     generator = genai(model, len(ids))
-    generator.set_model_input("adapter_ids", np.array(numbers, dtype=np.int64))
+    told = np.array(numbers, dtype=np.int64)  # which is not copied
+    generator.set_model_input("adapter_ids", told)
     generator.append_tokens(ids.numpy().astype(np.int32))
     for _ in range(10):
         generator.generate_next_token()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import peft
@@ -190,10 +191,12 @@ def test_slots_are_filled_replaced_and_emptied(made: Made) -> None:
 
 def test_onnxruntime_genai_runs_a_mixed_batch(made: Made) -> None:
     genai = pytest.importorskip("onnxruntime_genai")
-    parameters = genai.GeneratorParams(genai.Model(str(made.fixed)))
+    model = genai.Model(str(made.fixed))
+    parameters = genai.GeneratorParams(model)
     parameters.set_search_options(batch_size=3, do_sample=False, max_length=16, min_length=16)
-    generator = genai.Generator(genai.Model(str(made.fixed)), parameters)
-    generator.set_model_input("adapter_ids", torch.tensor([5, -1, 3]).numpy())
+    generator = genai.Generator(model, parameters)
+    numbers = np.array([5, -1, 3])  # which are not copied
+    generator.set_model_input("adapter_ids", numbers)
     prompts = torch.tensor([[11, 23, 5, 40]] * 3)
     generator.append_tokens(prompts.numpy().astype("int32"))
     while not generator.is_done():
