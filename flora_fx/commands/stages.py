@@ -63,7 +63,7 @@ def _peak() -> int:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without the search for garbage that is a ring: it finds nothing worth a sixth of an export's time."""
+    """Without the search for garbage that is a ring: what it finds is not worth a fifth of an export's time."""
     was = gc.isenabled()
     gc.disable()
     try:
