@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 
@@ -105,11 +106,33 @@ def test_commands_leave_out(
     assert result.stderr == f"error: base and {asked}\n"
 
 
-def test_garbage_is_collected_again() -> None:
+def test_garbage_is_not_looked_for() -> None:
+    """Nor at once when that has ended, through all that was made meanwhile; but then as ever."""
+
+    class Ring:
+        def __init__(self) -> None:
+            self.own = self
+
+    searched: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        searched.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        with uncollected():
+            held = [Ring() for _ in range(2000)]
+            ring = ref(held[0])
+            del held
+        young = gc.get_count()[0]
+    finally:
+        gc.callbacks.remove(note)
+    assert not searched
+    assert young < 500
+    assert ring() is not None
     assert gc.isenabled()
-    with uncollected():
-        assert not gc.isenabled()
-    assert gc.isenabled()
+    gc.collect()
+    assert ring() is None
 
 
 _ENDING = """
