@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, cast, get_args
 from flora_fx import __version__
 from flora_fx.checkout import checkout
 from flora_fx.commands.ending import CODES, MISSING, Outcome, ending
+from flora_fx.commands.leaving import leaving
+from flora_fx.commands.stages import uncollected
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.tasks import Task
 
@@ -73,13 +75,14 @@ class Activations(StrEnum):
 
 
 def main() -> None:
-    """The entry point of ``flora-fx``."""
+    """The entry point of ``flora-fx``; the process ends with it."""
     try:
         app = build_app()
     except MissingExtraError as error:
         print(error, file=sys.stderr)
         sys.exit(MISSING)
-    app()
+    with leaving():
+        app()
 
 
 def build_app() -> "typer.Typer":
@@ -149,7 +152,7 @@ def build_app() -> "typer.Typer":
         inputs: Annotated[Path | None, inputs_option] = None,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
-        with ending(_flags(app), as_json=as_json) as outcome:
+        with uncollected(), ending(_flags(app), as_json=as_json) as outcome:
             from flora_fx.commands.inspecting import inspect
 
             report = inspect(model, adapter, cast(Task, task), inputs)
@@ -230,7 +233,7 @@ def build_app() -> "typer.Typer":
         inputs: Annotated[Path | None, inputs_option] = None,
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
-        with ending(_flags(app), as_json=as_json) as outcome:
+        with uncollected(), ending(_flags(app), as_json=as_json) as outcome:
             import torch
 
             from flora_fx.commands.exporting import export

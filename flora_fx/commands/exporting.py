@@ -10,9 +10,10 @@ from flora_fx.errors import FloraError
 from flora_fx.tasks import Task
 
 from .ending import Outcome, left_of
+from .leaving_out import leave_out
 from .naming import named_adapters
 from .quiet import quiet
-from .stages import staged_work, uncollected
+from .stages import staged_work
 
 __all__ = ["STAGES", "export"]
 
@@ -51,8 +52,9 @@ def export(
     if isinstance(adapter, dict):
         options = {**options, "adapters": list(adapter)}
     outcome.left = left_of(output)
+    leave_out(model, adapter.values() if isinstance(adapter, dict) else [adapter] if adapter else [])
     quiet()
-    with uncollected(), staged_work(STAGES) as stages:
+    with staged_work(STAGES) as stages:
         stages.begin("load")
         from flora_fx.checkpoint import load_model
         from flora_fx.export import export_onnx

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from flora_fx.errors import CaptureError, FloraError, require
 from flora_fx.tasks import Task
 
+from .leaving_out import leave_out
 from .quiet import quiet
 from .stages import staged_work
 
@@ -30,6 +31,7 @@ def inspect(model: str, adapter: str, task: Task = "auto", inputs: Path | None =
     Raises:
         FloraError: the checkpoint or the inputs cannot be read, or the model cannot be captured.
     """
+    leave_out(model, [adapter])
     quiet()
     with staged_work(3) as stages:
         stages.begin("load")

@@ -72,9 +72,10 @@ def test_the_help_says_what_the_exit_codes_mean() -> None:
 
 def test_a_shell_can_complete_without_torch() -> None:
     program = (
-        "import sys; sys.argv = ['flora-fx']\n"
+        "import atexit, sys; sys.argv = ['flora-fx']\n"
+        "atexit.register(lambda: print('torch' in sys.modules))\n"
         "from flora_fx.cli import main\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules)"
+        "main()"
     )
     environment = {"_FLORA_FX_COMPLETE": "complete_bash", "COMP_WORDS": "flora-fx ex", "COMP_CWORD": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
