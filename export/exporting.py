@@ -40,8 +40,8 @@ from .targets import Target, TargetName, trace
 from .trace.model import DTYPES, kind_of, private_copy, unwrap
 from .trace.quantized_base import Activations, Base, check_options, settle_base
 from .translate.lora_operators import use_lora_operators
-from .translate.products import arrange_products
 from .translate.lowering import lower
+from .translate.products import arrange_products
 from .translate.slots import make_slots
 from .translate.swappable import make_swappable
 

@@ -16,7 +16,6 @@ from flora_fx.errors import require
 
 from ..directory.operators import DOMAIN
 from .lora_sums import attribute, sizes
-from .nodes import as_it_was
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -65,6 +64,8 @@ def _rewrite(model: onnx_ir.Model, node: onnx_ir.Node) -> bool:
 def _weight(model: onnx_ir.Model, turned: onnx_ir.Value) -> onnx_ir.Value | None:
     """The constant W [out, in] that a value is the transposed of, if there is one that can be read as it is."""
     from onnx_ir import DataType
+
+    from .nodes import as_it_was
 
     if turned.dtype not in (DataType.FLOAT16, DataType.BFLOAT16) or len(sizes(turned)) != 2 or turned.is_graph_input():
         return None

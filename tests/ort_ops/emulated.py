@@ -115,8 +115,10 @@ def emulated(call: Drawn, code: ctypes.CDLL) -> list[Tensor]:
 
 
 def planned(call: Drawn, code: ctypes.CDLL) -> tuple[int, ...]:
-    """Which kernel: whether columns are read 16 bytes at once, and z; rows of a thread; chunks that a norm keeps; and in
-    how many products, if it is the one for many rows."""
+    """Which kernel: whether columns are read 16 bytes at once, and z; rows of a thread; chunks that a norm keeps.
+
+    And in how many products the one for many rows computes it; 0 if it is not that one.
+    """
     prepared, _outputs, _held = _prepared(call)
     numbers = [ctypes.c_int32() for _ in range(5)]
     code.flora_ort_plan(ctypes.byref(prepared), *map(ctypes.byref, numbers))

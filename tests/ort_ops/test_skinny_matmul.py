@@ -53,7 +53,9 @@ def emulated(product: Product, code: ctypes.CDLL, processors: int) -> list[Tenso
     assert x is not None
     assert w is not None
     outputs = [aligned(torch.full(value.shape, torch.nan, dtype=x.dtype)) for value in product.expected()]
-    places = [None if value is None else value.data_ptr() for value in (x, w, a, *outputs, *[None] * (2 - len(outputs)))]
+    places = [
+        None if value is None else value.data_ptr() for value in (x, w, a, *outputs, *[None] * (2 - len(outputs)))
+    ]
     rows = x[..., 0].numel()
     call = _Call([*ELEMENTS].index(x.dtype), *places, rows, x.shape[-1], len(w), 0 if a is None else len(a))
     code.flora_ort_emulate_skinny(ctypes.byref(call), processors)
