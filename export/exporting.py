@@ -41,6 +41,7 @@ from .trace.model import DTYPES, kind_of, private_copy, unwrap
 from .trace.quantized_base import Activations, Base, check_options, settle_base
 from .translate.lora_operators import use_lora_operators
 from .translate.lowering import lower
+from .translate.products import arrange_products
 from .translate.slots import make_slots
 from .translate.swappable import make_swappable
 
@@ -211,6 +212,8 @@ def export_onnx(
                 swappable = make_slots(graphs[MODEL], fusion, plan)
             else:
                 swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
+            if operators:
+                arrange_products(graphs[MODEL], provider)
         with stage("write"):
             save_graphs(graphs, place)
             sealing.begin(place / DATA)

@@ -29,6 +29,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     _INSTRUCTIONS |= {"avx2": _AVX2, "avx512": (*_AVX2, "-mavx512f", "-mavx512vl")}
 _CUDA_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Xptxas", "-v", "-cudart", "static")
 _ARCHITECTURES = ("80", "90")
+_KERNELS = ("skinny", "many", "device")
 
 
 class NoCompilerError(RuntimeError):
@@ -84,7 +85,7 @@ def _compile(compiler: str, nvcc: str | None, place: Path, target: Path) -> str:
     with_cuda = ("-DFLORA_CUDA",) if nvcc else ()
     commands = [
         [compiler, *_FLAGS, *with_cuda, "-c", str(_SOURCES / f"{name}.cpp"), "-o", str(place / f"{name}.o")]
-        for name in ("host", "operators", "library")
+        for name in ("host", "operators", "many_host", "skinny_host", "skinny_operator", "library")
     ]
     commands += [
         [
@@ -96,8 +97,9 @@ def _compile(compiler: str, nvcc: str | None, place: Path, target: Path) -> str:
     if nvcc:
         codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in _ARCHITECTURES]
         codes.append(f"-gencode=arch=compute_{_ARCHITECTURES[-1]},code=compute_{_ARCHITECTURES[-1]}")
-        source, made = str(_SOURCES / "device.cu"), str(place / "device.o")
-        commands.insert(0, [nvcc, "-ccbin", compiler, *_CUDA_FLAGS, *codes, "-c", source, "-o", made])
+        for name in _KERNELS:
+            source, made = str(_SOURCES / f"{name}.cu"), str(place / f"{name}.o")
+            commands.insert(0, [nvcc, "-ccbin", compiler, *_CUDA_FLAGS, *codes, "-c", source, "-o", made])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         said = list(pool.map(_run, commands))
     objects = sorted(map(str, place.glob("*.o")))
@@ -110,7 +112,7 @@ def _compile(compiler: str, nvcc: str | None, place: Path, target: Path) -> str:
                 *("-Xlinker", link, *objects, "-o", str(target)),
             ]
         )
-        return said[0]
+        return "".join(said[: len(_KERNELS)])
     _run([compiler, *_LINK, *objects, "-o", str(target)])
     return ""
 

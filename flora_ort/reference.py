@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["lora_add", "lora_skip_rms_norm", "lora_swiglu"]
+__all__ = ["lora_add", "lora_skip_rms_norm", "lora_swiglu", "skinny_matmul"]
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -134,3 +134,17 @@ def lora_skip_rms_norm(
         total = total + skip
     heads = total.reshape(*total.shape[:-1], width // group, group)
     return (heads * torch.rsqrt(heads.square().mean(-1, keepdim=True) + epsilon) * gamma).flatten(-2), total
+
+
+def skinny_matmul(x: Tensor, w: Tensor, a: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Products with weights as a model has them.
+
+    Args:
+        x: [..., k].
+        w: W [n, k].
+        a: A [r, k].
+
+    Returns:
+        ``x W^T`` [..., n], and ``x A^T`` [..., r] if there is A.
+    """
+    return x @ w.T, None if a is None else x @ a.T

@@ -21,7 +21,6 @@ from flora_fx.errors import require
 from flora_fx.reporting.fusion_report import FusionReport
 
 from ..directory.operators import DOMAIN
-from .aligned_packs import align_packs
 from .lora_sums import SKIP_NORM, Sum, Sums, attribute, bias_place, is_read, readers_of_pack, sizes
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ def use_lora_operators(model: onnx_ir.Model, fusion: FusionReport) -> Counter[st
         model.opset_imports[DOMAIN] = _VERSION
         RemoveUnusedNodesPass()(model)
         _absorb_biases(model)
-        align_packs(model)
         RemoveUnusedNodesPass()(model)
     return Counter(node.op_type for node in model.graph if node.domain == DOMAIN)
 

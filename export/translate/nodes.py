@@ -13,9 +13,11 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
 from torch import Tensor
 
-__all__ = ["Nodes", "Weight"]
+__all__ = ["Nodes", "Weight", "as_it_was"]
 
 _Attribute = int | float | str | Sequence[int]
+_TURNED = "flora_fx.turned"
+"""Of an initializer that is a weight transposed, the weight."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Nodes:
                 return whole.t().contiguous()
 
             self._weights[name] = self._initializer(name, _lazy(name, make, weight.like.t()))
+            self._weights[name].meta[_TURNED] = weight
         return self._weights[name]
 
     def _initializer(self, name: str, tensor: Any) -> ir.Value:
@@ -116,6 +119,22 @@ class Nodes:
     def shape(self, like: Tensor) -> ir.Shape:
         """A value's shape, sizes by their names."""
         return ir.Shape([size if isinstance(size, int) else self.axes.get(str(size), str(size)) for size in like.shape])
+
+
+def as_it_was(graph: ir.Graph, turned: ir.Value) -> ir.Value | None:
+    """The weight that `Nodes.turned` transposed, as an initializer; None of any other value."""
+    weight = turned.meta.get(_TURNED)
+    if not isinstance(weight, Weight):
+        return None
+    if (known := graph.initializers.get(weight.name)) is not None:
+        return known
+    tensor: Any = TorchTensor(weight.like.detach(), name=weight.name)
+    if weight.make is not None:
+        tensor = _lazy(weight.name, weight.make, weight.like)
+    shape = ir.Shape(tuple(map(int, tensor.shape)))
+    value = ir.Value(name=weight.name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
 
 
 def _lazy(name: str, make: Callable[[], Tensor], like: Tensor) -> ir.LazyTensor:

@@ -84,15 +84,28 @@ struct Word<16> {
   using type = uint4;
 };
 
+// Neighbouring numbers as they were read.
 template <typename T, int N>
-FLORA_FN void load(const T* from, float (&to)[N]) {
+struct Raw {
   using W = typename Word<sizeof(T) * N>::type;
-  const W word = __ldg(reinterpret_cast<const W*>(from));
-  T items[N];
-  memcpy(items, &word, sizeof word);
-  FLORA_UNROLL
-  for (int i = 0; i < N; ++i) to[i] = widen(items[i]);
-}
+  W word;
+
+  FLORA_FN void read(const T* from) { word = __ldg(reinterpret_cast<const W*>(from)); }
+  FLORA_FN void read_fresh(const T* from) { word = __ldcg(reinterpret_cast<const W*>(from)); }
+  // They are not made wider before this: twice as many registers would hold them.
+  FLORA_FN Raw settled() const {
+    Raw copy = *this;
+    if constexpr (sizeof(W) == 16)
+      asm volatile("" : "+r"(copy.word.x), "+r"(copy.word.y), "+r"(copy.word.z), "+r"(copy.word.w));
+    return copy;
+  }
+  FLORA_FN void widen_to(float (&to)[N]) const {
+    T items[N];
+    memcpy(items, &word, sizeof word);
+    FLORA_UNROLL
+    for (int i = 0; i < N; ++i) to[i] = widen(items[i]);
+  }
+};
 template <typename T, int N>
 FLORA_FN void store(const float (&from)[N], T* to) {
   using W = typename Word<sizeof(T) * N>::type;
@@ -105,14 +118,38 @@ FLORA_FN void store(const float (&from)[N], T* to) {
 }
 #else
 template <typename T, int N>
-FLORA_FN void load(const T* from, float (&to)[N]) {
-  for (int i = 0; i < N; ++i) to[i] = widen(from[i]);
-}
+struct Raw {
+  T items[N];
+
+  FLORA_FN void read(const T* from) { std::memcpy(items, from, sizeof items); }
+  FLORA_FN void read_fresh(const T* from) { read(from); }
+  FLORA_FN Raw settled() const { return *this; }
+  FLORA_FN void widen_to(float (&to)[N]) const {
+    for (int i = 0; i < N; ++i) to[i] = widen(items[i]);
+  }
+};
 template <typename T, int N>
 FLORA_FN void store(const float (&from)[N], T* to) {
   for (int i = 0; i < N; ++i) narrow(from[i], to + i);
 }
 #endif
+
+// Weights.
+template <typename T, int N>
+FLORA_FN void load(const T* from, float (&to)[N]) {
+  Raw<T, N> raw;
+  raw.read(from);
+  raw.widen_to(to);
+}
+
+// What a kernel before this one has written: not from a processor's own cache, which may have kept what was there
+// before. This kernel may have begun when that was still read, see early.h.
+template <typename T, int N>
+FLORA_FN void load_fresh(const T* from, float (&to)[N]) {
+  Raw<T, N> raw;
+  raw.read_fresh(from);
+  raw.widen_to(to);
+}
 
 FLORA_FN float activate(float x, Activation kind) {
   if (kind == Activation::kSilu) return x / (1.0f + expf(-x));
@@ -173,7 +210,7 @@ FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)
   for (int32_t k = reach.first; k < reach.last; k += KV) {
     float low[TM][KV];
     FLORA_UNROLL
-    for (int t = 0; t < TM; ++t) load<T, KV>(z[t] + k, low[t]);
+    for (int t = 0; t < TM; ++t) load_fresh<T, KV>(z[t] + k, low[t]);
     if (call.z_bias != nullptr) {
       float bias[KV];
       load<T, KV>(static_cast<const T*>(call.z_bias) + k, bias);
@@ -218,16 +255,66 @@ FLORA_FN void multiply_apart(const Call& call, const Reach& whole, int64_t row, 
   }
 }
 
+constexpr int32_t kRowsAhead = 16;  // of B
+
+// B's rows in some columns, read before anything else where HOLDS: weights need not be waited for.
+template <typename T, int VEC, int KV, bool HOLDS>
+struct Ahead {
+  Reach reach;
+  bool held = false;
+  Raw<T, VEC> row[HOLDS ? kRowsAhead : 1];
+
+  FLORA_FN void read(const Call& call, int32_t column) {
+    reach = reach_of(call, column);
+    if constexpr (HOLDS) {
+      held = call.ids == nullptr && reach.last - reach.first <= kRowsAhead;
+      if (!held) return;
+      const T* b = static_cast<const T*>(call.b) + reach.from;
+      FLORA_UNROLL
+      for (int32_t k = 0; k < kRowsAhead; ++k)
+        if (reach.first + k < reach.last) row[k].read(b + static_cast<int64_t>(reach.first + k) * call.columns);
+    }
+  }
+
+  FLORA_FN void multiply(const Call& call, const T* z, float (&sum)[VEC]) const {
+    static_assert(!HOLDS || kRowsAhead % KV == 0, "of z as many are read at once");
+    FLORA_UNROLL
+    for (int32_t k = 0; k < kRowsAhead; k += KV) {
+      if (reach.first + k >= reach.last) continue;
+      float low[KV];
+      load_fresh<T, KV>(z + reach.first + k, low);
+      if (call.z_bias != nullptr) {
+        float bias[KV];
+        load<T, KV>(static_cast<const T*>(call.z_bias) + reach.first + k, bias);
+        FLORA_UNROLL
+        for (int i = 0; i < KV; ++i) low[i] += bias[i];
+      }
+      FLORA_UNROLL
+      for (int i = 0; i < KV; ++i) {
+        float up[VEC];
+        row[k + i].settled().widen_to(up);
+        FLORA_UNROLL
+        for (int v = 0; v < VEC; ++v) sum[v] += low[i] * up[v];
+      }
+    }
+  }
+};
+
+// Whether a kernel holds B: where it has one row at a time, and reads z as widely as B.
+template <int KV, int TM>
+constexpr bool kHolds = TM == 1 && KV > 1;
+
 // p + z B in the columns column..column + VEC of the rows row..row + TM; a row that is not there repeats the last one.
 // APART: they may differ in their adapter.
-template <typename T, int VEC, int KV, int TM, bool APART>
-FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&sum)[TM][VEC]) {
+template <typename T, int VEC, int KV, int TM, bool APART, bool HOLDS>
+FLORA_FN void accumulate(const Call& call, const Ahead<T, VEC, KV, HOLDS>& ahead, int64_t row, int32_t column,
+                         float (&sum)[TM][VEC]) {
   const T* p = static_cast<const T*>(call.p);
   const T* z[TM];
   FLORA_UNROLL
   for (int t = 0; t < TM; ++t) {
     const int64_t at = row + t < call.rows ? row + t : call.rows - 1;
-    load<T, VEC>(p + at * call.stride + column, sum[t]);
+    load_fresh<T, VEC>(p + at * call.stride + column, sum[t]);
     z[t] = static_cast<const T*>(call.z) + at * call.z_stride;
   }
   if (call.bias != nullptr) {
@@ -239,7 +326,11 @@ FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&
       for (int v = 0; v < VEC; ++v) sum[t][v] += bias[v];
     }
   }
-  Reach reach = reach_of(call, column);
+  if constexpr (HOLDS) {
+    static_assert(TM == 1, "one row at a time");
+    if (ahead.held) return ahead.multiply(call, z[0], sum[0]);
+  }
+  Reach reach = ahead.reach;
   if constexpr (APART) {
     multiply_apart<T, VEC, KV, TM>(call, reach, row, z, sum);
   } else {
@@ -249,49 +340,78 @@ FLORA_FN void accumulate(const Call& call, int64_t row, int32_t column, float (&
 }
 
 template <typename T, int VEC, int KV, int TM, bool APART>
-FLORA_FN void add_thread(const Call& call, int64_t tile, int32_t chunk) {
-  const int32_t column = chunk * VEC;
-  if (column >= call.width) return;
-  float sum[TM][VEC];
-  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, column_of(call, column), sum);
-  FLORA_UNROLL
-  for (int t = 0; t < TM; ++t) {
-    const int64_t row = tile * TM + t;
-    if (row < call.rows) store<T, VEC>(sum[t], static_cast<T*>(call.out) + row * call.width + column);
+struct AddThread {
+  int32_t column, source;  // of the output, and of p
+  Ahead<T, VEC, KV, kHolds<KV, TM>> ahead;
+
+  FLORA_FN void begin(const Call& call, int32_t chunk) {
+    column = chunk * VEC;
+    if (column >= call.width) return;
+    source = column_of(call, column);
+    ahead.read(call, source);
   }
-}
+
+  FLORA_FN void run(const Call& call, int64_t tile) const {
+    if (column >= call.width) return;
+    float sum[TM][VEC];
+    accumulate<T, VEC, KV, TM, APART>(call, ahead, tile * TM, source, sum);
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      const int64_t row = tile * TM + t;
+      if (row < call.rows) store<T, VEC>(sum[t], static_cast<T*>(call.out) + row * call.width + column);
+    }
+  }
+};
 
 template <typename T, int VEC, int KV, int TM, bool APART>
-FLORA_FN void swiglu_thread(const Call& call, int64_t tile, int32_t chunk) {
-  const int32_t column = chunk * VEC;
-  if (column >= call.width) return;
-  float gate[TM][VEC], up[TM][VEC];
-  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.part[0].start + column, gate);
-  accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.up + column, up);
-  FLORA_UNROLL
-  for (int t = 0; t < TM; ++t) {
-    const int64_t row = tile * TM + t;
-    FLORA_UNROLL
-    for (int v = 0; v < VEC; ++v) up[t][v] *= activate(gate[t][v], call.activation);
-    if (row < call.rows) store<T, VEC>(up[t], static_cast<T*>(call.out) + row * call.width + column);
+struct SwiGLUThread {
+  int32_t column;
+  Ahead<T, VEC, KV, kHolds<KV, TM>> of_gate, of_up;
+
+  FLORA_FN void begin(const Call& call, int32_t chunk) {
+    column = chunk * VEC;
+    if (column >= call.width) return;
+    of_gate.read(call, call.part[0].start + column);
+    of_up.read(call, call.up + column);
   }
-}
+
+  FLORA_FN void run(const Call& call, int64_t tile) const {
+    if (column >= call.width) return;
+    float gate[TM][VEC], up[TM][VEC];
+    accumulate<T, VEC, KV, TM, APART>(call, of_gate, tile * TM, call.part[0].start + column, gate);
+    accumulate<T, VEC, KV, TM, APART>(call, of_up, tile * TM, call.up + column, up);
+    FLORA_UNROLL
+    for (int t = 0; t < TM; ++t) {
+      const int64_t row = tile * TM + t;
+      FLORA_UNROLL
+      for (int v = 0; v < VEC; ++v) up[t][v] *= activate(gate[t][v], call.activation);
+      if (row < call.rows) store<T, VEC>(up[t], static_cast<T*>(call.out) + row * call.width + column);
+    }
+  }
+};
 
 // A thread of a norm: it gathers its columns and their squares, waits for the sum of all threads, and finishes.
 // CH is how many chunks of columns it keeps meanwhile; 0: any number, computed anew at the end.
 template <typename T, int VEC, int KV, int TM, bool APART, int CH>
 struct NormThread {
+  static constexpr bool kOne = CH == 1;  // it knows its columns before
+  Ahead<T, VEC, KV, kOne && kHolds<KV, TM>> ahead;
   float kept[CH > 0 ? CH : 1][TM][VEC];
   float squares[TM];
 
-  FLORA_FN void chunk(const Call& call, int64_t tile, int32_t base, int32_t column, float (&sum)[TM][VEC]) const {
-    accumulate<T, VEC, KV, TM, APART>(call, tile * TM, call.part[0].start + base + column, sum);
+  FLORA_FN void begin(const Call& call, int32_t base, int32_t thread) {
+    if (kOne && thread * VEC < call.group) ahead.read(call, call.part[0].start + base + thread * VEC);
+  }
+
+  FLORA_FN void chunk(const Call& call, int64_t tile, int32_t base, int32_t column, float (&sum)[TM][VEC]) {
+    if (!kOne) ahead.read(call, call.part[0].start + base + column);
+    accumulate<T, VEC, KV, TM, APART>(call, ahead, tile * TM, call.part[0].start + base + column, sum);
     if (call.skip == nullptr) return;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t) {
       const int64_t row = tile * TM + t < call.rows ? tile * TM + t : call.rows - 1;
       float skip[VEC];
-      load<T, VEC>(static_cast<const T*>(call.skip) + row * call.width + base + column, skip);
+      load_fresh<T, VEC>(static_cast<const T*>(call.skip) + row * call.width + base + column, skip);
       FLORA_UNROLL
       for (int v = 0; v < VEC; ++v) sum[t][v] += skip[v];
     }

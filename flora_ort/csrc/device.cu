@@ -1,16 +1,14 @@
 // One launch a call, on the caller's stream, which may be captured into a CUDA graph.
 //
 // From compute capability 9 on a kernel may be launched while the one before it ends (programmatic dependent launch):
-// until that has ended it reads nothing, but has B brought into the L2 cache, from which the weights of a layer have
-// driven it since the last token. Where rows have adapters of their own, whose B that is, is read once more afterwards:
+// until that has ended it reads nothing but B, which the weights of a layer have driven from the caches since the last
+// token: into registers where that is possible, else into the L2 cache. Where rows have adapters of their own, whose B that is, is read once more afterwards:
 // those who write the ids may not have ended.
-#include <cuda_runtime.h>
-
-#include <cstdlib>
-#include <cstring>
-
 #include "arithmetic.h"
 #include "device.h"
+#include "early.h"
+#include "many.h"
+#include "many_device.h"
 #include "plan.h"
 
 namespace flora {
@@ -30,34 +28,28 @@ __device__ void prefetch(const Call& call, int64_t row, int32_t column) {
 #endif
 }
 
-// Until what was launched before has ended, and its results can be read; what comes after may be launched.
-__device__ void wait_for_inputs() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
 template <typename T, int VEC, int KV, int TM, bool APART>
 __global__ void __launch_bounds__(128, 1) add_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
-  if (TM == 1 && chunk * VEC < call.width) prefetch<T>(call, blockIdx.y, portable::column_of(call, chunk * VEC));
+  portable::AddThread<T, VEC, KV, TM, APART> thread;
+  thread.begin(call, chunk);
+  if (TM == 1 && chunk * VEC < call.width && !thread.ahead.held) prefetch<T>(call, blockIdx.y, thread.source);
   wait_for_inputs();
-  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
-    portable::add_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
+  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) thread.run(call, tile);
 }
 
 template <typename T, int VEC, int KV, int TM, bool APART>
 __global__ void __launch_bounds__(128, 1)
     swiglu_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
-  if (TM == 1 && chunk * VEC < call.width) {
+  portable::SwiGLUThread<T, VEC, KV, TM, APART> thread;
+  thread.begin(call, chunk);
+  if (TM == 1 && chunk * VEC < call.width && !(thread.of_gate.held && thread.of_up.held)) {
     prefetch<T>(call, blockIdx.y, call.part[0].start + chunk * VEC);
     prefetch<T>(call, blockIdx.y, call.up + chunk * VEC);
   }
   wait_for_inputs();
-  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y)
-    portable::swiglu_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
+  for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) thread.run(call, tile);
 }
 
 template <int TM>
@@ -86,13 +78,14 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     norm_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   __shared__ float shared[TM][32];
   const int32_t base = blockIdx.x * call.group;
-  if (TM == 1) {
+  portable::NormThread<T, VEC, KV, TM, APART, CH> thread;
+  thread.begin(call, base, threadIdx.x);
+  if (TM == 1 && !thread.ahead.held) {
     for (int32_t column = threadIdx.x * VEC; column < call.group; column += blockDim.x * VEC)
       prefetch<T>(call, blockIdx.y, call.part[0].start + base + column);
   }
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) {
-    portable::NormThread<T, VEC, KV, TM, APART, CH> thread;
     thread.gather(call, tile, base, threadIdx.x, blockDim.x);
     float total[TM];
     sum_over_block<TM>(thread.squares, total, shared);
@@ -107,7 +100,8 @@ Kernel kernel_of_rows(const Call& call, const Plan& plan) {
   if (call.op == Operator::kAdd) return add_kernel<T, VEC, KV, TM, APART>;
   if (call.op == Operator::kSwiGLU) return swiglu_kernel<T, VEC, KV, TM, APART>;
   if constexpr (TM > 1) return norm_kernel<T, VEC, KV, TM, APART, 1>;
-  return plan.keep > 0 ? norm_kernel<T, VEC, KV, 1, false, kKeep> : norm_kernel<T, VEC, KV, 1, false, 0>;
+  if (plan.keep == 1) return norm_kernel<T, VEC, KV, 1, false, 1>;
+  return plan.keep > 1 ? norm_kernel<T, VEC, KV, 1, false, kKeep> : norm_kernel<T, VEC, KV, 1, false, 0>;
 }
 
 template <typename T, int VEC, int KV>
@@ -125,36 +119,16 @@ Kernel find_kernel(const Call& call, const Plan& plan) {
   return kernel_of<T, 1, 1>(call, plan);
 }
 
-// Whether this device can, and FLORA_ORT_EARLY is not 0.
-bool launches_early() {
-  static const bool found = [] {
-    const char* told = std::getenv("FLORA_ORT_EARLY");
-    int device = 0, major = 0;
-    return (told == nullptr || std::strcmp(told, "0") != 0) && cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess && major >= 9;
-  }();
-  return found;
-}
-
 }  // namespace
 
 const char* run_on_device(const Call& call, void* stream) {
   const Plan plan = plan_for_device(call);
+  if (is_many(call, plan)) return run_many_on_device(call, stream);
   const Kernel kernel = call.element == Element::kFloat  ? find_kernel<float>(call, plan)
                         : call.element == Element::kHalf ? find_kernel<Half>(call, plan)
                                                          : find_kernel<BFloat>(call, plan);
   const dim3 grid(plan.across, static_cast<unsigned>(plan.down < 65535 ? plan.down : 65535));
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(plan.threads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = launches_early() ? 1 : 0;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, call, plan);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(kernel, grid, dim3(plan.threads), stream, call, plan);
 }
 
 }  // namespace flora

@@ -17,11 +17,19 @@ inline void norm_block(const Call& call, const Plan& plan, int64_t tile, int32_t
   if (threads == nullptr) std::abort();
   float total[TM] = {};
   for (int32_t i = 0; i < plan.threads; ++i) {
+    threads[i].begin(call, base, i);
     threads[i].gather(call, tile, base, i, plan.threads);
     for (int t = 0; t < TM; ++t) total[t] += threads[i].squares[t];
   }
   for (int32_t i = 0; i < plan.threads; ++i) threads[i].finish(call, tile, base, i, plan.threads, total);
   std::free(threads);
+}
+
+template <typename Thread>
+inline void run_thread(const Call& call, int64_t tile, int32_t chunk) {
+  Thread thread;
+  thread.begin(call, chunk);
+  thread.run(call, tile);
 }
 
 template <typename T, int VEC, int KV, int TM, bool APART, int CH>
@@ -32,9 +40,9 @@ inline void run_block(const Call& call, const Plan& plan, int64_t index) {
   for (int32_t i = 0; i < plan.threads; ++i) {
     const int32_t chunk = across * plan.threads + i;
     if (call.op == Operator::kAdd)
-      add_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
+      run_thread<AddThread<T, VEC, KV, TM, APART>>(call, tile, chunk);
     else
-      swiglu_thread<T, VEC, KV, TM, APART>(call, tile, chunk);
+      run_thread<SwiGLUThread<T, VEC, KV, TM, APART>>(call, tile, chunk);
   }
 }
 
@@ -45,7 +53,8 @@ template <typename T, int VEC, int KV>
 RunBlock device_block_of(const Plan& plan) {
   if (plan.apart) return run_block<T, VEC, KV, kTile, true, 1>;
   if (plan.tile > 1) return run_block<T, VEC, KV, kTile, false, 1>;
-  return plan.keep > 0 ? run_block<T, VEC, KV, 1, false, kKeep> : run_block<T, VEC, KV, 1, false, 0>;
+  if (plan.keep == 1) return run_block<T, VEC, KV, 1, false, 1>;
+  return plan.keep > 1 ? run_block<T, VEC, KV, 1, false, kKeep> : run_block<T, VEC, KV, 1, false, 0>;
 }
 
 template <typename T>

@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "asked.h"
 #include "call.h"
 #include "host.h"
 #include "plan.h"
@@ -52,13 +53,6 @@ struct Kernel {
   Call call;        // what attributes say
   int32_t z_start;  // of p's columns, where z is there
 };
-
-ort::Status* refuse(ort::Api* api, const std::string& why) {
-  return ort::CreateStatus::of(api)(ort::kInvalidArgument, why.c_str());
-}
-
-#define FLORA_TRY(status) \
-  if (ort::Status* failed = (status)) return failed
 
 ort::Status* read_int(ort::Api* api, const ort::KernelInfo* info, const char* name, int32_t* to) {
   int64_t value = 0;
@@ -180,47 +174,6 @@ ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInf
   return nullptr;
 }
 
-struct Input {
-  const void* data = nullptr;  // null: it is not there
-  std::vector<int64_t> shape;
-
-  int64_t last() const { return shape.empty() ? 1 : shape.back(); }
-  int64_t rows() const {
-    int64_t rows = 1;
-    for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
-    return rows;
-  }
-  bool given() const { return !shape.empty(); }
-};
-
-ort::Status* read_input(ort::Api* api, const ort::KernelContext* context, size_t index, Input* input) {
-  const ort::Value* value = nullptr;
-  FLORA_TRY(ort::GetInput::of(api)(context, index, &value));
-  if (value == nullptr) return nullptr;
-  ort::Shape* shape = nullptr;
-  FLORA_TRY(ort::GetShape::of(api)(value, &shape));
-  size_t count = 0;
-  ort::Status* status = ort::GetDimensionsCount::of(api)(shape, &count);
-  if (status == nullptr) {
-    input->shape.resize(count);
-    status = ort::GetDimensions::of(api)(shape, input->shape.data(), count);
-  }
-  ort::ReleaseShape::of(api)(shape);
-  FLORA_TRY(status);
-  void* data = nullptr;
-  FLORA_TRY(ort::GetTensorData::of(api)(value, &data));
-  input->data = data;
-  return nullptr;
-}
-
-ort::Status* make_output(ort::Api* api, ort::KernelContext* context, size_t index, const std::vector<int64_t>& shape,
-                         void** data) {
-  ort::Value* value = nullptr;
-  FLORA_TRY(ort::GetOutput::of(api)(context, index, shape.data(), shape.size(), &value));
-  if (value == nullptr) return nullptr;  // nobody reads it
-  return ort::GetTensorData::of(api)(value, data);
-}
-
 const void* at(const void* data, int64_t index, Element element) {
   return data == nullptr ? nullptr : static_cast<const char*>(data) + index * size_of(element);
 }
@@ -334,10 +287,6 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
 }
 
 const Entry* entry_of(const ort::CustomOp* op) { return static_cast<const Entry*>(op); }
-
-ort::ElementType type_of(Element element) {
-  return element == Element::kFloat ? ort::kFloat : element == Element::kHalf ? ort::kHalf : ort::kBFloat;
-}
 
 Entry make_entry(Operator op, Element element, bool on_device) {
   Entry entry{};

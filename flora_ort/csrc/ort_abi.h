@@ -17,6 +17,8 @@ struct KernelInfo;
 struct KernelContext;
 struct Value;
 struct Shape;
+struct Op;
+struct OpAttribute;
 using Api = void (*const)();  // a table of functions
 
 struct ApiBase {
@@ -26,6 +28,7 @@ struct ApiBase {
 
 enum ElementType : int { kFloat = 1, kInt64 = 7, kHalf = 10, kBFloat = 16 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
+enum AttributeType : int { kIntAttribute = 1 };
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 
 // A function of the table, at its place.
@@ -51,6 +54,12 @@ using ReleaseStatus = At<93, void(Status*)>;
 using ReleaseShape = At<99, void(Shape*)>;
 using GetInts = At<163, Status*(const KernelInfo*, const char*, int64_t*, size_t*)>;
 using GetStream = At<193, Status*(const KernelContext*, void**)>;
+using CreateAttribute = At<211, Status*(const char*, const void*, int, AttributeType, OpAttribute**)>;
+using ReleaseAttribute = At<212, void(OpAttribute*)>;
+using CreateOp = At<213, Status*(const KernelInfo*, const char*, const char*, int, const char**, const ElementType*, int,
+                                 const OpAttribute* const*, int, int, int, Op**)>;
+using InvokeOp = At<214, Status*(const KernelContext*, const Op*, const Value* const*, int, Value* const*, int)>;
+using ReleaseOp = At<215, void(Op*)>;
 using ParallelFor = At<274, Status*(const KernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>;
 
 // An operator, as ONNX Runtime asks for it; what stays null it does without.

@@ -67,7 +67,7 @@ inline Plan plan_for_device(const Call& call) {
     plan.threads = 32 * warps < kMostThreads ? 32 * warps : kMostThreads;
     const int32_t each = ceil_div(chunks, plan.threads);
     plan.tile = worth_tiles(call, 8 * kTile) && each == 1 ? kTile : 1;
-    plan.keep = plan.tile > 1 ? 1 : each <= kKeep ? kKeep : 0;
+    plan.keep = each == 1 ? 1 : each <= kKeep ? kKeep : 0;
     plan.across = call.width / call.group;
   } else {
     plan.tile = worth_tiles(call, 8 * kTile) ? kTile : 1;

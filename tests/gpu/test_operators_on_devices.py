@@ -13,6 +13,7 @@ from torch import Tensor
 from flora_fx.export.run.session import Session
 from tests.gpu.places import DEVICES, PROVIDERS
 from tests.ort_ops.draws import ELEMENTS, OPERATORS, Drawn, draw, error, model
+from tests.ort_ops.products import draw_product, product_model
 
 CALLS = 30
 pytestmark = pytest.mark.usefixtures("library")
@@ -130,3 +131,21 @@ def test_replays_of_a_cuda_graph(device: str, name: str, several: bool, tmp_path
                 buffer.download()
                 found.append(buffer.nearest(size, first.dtype).cpu().clone())
         assert_right(found, call, round_)
+
+
+@pytest.mark.parametrize("dtype", ELEMENTS, ids=str)
+@pytest.mark.parametrize("device", DEVICES)
+def test_products(device: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Few rows, and many: those ONNX Runtime multiplies."""
+    if device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("ONNX Runtime has no bfloat16 on the CPU")
+    for seed in range(CALLS if device == "cuda" else 3):
+        product = draw_product(dtype, seed)
+        place = tmp_path / "one.onnx"
+        place.write_bytes(product_model(product))
+        session = Session(place, providers=[PROVIDERS[device]])
+        assert session.device == device
+        found = [*session.run(product.given()).values()]
+        for value, expected in zip(found, product.expected(), strict=True):
+            assert value.shape == expected.shape
+            assert error(value.cpu(), expected) < (1 if product.x[..., 0].numel() <= 8 else 2), seed

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flora_fx
+from flora_fx.backend import flora
 from flora_fx.quantized.formats.live import with_quantized_linears
 from tests.gpu.places import DEVICES
 from tests.quantized.test_fusing import Adapted, K, of_kind
@@ -37,7 +38,7 @@ def test_gradients_reach_the_adapters(device: str) -> None:
     names = [name for name, _ in model.named_parameters() if name[1:] in ("_a", "_b")]
     trained = [model.get_parameter(name).requires_grad_(True) for name in names]
     wanted = torch.autograd.grad(model(x).square().sum(), trained)
-    compiled: Any = torch.compile(model, backend="flora", fullgraph=True)
+    compiled: Any = torch.compile(model, backend=flora, fullgraph=True)
     found = torch.autograd.grad(compiled(x).square().sum(), trained)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 

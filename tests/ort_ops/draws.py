@@ -67,11 +67,20 @@ class Drawn:
         return list(found) if isinstance(found, tuple) else [found]
 
 
-def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | None = None) -> Drawn:
+def draw(
+    name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | None = None, aligned: bool = False
+) -> Drawn:
     """A call with any mix of ranks, of any shape: sizes that are read in 16 bytes at once, and sizes that are not.
 
     Parts of p stand in any order, those without an adapter among them, and B's columns in another one. In every second
     call rows choose among several adapters.
+
+    Args:
+        name: of the operator.
+        dtype: of all inputs and outputs.
+        seed: of the draw.
+        rows: the leading sizes; None for any.
+        aligned: only sizes that the kernel for many rows takes.
     """
     dice = random.Random(f"{name} {dtype} {seed}")
     numbers = torch.Generator().manual_seed(seed)
@@ -79,8 +88,8 @@ def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | No
     def tensor(*sizes: int) -> Tensor:
         return torch.randn(sizes, generator=numbers).to(dtype)
 
-    step = dice.choice((1, 8, 8, 8))  # of columns
-    low = dice.choice((1, 8, 8))  # of ranks
+    step = 32 if aligned else dice.choice((1, 8, 8, 8))  # of columns
+    low = dice.choice((8, 16) if aligned else (1, 8, 8))  # of ranks
     head = step * dice.choice((1, 2, 4, 16))
     count = 2 if name == "LoraSwiGLU" else dice.choice((1, 3))
     widths = (
@@ -103,7 +112,7 @@ def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | No
     apart = dice.random() < 0.3
     gap = step * dice.randint(0, 2)
     wide = columns + gap if apart else -(-(columns + gap + rank) // step) * step + step * dice.randint(0, 1)
-    if not apart and dice.random() < 0.3:
+    if not apart and not aligned and dice.random() < 0.3:
         wide += 1  # rows that begin anywhere
     lead = rows or dice.choice(((1, 1), (2, 3), (1, 37), (5, 8), (67,), (7, 6)))
     inputs: dict[str, Tensor | None] = {"p": tensor(*lead, wide), "B": b}
@@ -121,10 +130,10 @@ def draw(name: str, dtype: torch.dtype, seed: int, *, rows: tuple[int, ...] | No
         attributes["group"] = head if dice.random() < 0.4 else widths[part]
         inputs["gamma"] = tensor(attributes["group"])
         inputs["skip"] = tensor(*lead, widths[part]) if dice.random() < 0.7 else None
-    inputs["bias"] = tensor(wide) if dice.random() < 0.4 else None
+    inputs["bias"] = tensor(wide) if dice.random() < 0.4 and (apart or not aligned) else None
     inputs["z"] = tensor(*lead, rank) if apart else None
     inputs["ids"] = None
-    if dice.random() < 0.5:
+    if not aligned and dice.random() < 0.5:
         several = dice.randint(1, 5)
         per_row = len(lead) if dice.random() < 0.3 else 1
         chosen = [dice.randint(-1, several) for _ in range(math.prod(lead[:per_row]))]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.ort_ops.draws import OPERATORS, Drawn
 
-__all__ = ["emulated", "planned"]
+__all__ = ["aligned", "emulated", "planned"]
 
 _ELEMENTS = (torch.float32, torch.float16, torch.bfloat16)
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -45,7 +45,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-def _aligned(value: Tensor | None) -> Tensor | None:
+def aligned(value: Tensor | None) -> Tensor | None:
     """At an address that 16 bytes can be read from, as ONNX Runtime's memory is; with a margin that shows a write."""
     if value is None:
         return None
@@ -63,7 +63,7 @@ def _address(value: Tensor | None, index: int = 0) -> int | None:
 
 def _prepared(call: Drawn) -> tuple[_Call, list[Tensor], list[Any]]:
     """The call, its outputs, and what must live as long."""
-    given = {name: _aligned(value) for name, value in call.inputs.items()}
+    given = {name: aligned(value) for name, value in call.inputs.items()}
     p, b, bias, z, ids = given["p"], given["B"], given["bias"], given["z"], given.get("ids")
     assert p is not None
     assert b is not None
@@ -73,7 +73,7 @@ def _prepared(call: Drawn) -> tuple[_Call, list[Tensor], list[Any]]:
     parts = call.attributes.get("parts", (call.attributes.get("gate", call.attributes.get("start")), width))
     placed = [*zip(parts[::2], parts[1::2], itertools.accumulate(parts[1::2], initial=0), strict=False)]
     count = 2 if call.name == "LoraSkipRMSNorm" else 1
-    outputs = [_aligned(torch.full((*p.shape[:-1], width), torch.nan, dtype=p.dtype)) for _ in range(count)]
+    outputs = [aligned(torch.full((*p.shape[:-1], width), torch.nan, dtype=p.dtype)) for _ in range(count)]
     found = _Call(
         op=OPERATORS.index(call.name),
         element=_ELEMENTS.index(p.dtype),
@@ -115,8 +115,11 @@ def emulated(call: Drawn, code: ctypes.CDLL) -> list[Tensor]:
 
 
 def planned(call: Drawn, code: ctypes.CDLL) -> tuple[int, ...]:
-    """Which kernel: whether columns are read 16 bytes at once, and z; rows of a thread; chunks that a norm keeps."""
+    """Which kernel: whether columns are read 16 bytes at once, and z; rows of a thread; chunks that a norm keeps.
+
+    And in how many products the one for many rows computes it; 0 if it is not that one.
+    """
     prepared, _outputs, _held = _prepared(call)
-    numbers = [ctypes.c_int32() for _ in range(4)]
+    numbers = [ctypes.c_int32() for _ in range(5)]
     code.flora_ort_plan(ctypes.byref(prepared), *map(ctypes.byref, numbers))
     return tuple(number.value for number in numbers)

@@ -1,0 +1,196 @@
+// SkinnyMatMul(x, W, A?) -> y, z?: y = x W^T and z = x A^T, x [..., k], W [n, k], A [r, k].
+//
+// Few rows are a kernel of ours. Many are a GEMM, and that is ONNX Runtime's own: its FusedMatMul, invoked here.
+#include "skinny_operator.h"
+
+#include <climits>
+#include <memory>
+#include <new>
+
+#include "asked.h"
+#include "plan.h"
+#include "skinny.h"
+#include "skinny_host.h"
+#if defined(FLORA_CUDA)
+#include "skinny_device.h"
+#endif
+
+namespace flora {
+namespace {
+
+constexpr char kName[] = "SkinnyMatMul";
+
+struct Entry : ort::CustomOp {
+  Element element;
+  bool on_device;
+};
+
+struct Kernel {
+  ort::Api* api;
+  const Entry* entry;
+  ort::Op* gemm = nullptr;
+
+  ~Kernel() {
+    if (gemm != nullptr) ort::ReleaseOp::of(api)(gemm);
+  }
+};
+
+// Of float16 ONNX Runtime's CPU has none.
+bool has_gemm(const Entry& entry) { return entry.on_device || entry.element == Element::kFloat; }
+
+ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo* info, void** made) {
+  std::unique_ptr<Kernel> kernel(new (std::nothrow) Kernel{api, static_cast<const Entry*>(op)});
+  if (!kernel) return ort::CreateStatus::of(api)(ort::kFail, "no memory");
+  if (has_gemm(*kernel->entry)) {
+    const int64_t transposed = 1;
+    ort::OpAttribute* attribute = nullptr;
+    FLORA_TRY(ort::CreateAttribute::of(api)("transB", &transposed, 1, ort::kIntAttribute, &attribute));
+    const char* constraint = "T";
+    const ort::ElementType type = type_of(kernel->entry->element);
+    ort::Status* status = ort::CreateOp::of(api)(info, "FusedMatMul", "com.microsoft", 1, &constraint, &type, 1, &attribute,
+                                                 1, 2, 1, &kernel->gemm);
+    ort::ReleaseAttribute::of(api)(attribute);
+    FLORA_TRY(status);
+  }
+  *made = kernel.release();
+  return nullptr;
+}
+
+struct Product {
+  const Input* matrix;
+  ort::Value* value = nullptr;
+  void* data = nullptr;
+
+  int32_t rows() const { return matrix->given() ? static_cast<int32_t>(matrix->shape[0]) : 0; }
+};
+
+ort::Status* run_gemms(const Kernel& kernel, const ort::KernelContext* context, const Input& x, const Product& y,
+                       const Product& z) {
+  for (const Product* product : {&y, &z}) {
+    if (product->value == nullptr) continue;
+    const ort::Value* inputs[] = {x.value, product->matrix->value};
+    ort::Value* outputs[] = {product->value};
+    FLORA_TRY(ort::InvokeOp::of(kernel.api)(context, kernel.gemm, inputs, 2, outputs, 1));
+  }
+  return nullptr;
+}
+
+struct Work {
+  const SkinnyCall* call;
+  SkinnyPlan plan;
+};
+
+void run_one(void* data, size_t block) {
+  const Work& work = *static_cast<const Work*>(data);
+  run_skinny_block(*work.call, work.plan, static_cast<int32_t>(block));
+}
+
+ort::Status* run_on_host(ort::Api* api, const ort::KernelContext* context, SkinnyCall call) {
+  const SkinnyCall all = call;
+  for (int64_t row = 0; row < all.rows; row += kSkinnyRows) {
+    const auto at = [row](const void* from, int64_t width) { return static_cast<const uint16_t*>(from) + row * width; };
+    call.rows = all.rows - row < kSkinnyRows ? all.rows - row : kSkinnyRows;
+    call.x = at(all.x, all.k);
+    call.y = const_cast<uint16_t*>(at(all.y, all.n));
+    call.z = all.z == nullptr ? nullptr : const_cast<uint16_t*>(at(all.z, all.r));
+    Work work{&call, plan_skinny(call, 1)};
+    FLORA_TRY(ort::ParallelFor::of(api)(context, run_one, static_cast<size_t>(work.plan.tiles), 0, &work));
+  }
+  return nullptr;
+}
+
+#if defined(FLORA_CUDA)
+bool is_skinny(const SkinnyCall& call) {
+  return call.rows <= kSkinnyRows && call.k % kChunk == 0 && call.element != Element::kFloat && aligned(call.x) &&
+         aligned(call.w) && aligned(call.a);
+}
+#endif
+
+ort::Status* compute(void* opaque, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<const Kernel*>(opaque);
+  ort::Api* api = kernel.api;
+  Input x, w, a;
+  FLORA_TRY(read_input(api, context, 0, &x));
+  FLORA_TRY(read_input(api, context, 1, &w));
+  FLORA_TRY(read_input(api, context, 2, &a));
+  for (const Input* matrix : {&w, &a}) {
+    if (!matrix->given() && matrix == &a) continue;
+    if (x.shape.empty() || matrix->shape.size() != 2 || matrix->last() != x.last() || matrix->shape[0] > INT_MAX ||
+        x.last() > INT_MAX)
+      return refuse(api, std::string(kName) + ": W and A must be [any, columns of x]");
+  }
+  Product y{&w}, z{&a};
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = y.rows();
+  FLORA_TRY(make_output(api, context, 0, shape, &y.data, &y.value));
+  if (a.given()) {
+    shape.back() = z.rows();
+    FLORA_TRY(make_output(api, context, 1, shape, &z.data, &z.value));
+    if (z.value == nullptr) return refuse(api, std::string(kName) + ": A is given, and nobody reads z");
+  }
+  const SkinnyCall call{kernel.entry->element, x.data,     w.data, a.data, y.data, z.data, x.rows(),
+                        static_cast<int32_t>(x.last()), y.rows(), z.rows()};
+  if (call.rows == 0) return nullptr;
+#if defined(FLORA_CUDA)
+  if (kernel.entry->on_device && is_skinny(call)) {
+    void* stream = nullptr;
+    FLORA_TRY(ort::GetStream::of(api)(context, &stream));
+    const char* failed = run_skinny_on_device(call, stream);
+    if (failed == nullptr) return nullptr;
+    return ort::CreateStatus::of(api)(ort::kFail, (std::string(kName) + ": CUDA: " + failed).c_str());
+  }
+#endif
+  if (kernel.gemm != nullptr) return run_gemms(kernel, context, x, y, z);
+  if (call.k % kChunk != 0) return refuse(api, std::string(kName) + ": on the CPU columns must be a multiple of 32");
+  return run_on_host(api, context, call);
+}
+
+const Entry* entry_of(const ort::CustomOp* op) { return static_cast<const Entry*>(op); }
+
+Entry make_entry(Element element, bool on_device) {
+  Entry entry{};
+  entry.version = ort::kApiVersion;
+  entry.element = element;
+  entry.on_device = on_device;
+  entry.get_name = [](const ort::CustomOp*) -> const char* { return kName; };
+  entry.get_provider = [](const ort::CustomOp* it) {
+    return entry_of(it)->on_device ? "CUDAExecutionProvider" : "CPUExecutionProvider";
+  };
+  entry.get_input_type = entry.get_output_type = [](const ort::CustomOp* it, size_t) { return type_of(entry_of(it)->element); };
+  entry.get_input_count = [](const ort::CustomOp*) -> size_t { return 3; };
+  entry.get_output_count = [](const ort::CustomOp*) -> size_t { return 2; };
+  entry.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  entry.get_input_characteristic = [](const ort::CustomOp*, size_t index) {
+    return index < 2 ? ort::kRequired : ort::kOptional;
+  };
+  entry.get_output_characteristic = [](const ort::CustomOp*, size_t index) {
+    return index == 0 ? ort::kRequired : ort::kOptional;
+  };
+  entry.get_input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider computes
+  entry.get_variadic_input_min = entry.get_variadic_output_min = [](const ort::CustomOp*) { return 0; };
+  entry.get_variadic_input_same = entry.get_variadic_output_same = [](const ort::CustomOp*) { return 1; };
+  entry.create_kernel_v2 = create;
+  entry.compute_v2 = compute;
+  entry.get_start_version = [](const ort::CustomOp*) { return 1; };
+  entry.get_end_version = [](const ort::CustomOp*) { return INT_MAX; };
+  return entry;
+}
+
+const std::vector<Entry>& entries() {
+  static const std::vector<Entry>* const all = [] {  // for as long as the process lives, as sessions may
+    auto* made = new std::vector<Entry>;
+    for (Element element : {Element::kFloat, Element::kHalf}) made->push_back(make_entry(element, false));
+#if defined(FLORA_CUDA)
+    for (Element element : {Element::kFloat, Element::kHalf, Element::kBFloat}) made->push_back(make_entry(element, true));
+#endif
+    return made;
+  }();
+  return *all;
+}
+
+}  // namespace
+
+size_t skinny_count() { return entries().size(); }
+const ort::CustomOp* skinny_at(size_t index) { return &entries()[index]; }
+
+}  // namespace flora
