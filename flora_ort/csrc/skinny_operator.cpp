@@ -7,10 +7,11 @@
 #include <memory>
 #include <new>
 
+#include "arithmetic.h"
 #include "asked.h"
+#include "host.h"
 #include "plan.h"
 #include "skinny.h"
-#include "skinny_host.h"
 #if defined(FLORA_CUDA)
 #include "skinny_device.h"
 #endif
@@ -75,28 +76,38 @@ ort::Status* run_gemms(const Kernel& kernel, const ort::KernelContext* context, 
   return nullptr;
 }
 
+// On the CPU in float16: what a batch of rows of W and A makes of all of x.
 struct Work {
   const SkinnyCall* call;
-  SkinnyPlan plan;
+  const float* x;
+  Dots dots;
+  int64_t each, batches;
 };
 
-void run_one(void* data, size_t block) {
+void run_batch(void* data, size_t batch) {
   const Work& work = *static_cast<const Work*>(data);
-  run_skinny_block(*work.call, work.plan, static_cast<int32_t>(block));
+  const SkinnyCall& call = *work.call;
+  const int64_t all = call.n + call.r, from = work.each * static_cast<int64_t>(batch);
+  std::vector<float> found(static_cast<size_t>(call.rows));
+  for (int64_t row = from; row < from + work.each && row < all; ++row) {
+    const bool of_w = row < call.n;
+    const int64_t at = of_w ? row : row - call.n, width = of_w ? call.n : call.r;
+    const auto* matrix = static_cast<const portable::Half*>(of_w ? call.w : call.a);
+    auto* out = static_cast<portable::Half*>(of_w ? call.y : call.z);
+    work.dots(matrix + at * call.k, work.x, call.rows, call.k, found.data());
+    for (int64_t i = 0; i < call.rows; ++i) portable::narrow(found[static_cast<size_t>(i)], out + i * width + at);
+  }
 }
 
-ort::Status* run_on_host(ort::Api* api, const ort::KernelContext* context, SkinnyCall call) {
-  const SkinnyCall all = call;
-  for (int64_t row = 0; row < all.rows; row += kSkinnyRows) {
-    const auto at = [row](const void* from, int64_t width) { return static_cast<const uint16_t*>(from) + row * width; };
-    call.rows = all.rows - row < kSkinnyRows ? all.rows - row : kSkinnyRows;
-    call.x = at(all.x, all.k);
-    call.y = const_cast<uint16_t*>(at(all.y, all.n));
-    call.z = all.z == nullptr ? nullptr : const_cast<uint16_t*>(at(all.z, all.r));
-    Work work{&call, plan_skinny(call, 1)};
-    FLORA_TRY(ort::ParallelFor::of(api)(context, run_one, static_cast<size_t>(work.plan.tiles), 0, &work));
-  }
-  return nullptr;
+ort::Status* run_on_host(ort::Api* api, const ort::KernelContext* context, const SkinnyCall& call) {
+  std::vector<float> x(static_cast<size_t>(call.rows * call.k));
+  const auto* narrow = static_cast<const portable::Half*>(call.x);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = portable::widen(narrow[i]);
+  constexpr int64_t kEnough = 1 << 16;  // of products, to be worth a thread
+  const int64_t row = call.rows * call.k;
+  Work work{&call, x.data(), find_dots_of_half(), row < kEnough ? kEnough / row : 1, 0};
+  work.batches = (call.n + call.r + work.each - 1) / work.each;
+  return ort::ParallelFor::of(api)(context, run_batch, static_cast<size_t>(work.batches), 0, &work);
 }
 
 #if defined(FLORA_CUDA)
@@ -130,7 +141,7 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   }
   const SkinnyCall call{kernel.entry->element, x.data,     w.data, a.data, y.data, z.data, x.rows(),
                         static_cast<int32_t>(x.last()), y.rows(), z.rows()};
-  if (call.rows == 0) return nullptr;
+  if (call.rows == 0 || call.k == 0) return call.rows == 0 ? nullptr : refuse(api, std::string(kName) + ": x is empty");
 #if defined(FLORA_CUDA)
   if (kernel.entry->on_device && is_skinny(call)) {
     void* stream = nullptr;
@@ -141,7 +152,6 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   }
 #endif
   if (kernel.gemm != nullptr) return run_gemms(kernel, context, x, y, z);
-  if (call.k % kChunk != 0) return refuse(api, std::string(kName) + ": on the CPU columns must be a multiple of 32");
   return run_on_host(api, context, call);
 }
 
