@@ -36,18 +36,25 @@ class Journal:
         base: the model that is fine-tuned.
         tasks: their examples.
         recipe: what all runs share.
+        below: a hash of what the base stands on, if it is not all there is.
 
     Raises:
         ValueError: the file has a line that is not of a journal.
     """
 
     def __init__(
-        self, path: Path, learner: Learner, base: nn.Module, tasks: Mapping[str, Splits], recipe: Recipe
+        self,
+        path: Path,
+        learner: Learner,
+        base: nn.Module,
+        tasks: Mapping[str, Splits],
+        recipe: Recipe,
+        below: str = "",
     ) -> None:
         self._path = path
         self._learner = learner
         versions = [version(package) for package in ("torch", "transformers", "peft")]
-        self._shared = [versions, weights_digest(base), asdict(recipe)]
+        self._shared = [versions, weights_digest(base), asdict(recipe), *filter(None, [below])]
         self._tasks = {name: digest(dict(splits)) for name, splits in tasks.items()}
         self._found = _read(path)
 

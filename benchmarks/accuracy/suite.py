@@ -76,6 +76,7 @@ class Prepared:
         model: what the base is, for the record.
         baselines: by task; empty where there are none.
         text: versions of what the examples were made of.
+        below: a hash of what the base stands on; empty where it is all there is.
     """
 
     learner: Learner
@@ -84,6 +85,7 @@ class Prepared:
     model: Any
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     text: Mapping[str, str] = field(default_factory=dict)
+    below: str = ""
 
 
 @dataclass(frozen=True)

@@ -267,6 +267,7 @@ def test_journal_knows_what_decides_a_run(base: nn.Module, tmp_path: Path) -> No
     assert run not in Journal(path, LEARNER, other, {"t": splits}, RECIPE)
     assert run not in Journal(path, LEARNER, base, {"t": _small("sort descending")}, RECIPE)
     assert run not in Journal(path, LEARNER, base, {"t": splits}, Recipe(steps=3, batch=4))
+    assert run not in Journal(path, LEARNER, base, {"t": splits}, RECIPE, "layers below")
     assert Run(LORA, 2, "t", 1e-3, 1) not in Journal(path, LEARNER, base, {"t": splits}, RECIPE)
 
 

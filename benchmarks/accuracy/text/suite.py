@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from .classification import Classification
 from .frozen import fitted
 from .sources import Source, sources, versions
 from .tasks import CANDIDATES, SIZES, admitted, deal, distinct
+from .upper import divided, kept, read
 
 if TYPE_CHECKING:
     from ..plan import Plan
@@ -72,15 +74,17 @@ def _directory() -> Path:
 def _prepare(plan: Plan, folder: Path, progress: Bar) -> Prepared:
     directory, text = _directory(), versions()
     learner = Classification(str(directory))
-    base = learner.load()
+    lower, base = divided(learner.encoder(), learner.layers)
     tasks = examples(plan.task_names, list(sources()), load_tokenizer(str(directory)))
-    identity, done = weights_digest(base), progress("frozen features")
-    heads, baselines = {}, {}
+    below, done = weights_digest(lower), progress("frozen features")
+    identity = [below, weights_digest(base)]
+    heads, baselines, states = {}, {}, {}
     for index, (name, splits) in enumerate(tasks.items()):
-        heads[name], baselines[name] = fitted(base, splits, folder, identity)
+        states[name] = kept(lower, splits, folder, below)
+        heads[name], baselines[name] = fitted(base, read(states[name]), splits, folder, identity)
         done(index + 1, len(tasks))
-    model = f"{_PACKAGE} {version(_PACKAGE)}"
-    return Prepared(Classification(str(directory), heads), base, tasks, model, baselines, text)
+    model = f"{_PACKAGE} {version(_PACKAGE)}, the upper {learner.layers} layers"
+    return Prepared(replace(learner, heads=heads, states=states), base, tasks, model, baselines, text, below)
 
 
 TEXT = Suite(
@@ -90,10 +94,10 @@ TEXT = Suite(
     prepare=_prepare,
     admitted=admitted,
     methods=(LORA, "shared"),
-    budgets=(2,),
+    budgets=(2, 8),
     rates=(1e-3, 3e-3, 1e-2),
-    seeds=4,
+    seeds=5,
     tuning_seeds=1,
-    recipe=Recipe(steps=80, batch=16),
+    recipe=Recipe(steps=120, batch=16),
 )
-"""A training of the encoder takes most of a minute of one core, so that the default has few of them."""
+"""A training takes some ten seconds of one core, so that the default has few of them."""
