@@ -34,7 +34,13 @@ class Product:
 
 
 def draw_product(dtype: torch.dtype, seed: int, *, kernel: bool = False) -> Product:
-    """Any sizes, W's rows mostly no whole number of tiles; only those that the GPU's kernel takes where it is wanted."""
+    """Any sizes, W's rows mostly no whole number of tiles.
+
+    Args:
+        dtype: of all.
+        seed: of the draw.
+        kernel: only sizes that the GPU's kernel takes.
+    """
     sizes, numbers = random.Random(seed), torch.Generator().manual_seed(seed)
     rows = sizes.randint(1, 8 if kernel else 20)
     shape = (rows,) if sizes.random() < 0.5 or rows % 2 else (2, rows // 2)
