@@ -3,9 +3,9 @@
     MatMul(x, W.T)                  ->  SkinnyMatMul(x, W),  W [out, in] as a model has it
     MatMul(x, Transpose(W))         ->  the same: a tied embedding is there once
 
-A decode step reads every weight once and does nothing else that takes as long. cuBLAS reads them at half to three
-quarters of the memory's bandwidth, one GEMM after the other; this kernel has its part of W under way while what gives x
-is still running. Prompts, of many rows, are multiplied by ONNX Runtime as before.
+A decode step reads every weight once and does nothing else that takes as long. cuBLAS reads them one GEMM after the
+other; this kernel has its part of W under way while what gives x is still running. Prompts, of many rows, are multiplied
+by ONNX Runtime as before.
 """
 
 from __future__ import annotations
