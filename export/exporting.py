@@ -208,12 +208,12 @@ def export_onnx(
         with CAPTURING, stage("translate"):
             graphs = {name: lower(fused[name], part, quantized) for name, part in captured.items()}
             operators = operators and bool(use_lora_operators(graphs[MODEL], fusion))
+            if operators:
+                arrange_products(graphs[MODEL], provider)
             if plan is not None:
                 swappable = make_slots(graphs[MODEL], fusion, plan)
             else:
                 swappable = make_swappable(graphs[MODEL], fusion, reference) if hot_swap else ()
-            if operators:
-                arrange_products(graphs[MODEL], provider)
         with stage("write"):
             save_graphs(graphs, place)
             sealing.begin(place / DATA)

@@ -249,7 +249,8 @@ def sizes(value: onnx_ir.Value) -> list[int]:
 def readers_of_pack(value: onnx_ir.Value) -> list[onnx_ir.Node]:
     """The operators of ``flora_ort`` that a value is the pack of; none where it is read in any other way."""
     uses = list(value.uses())
-    if value.is_graph_output() or any(use.node.domain != DOMAIN or use.idx != 0 for use in uses):
+    ours = [use for use in uses if use.node.domain == DOMAIN and "blocks" in use.node.attributes and use.idx == 0]
+    if value.is_graph_output() or len(ours) != len(uses):
         return []
     return [use.node for use in uses]
 

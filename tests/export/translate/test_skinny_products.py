@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -87,13 +88,46 @@ def test_logits_are_as_near_to_float64_as_plain_products(written: Written, monke
     assert ours < 2 * theirs
 
 
-def test_a_lora_that_may_be_replaced_keeps_its_own_products(written: Written) -> None:
-    """A is an input as it was: [in, rank]."""
-    _model, _place, graph = written(hot_swap=True)
+@torch.no_grad()
+def test_a_lora_that_may_be_replaced(written: Written, tmp_path: Path) -> None:
+    """A is an input [rank, in], and z a second output of the product that reads the same x: nine nodes a layer as well."""
+    model, place, graph = written(hot_swap=True)
     ops = Counter(node.op_type for node in graph.node)
-    assert (ops["SkinnyMatMul"], ops["MatMul"]) == (4 * LAYERS + 1, 4 * LAYERS)
+    assert (ops["SkinnyMatMul"], ops["MatMul"]) == (4 * LAYERS + 1, 0)
+    assert sum(len(node.output) == 2 for node in graph.node if node.op_type == "SkinnyMatMul") == 4 * LAYERS
+    decoder = load(place)
+    assert isinstance(decoder, Decoder)
+    ids = torch.randint(1, 97, (2, 9))
+    other: Any = copy.deepcopy(model)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    other.save_pretrained(tmp_path / "other")
+    before = decoder(ids)
+    decoder.load_adapter(tmp_path / "other")
+    expected = other.double()(input_ids=ids).logits
+    assert (decoder(ids).double() - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert (before.double() - expected).abs().max() > 0.1 * expected.abs().max()
 
 
 def test_float32_has_none(written: Written) -> None:
     _model, _place, graph = written(torch.float32)
     assert not any(node.op_type == "SkinnyMatMul" for node in graph.node)
+
+
+@torch.no_grad()
+def test_rows_that_choose(written: Written) -> None:
+    """Slots that may be replaced: A of all slots is one input of a layer's product."""
+    model, place, graph = written(slots=2, rank=8)
+    ops = Counter(node.op_type for node in graph.node)
+    assert (ops["SkinnyMatMul"], ops["MatMul"], ops["Where"]) == (4 * LAYERS + 1, 0, 0)
+    decoder = load(place)
+    assert isinstance(decoder, Decoder)
+    ids = torch.randint(1, 97, (2, 9))
+    adapted, base = decoder(ids, adapters=["default", None]).double(), model.double()
+    expected = base(input_ids=ids).logits[0], base.disable_adapter
+    assert (adapted[0] - expected[0]).abs().max() < 1e-2 * expected[0].abs().max()
+    with expected[1]():
+        plain = base(input_ids=ids).logits[1]
+    assert (adapted[1] - plain).abs().max() < 1e-2 * plain.abs().max()
+    assert (adapted[1] - base(input_ids=ids).logits[1]).abs().max() > 0.1 * plain.abs().max()
