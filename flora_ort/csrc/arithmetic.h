@@ -157,13 +157,13 @@ FLORA_FN float activate(float x, Activation kind) {
   return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-// Which rows of B reach a column of p, in which column of B, and by which block; none where no block does.
+// Which rows of B reach a column of p, in which column of B, and by which block; none where no block does (-1).
 struct Reach {
   int32_t first, last, from, block;
 };
 
 FLORA_FN Reach reach_of(const Call& call, int32_t column) {
-  Reach found{0, 0, 0, 0};
+  Reach found{0, 0, 0, -1};
   for (int i = 0; i < call.blocks; ++i) {
     const Block& block = call.block[i];
     if (block.begin <= column && column < block.end)
@@ -185,7 +185,7 @@ FLORA_FN int32_t adapter_of(const Call& call, int64_t row) {
 
 // What of it an adapter has.
 FLORA_FN Reach reach_of_adapter(const Call& call, const Reach& whole, int32_t adapter) {
-  if (adapter < 0 || whole.first == whole.last) return {0, 0, whole.from, whole.block};
+  if (adapter < 0 || whole.block < 0) return {0, 0, whole.from, whole.block};
   const uint16_t* edge = call.edge + whole.block * (call.adapters + 1) + adapter;
   return {edge[0], edge[1], whole.from, whole.block};
 }
@@ -238,20 +238,22 @@ FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)
 template <typename T, int VEC, int KV, int TM>
 FLORA_FN void multiply_apart(const Call& call, const Reach& whole, int64_t row, const T* const (&z)[TM],
                              float (&sum)[TM][VEC]) {
-  int32_t adapter[TM];
+  static_assert(TM <= 4 && kEdges <= 256, "a byte for each row's adapter, 0 for none");
+  uint32_t adapters = 0;
   FLORA_UNROLL
-  for (int t = 0; t < TM; ++t) adapter[t] = adapter_of(call, row + t < call.rows ? row + t : call.rows - 1);
+  for (int t = 0; t < TM; ++t)
+    adapters |= static_cast<uint32_t>(adapter_of(call, row + t < call.rows ? row + t : call.rows - 1) + 1) << 8 * t;
   for (uint32_t left = (1u << TM) - 1; left != 0;) {
-    int32_t next = -1;
-    uint32_t mine = 0;
+    uint32_t next = 0, mine = 0;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t)
-      if (left >> t & 1) next = adapter[t];
+      if (left >> t & 1) next = adapters >> 8 * t & 255;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t)
-      if (adapter[t] == next) mine |= 1u << t;
+      if ((adapters >> 8 * t & 255) == next) mine |= 1u << t;
     left &= ~mine;
-    multiply<T, VEC, KV, TM, true>(call, reach_of_adapter(call, whole, next), z, mine, sum);
+    const Reach reach = reach_of_adapter(call, whole, static_cast<int32_t>(next) - 1);
+    multiply<T, VEC, KV, TM, true>(call, reach, z, mine, sum);
   }
 }
 
