@@ -58,7 +58,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_ffba_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the backend AOTAutograd without Inductor, which takes half a minute and has its own tests."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("flora_fx.backend._compiler", lambda inner, mode, options: compiler("aot_eager"))
     found = run("ffba.md")
     assert found["report"].ops_after["gemm"] == 13
     assert (tmp_path / "exported" / "model.onnx").is_file()
@@ -109,7 +111,7 @@ def test_many_adapters_on_onnx_runtime_runs_as_it_stands(tmp_path: Path, monkeyp
 
 
 def test_training_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the backend AOTAutograd without Inductor, which takes half a minute and has its own tests."""
+    """Without Inductor, as above."""
     monkeypatch.setattr("flora_fx.backend._compiler", lambda inner, mode, options: compiler("aot_eager"))
     found = run("training.md")
     assert len(found["last_report"]().fused) == 7

@@ -23,7 +23,7 @@ from ..contenders.contender import Contender
 from ..contenders.settings import Settings
 from ..measure.isolated import Progress, isolated
 from ..show.sheet import Sheet
-from .onnx_contenders import NAMES, ONE, SESSIONS, onnx_contenders, write_exports
+from .onnx_contenders import OF_ONE, SESSIONS, available, onnx_contenders, write_exports
 from .torch_contenders import PEFT, adapted, rows_of, torch_contenders
 
 __all__ = ["ADAPTERS", "BATCHES", "MIDDLE", "RUNNER", "draw", "measure", "points", "sample", "sheets"]
@@ -101,7 +101,7 @@ def sample(
     found: dict[str, Contender] = dict(torch_contenders(settings, base, model, names, given, room))
     if not place.exists():
         write_exports(settings, base, model, names, place)
-    wanted = [name for name in NAMES if name != SESSIONS or count <= SESSIONS_UP_TO]
+    wanted = [name for name in available(settings.device) if name != SESSIONS or count <= SESSIONS_UP_TO]
     exported = onnx_contenders(settings, model, rows_of(settings, names), place, room, wanted)
     found |= {name + RUNNER: contender for name, contender in exported.items()}
     refused = _refused(settings, found, base, model, names, given, token)
@@ -138,10 +138,11 @@ def _refused(
         _logits(double, prompt, token, adapter_names=rows)
         for rows in (rows_of(settings, names), [names[0]] * settings.batch)
     )
+    of_one = [name + RUNNER for name in OF_ONE]
     errors = {}
     for name, contender in found.items():
         contender.prefill(prompt)
-        expected = nobodys if name.startswith("base") else alike if name == ONE + RUNNER else mixed
+        expected = nobodys if name.startswith("base") else alike if name in of_one else mixed
         errors[name] = difference(contender.decode(token).to(expected.device), expected)
     allowed = max(FACTOR * errors[PEFT], FLOOR)
     return {

@@ -5,6 +5,7 @@ one adapter              all rows have the same one
 stacked                  all adapters stand in one graph, as constants
 stacked (slots)          the same, and each can be replaced
 a session per adapter    each runs the rows of its adapter, one session after the other
+…, custom ops            in the operators of ``flora_ort``, where they are built
 """
 
 from __future__ import annotations
@@ -16,26 +17,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.errors import ExportError
 from flora_fx.export import Decoder, export_onnx, load_decoder
+from flora_fx.export.directory.operators import operators_library
 
 from ..contenders.contender import Contender
 from ..contenders.onnx_contenders import session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 
-__all__ = ["NAMES", "ONE", "SESSIONS", "onnx_contenders", "write_exports"]
+__all__ = ["NAMES", "OF_ONE", "SESSIONS", "available", "onnx_contenders", "write_exports"]
 
-BASE, ONE, STACKED, SLOTS, SESSIONS = NAMES = (
+BASE, ONE, STACKED, SLOTS, SESSIONS = _PLAIN = (
     "base",
     "one adapter",
     "stacked",
     "stacked (slots)",
     "a session per adapter",
 )
+_ONE_OPS, _STACKED_OPS, _SLOTS_OPS = _OPS = (
+    "one adapter (custom ops)",
+    "stacked (custom ops)",
+    "stacked (slots, custom ops)",
+)
+NAMES = (*_PLAIN, *_OPS)
 """Of the contenders."""
 
-_EXPORTS: dict[str, dict[str, Any]] = {ONE: {}, STACKED: {}, SLOTS: {"hot_swap": True}, SESSIONS: {"hot_swap": True}}
-_WITH_ALL = (STACKED, SLOTS)
+OF_ONE = (ONE, _ONE_OPS)
+"""Whose rows all have the first adapter."""
+
+_EXPORTS: dict[str, dict[str, Any]] = {
+    **{ONE: {}, STACKED: {}, SLOTS: {"hot_swap": True}, SESSIONS: {"hot_swap": True}},
+    **{_ONE_OPS: {}, _STACKED_OPS: {}, _SLOTS_OPS: {"hot_swap": True}},
+}
+_WITH_ALL = (STACKED, SLOTS, _STACKED_OPS, _SLOTS_OPS)
+
+
+def available(device: str) -> tuple[str, ...]:
+    """Those that can be written here; nobody needs a compiler for the others.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    try:
+        operators_library(PROVIDERS[device])
+    except ExportError:
+        return _PLAIN
+    return NAMES
 
 
 def write_exports(settings: Settings, base: nn.Module, model: Any, adapters: Sequence[str], place: Path) -> None:
@@ -51,13 +79,15 @@ def write_exports(settings: Settings, base: nn.Module, model: Any, adapters: Seq
     providers = [*dict.fromkeys((PROVIDERS[settings.device], PROVIDERS["cpu"]))]
     export_onnx(base, place / BASE, providers=providers, custom_ops=False)
     model.set_adapter(adapters[0])
-    for name, options in _EXPORTS.items():
-        several: dict[str, Any] = {"adapters": adapters} if name in _WITH_ALL else {"custom_ops": False}
-        export_onnx(model, place / name, providers=providers, **options, **several)
+    for name in available(settings.device):
+        if name in _EXPORTS:
+            several = {"adapters": adapters} if name in _WITH_ALL else {}
+            options = {**_EXPORTS[name], **several, "custom_ops": name in _OPS}
+            export_onnx(model, place / name, providers=providers, **options)
 
 
 def onnx_contenders(
-    settings: Settings, model: Any, rows: Sequence[str], place: Path, room: int, names: Sequence[str] = NAMES
+    settings: Settings, model: Any, rows: Sequence[str], place: Path, room: int, names: Sequence[str]
 ) -> Mapping[str, Contender]:
     """What runs the exports.
 

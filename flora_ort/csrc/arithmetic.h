@@ -157,13 +157,13 @@ FLORA_FN float activate(float x, Activation kind) {
   return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
 }
 
-// Which rows of B reach a column of p, in which column of B, and by which block; none where no block does.
+// Which rows of B reach a column of p, in which column of B, and by which block; none where no block does (-1).
 struct Reach {
   int32_t first, last, from, block;
 };
 
 FLORA_FN Reach reach_of(const Call& call, int32_t column) {
-  Reach found{0, 0, 0, 0};
+  Reach found{0, 0, 0, -1};
   for (int i = 0; i < call.blocks; ++i) {
     const Block& block = call.block[i];
     if (block.begin <= column && column < block.end)
@@ -185,7 +185,7 @@ FLORA_FN int32_t adapter_of(const Call& call, int64_t row) {
 
 // What of it an adapter has.
 FLORA_FN Reach reach_of_adapter(const Call& call, const Reach& whole, int32_t adapter) {
-  if (adapter < 0 || whole.first == whole.last) return {0, 0, whole.from, whole.block};
+  if (adapter < 0 || whole.block < 0) return {0, 0, whole.from, whole.block};
   const uint16_t* edge = call.edge + whole.block * (call.adapters + 1) + adapter;
   return {edge[0], edge[1], whole.from, whole.block};
 }
@@ -238,42 +238,55 @@ FLORA_FN void multiply(const Call& call, const Reach& reach, const T* const (&z)
 template <typename T, int VEC, int KV, int TM>
 FLORA_FN void multiply_apart(const Call& call, const Reach& whole, int64_t row, const T* const (&z)[TM],
                              float (&sum)[TM][VEC]) {
-  int32_t adapter[TM];
+  static_assert(TM <= 4 && kEdges <= 256, "a byte for each row's adapter, 0 for none");
+  uint32_t adapters = 0;
   FLORA_UNROLL
-  for (int t = 0; t < TM; ++t) adapter[t] = adapter_of(call, row + t < call.rows ? row + t : call.rows - 1);
+  for (int t = 0; t < TM; ++t)
+    adapters |= static_cast<uint32_t>(adapter_of(call, row + t < call.rows ? row + t : call.rows - 1) + 1) << 8 * t;
   for (uint32_t left = (1u << TM) - 1; left != 0;) {
-    int32_t next = -1;
-    uint32_t mine = 0;
+    uint32_t next = 0, mine = 0;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t)
-      if (left >> t & 1) next = adapter[t];
+      if (left >> t & 1) next = adapters >> 8 * t & 255;
     FLORA_UNROLL
     for (int t = 0; t < TM; ++t)
-      if (adapter[t] == next) mine |= 1u << t;
+      if ((adapters >> 8 * t & 255) == next) mine |= 1u << t;
     left &= ~mine;
-    multiply<T, VEC, KV, TM, true>(call, reach_of_adapter(call, whole, next), z, mine, sum);
+    const Reach reach = reach_of_adapter(call, whole, static_cast<int32_t>(next) - 1);
+    multiply<T, VEC, KV, TM, true>(call, reach, z, mine, sum);
   }
 }
 
 constexpr int32_t kRowsAhead = 16;  // of B
 
-// B's rows in some columns, read before anything else where HOLDS: weights need not be waited for.
+// B's rows in some columns, read before anything else where HOLDS: weights need not be waited for. Where rows have
+// adapters of their own, they are those of the adapter that a row seems to have: its id may be written only meanwhile.
 template <typename T, int VEC, int KV, bool HOLDS>
 struct Ahead {
-  Reach reach;
+  Reach whole, reach;  // of all adapters, and of the one whose rows are held
+  int32_t adapter = -1;
   bool held = false;
   Raw<T, VEC> row[HOLDS ? kRowsAhead : 1];
 
-  FLORA_FN void read(const Call& call, int32_t column) {
-    reach = reach_of(call, column);
+  FLORA_FN void read(const Call& call, int64_t row_of_p, int32_t column) {
+    whole = reach = reach_of(call, column);
     if constexpr (HOLDS) {
-      held = call.ids == nullptr && reach.last - reach.first <= kRowsAhead;
+      if (call.ids != nullptr) {
+        adapter = adapter_of(call, row_of_p);
+        reach = reach_of_adapter(call, whole, adapter);
+      }
+      held = reach.last - reach.first <= kRowsAhead;
       if (!held) return;
       const T* b = static_cast<const T*>(call.b) + reach.from;
       FLORA_UNROLL
       for (int32_t k = 0; k < kRowsAhead; ++k)
         if (reach.first + k < reach.last) row[k].read(b + static_cast<int64_t>(reach.first + k) * call.columns);
     }
+  }
+
+  // Whether what is held is a row's, now that its id is there.
+  FLORA_FN bool holds(const Call& call, int64_t row_of_p) const {
+    return held && (call.ids == nullptr || adapter_of(call, row_of_p) == adapter);
   }
 
   FLORA_FN void multiply(const Call& call, const T* z, float (&sum)[VEC]) const {
@@ -328,12 +341,12 @@ FLORA_FN void accumulate(const Call& call, const Ahead<T, VEC, KV, HOLDS>& ahead
   }
   if constexpr (HOLDS) {
     static_assert(TM == 1, "one row at a time");
-    if (ahead.held) return ahead.multiply(call, z[0], sum[0]);
+    if (ahead.holds(call, row)) return ahead.multiply(call, z[0], sum[0]);
   }
-  Reach reach = ahead.reach;
   if constexpr (APART) {
-    multiply_apart<T, VEC, KV, TM>(call, reach, row, z, sum);
+    multiply_apart<T, VEC, KV, TM>(call, ahead.whole, row, z, sum);
   } else {
+    Reach reach = ahead.whole;
     if (call.ids != nullptr) reach = reach_of_adapter(call, reach, adapter_of(call, row));
     multiply<T, VEC, KV, TM, false>(call, reach, z, 0, sum);
   }
@@ -344,11 +357,11 @@ struct AddThread {
   int32_t column, source;  // of the output, and of p
   Ahead<T, VEC, KV, kHolds<KV, TM>> ahead;
 
-  FLORA_FN void begin(const Call& call, int32_t chunk) {
+  FLORA_FN void begin(const Call& call, int64_t row, int32_t chunk) {
     column = chunk * VEC;
     if (column >= call.width) return;
     source = column_of(call, column);
-    ahead.read(call, source);
+    ahead.read(call, row, source);
   }
 
   FLORA_FN void run(const Call& call, int64_t tile) const {
@@ -368,11 +381,11 @@ struct SwiGLUThread {
   int32_t column;
   Ahead<T, VEC, KV, kHolds<KV, TM>> of_gate, of_up;
 
-  FLORA_FN void begin(const Call& call, int32_t chunk) {
+  FLORA_FN void begin(const Call& call, int64_t row, int32_t chunk) {
     column = chunk * VEC;
     if (column >= call.width) return;
-    of_gate.read(call, call.part[0].start + column);
-    of_up.read(call, call.up + column);
+    of_gate.read(call, row, call.part[0].start + column);
+    of_up.read(call, row, call.up + column);
   }
 
   FLORA_FN void run(const Call& call, int64_t tile) const {
@@ -399,12 +412,12 @@ struct NormThread {
   float kept[CH > 0 ? CH : 1][TM][VEC];
   float squares[TM];
 
-  FLORA_FN void begin(const Call& call, int32_t base, int32_t thread) {
-    if (kOne && thread * VEC < call.group) ahead.read(call, call.part[0].start + base + thread * VEC);
+  FLORA_FN void begin(const Call& call, int64_t row, int32_t base, int32_t thread) {
+    if (kOne && thread * VEC < call.group) ahead.read(call, row, call.part[0].start + base + thread * VEC);
   }
 
   FLORA_FN void chunk(const Call& call, int64_t tile, int32_t base, int32_t column, float (&sum)[TM][VEC]) {
-    if (!kOne) ahead.read(call, call.part[0].start + base + column);
+    if (!kOne) ahead.read(call, tile * TM, call.part[0].start + base + column);
     accumulate<T, VEC, KV, TM, APART>(call, ahead, tile * TM, call.part[0].start + base + column, sum);
     if (call.skip == nullptr) return;
     FLORA_UNROLL

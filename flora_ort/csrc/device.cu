@@ -2,8 +2,8 @@
 //
 // From compute capability 9 on a kernel may be launched while the one before it ends (programmatic dependent launch):
 // until that has ended it reads nothing but B, which the weights of a layer have driven from the caches since the last
-// token: into registers where that is possible, else into the L2 cache. Where rows have adapters of their own, whose B that is, is read once more afterwards:
-// those who write the ids may not have ended.
+// token: into registers where that is possible, else into the L2 cache. Where rows have adapters of their own, ids are
+// read as well, and once more afterwards: those who write them may not have ended.
 #include "arithmetic.h"
 #include "device.h"
 #include "early.h"
@@ -32,7 +32,7 @@ template <typename T, int VEC, int KV, int TM, bool APART>
 __global__ void __launch_bounds__(128, 1) add_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
   portable::AddThread<T, VEC, KV, TM, APART> thread;
-  thread.begin(call, chunk);
+  thread.begin(call, blockIdx.y * TM, chunk);
   if (TM == 1 && chunk * VEC < call.width && !thread.ahead.held) prefetch<T>(call, blockIdx.y, thread.source);
   wait_for_inputs();
   for (int64_t tile = blockIdx.y; tile < plan.down; tile += gridDim.y) thread.run(call, tile);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(128, 1)
     swiglu_kernel(const __grid_constant__ Call call, const __grid_constant__ Plan plan) {
   const int32_t chunk = blockIdx.x * blockDim.x + threadIdx.x;
   portable::SwiGLUThread<T, VEC, KV, TM, APART> thread;
-  thread.begin(call, chunk);
+  thread.begin(call, blockIdx.y * TM, chunk);
   if (TM == 1 && chunk * VEC < call.width && !(thread.of_gate.held && thread.of_up.held)) {
     prefetch<T>(call, blockIdx.y, call.part[0].start + chunk * VEC);
     prefetch<T>(call, blockIdx.y, call.up + chunk * VEC);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   __shared__ float shared[TM][32];
   const int32_t base = blockIdx.x * call.group;
   portable::NormThread<T, VEC, KV, TM, APART, CH> thread;
-  thread.begin(call, base, threadIdx.x);
+  thread.begin(call, blockIdx.y * TM, base, threadIdx.x);
   if (TM == 1 && !thread.ahead.held) {
     for (int32_t column = threadIdx.x * VEC; column < call.group; column += blockDim.x * VEC)
       prefetch<T>(call, blockIdx.y, call.part[0].start + base + column);

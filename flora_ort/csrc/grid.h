@@ -17,7 +17,7 @@ inline void norm_block(const Call& call, const Plan& plan, int64_t tile, int32_t
   if (threads == nullptr) std::abort();
   float total[TM] = {};
   for (int32_t i = 0; i < plan.threads; ++i) {
-    threads[i].begin(call, base, i);
+    threads[i].begin(call, 0, base, i);  // see run_thread
     threads[i].gather(call, tile, base, i, plan.threads);
     for (int t = 0; t < TM; ++t) total[t] += threads[i].squares[t];
   }
@@ -25,10 +25,11 @@ inline void norm_block(const Call& call, const Plan& plan, int64_t tile, int32_t
   std::free(threads);
 }
 
+// It begins as if its row had the first one's id: on a GPU ids may be written only after a thread has begun.
 template <typename Thread>
 inline void run_thread(const Call& call, int64_t tile, int32_t chunk) {
   Thread thread;
-  thread.begin(call, chunk);
+  thread.begin(call, 0, chunk);
   thread.run(call, tile);
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from benchmarks.adapters import adapters
+from benchmarks.adapters import adapters, onnx_contenders
 from benchmarks.adapters.onnx_contenders import NAMES
 from benchmarks.adapters.torch_contenders import FORMS, PEFT
 from benchmarks.contenders import torch_contenders
@@ -18,6 +18,7 @@ ALL = [*FORMS, *(name + adapters.RUNNER for name in NAMES)]
 TINY = Settings("tiny", layers=1, rank=4, threads=1, batch=3)
 
 
+@pytest.mark.usefixtures("library")
 def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Op by op here: what Inductor makes of them has tests of its own."""
     monkeypatch.setattr(torch_contenders, "_compiled", lambda step, way, options=None: step)
@@ -40,6 +41,11 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     assert [path.exists() for path in adapters.draw(result, tmp_path / "adapters")] == [True, True]
 
 
+def test_operators_that_are_not_built_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLORA_ORT_LIBRARY", str(tmp_path / "nowhere.so"))
+    assert onnx_contenders.available("cpu") == NAMES[:5]
+
+
 def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def wrong(step: Any, way: str, options: Any = None) -> Any:
         def call(*args: Tensor) -> Tensor:
@@ -48,7 +54,7 @@ def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return step if way == "eager" else call
 
     monkeypatch.setattr(torch_contenders, "_compiled", wrong)
-    monkeypatch.setattr(adapters, "NAMES", ())  # their exports have been written once
+    monkeypatch.setattr(adapters, "available", lambda device: ())  # their exports have been written once
     monkeypatch.setattr(adapters, "write_exports", lambda *given: None)
     rows = {row["variant"]: row for row in adapters.sample(TINY, 2, 4, 1, tmp_path / "exports", lambda *at: None)}
     assert {name for name, row in rows.items() if "refused" in row} == {n for n in FORMS if "inductor" in n}

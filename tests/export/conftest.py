@@ -1,35 +1,58 @@
-"""Every small model is exported once for the whole run."""
+"""Every small model is exported once for the whole run, however many processes it has."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import nn
 
 from flora_fx.export import export_onnx, load
 from flora_fx.export.targets import TargetName
 from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
 from tests.export.longrope_models import build_longrope
+from tests.export.made_once import made_once
 from tests.export.seq2seq_models import build_seq2seq
 from tests.export.slot_models import Mixed, make_mixed
 from tests.export.stand_in import FakeCuda
 
+Shared = Callable[..., Exported]
+
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """Exports by the names of `build` and by target, each made when it is first asked for."""
-    cache: dict[tuple[str, TargetName | None], Exported] = {}
-    root = tmp_path_factory.mktemp("exports")
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run, whichever of its processes this is."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if hasattr(request.config, "workerinput") else own) / "exports"
+
+
+@pytest.fixture(scope="session")
+def shared(root: Path) -> Shared:
+    """Exports by name, each made when it is first asked for; the model is built anew in each process."""
+    known: dict[str, Exported] = {}
+
+    def get(name: str, make: Callable[[], nn.Module], **options: Any) -> Exported:
+        if name not in known:
+            model = make()
+            # In a folder of its own: what an export leaves beside itself is seen.
+            result = made_once(root / name / "out", lambda place: export_onnx(model, place, **options))
+            known[name] = Exported(model, result, load(result.directory))
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def exported(shared: Shared) -> Export:
+    """Exports by the names of `build` and by target."""
 
     def get(name: str, target: TargetName | None = None) -> Exported:
-        if (name, target) not in cache:
-            model = build(name)
-            result = export_onnx(model, root / f"{name} {target}", target=target)
-            cache[name, target] = Exported(model, result, load(result.directory))
-        return cache[name, target]
+        return shared(f"{name} {target}", lambda: build(name), target=target)
 
     return get
 
@@ -41,19 +64,9 @@ def llama(exported: Export) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def seq2seq(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Exports by the names of `build_seq2seq`, each made when it is first asked for."""
-    cache: dict[str, Exported] = {}
-    root = tmp_path_factory.mktemp("seq2seq")
-
-    def get(name: str) -> Exported:
-        if name not in cache:
-            model = build_seq2seq(name)
-            result = export_onnx(model, root / name)
-            cache[name] = Exported(model, result, load(root / name))
-        return cache[name]
-
-    return get
+def seq2seq(shared: Shared) -> Callable[[str], Exported]:
+    """Exports by the names of `build_seq2seq`."""
+    return lambda name: shared(name, lambda: build_seq2seq(name))
 
 
 @pytest.fixture
@@ -80,28 +93,22 @@ def placed(request: pytest.FixtureRequest) -> Iterator[Callable[[Exported], Expo
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(root: Path) -> Built:
     """By the model builder of onnxruntime-genai."""
-    return build_by_genai(tmp_path_factory.mktemp("genai"))
+    return build_by_genai(root / "genai")
 
 
 @pytest.fixture(scope="session")
-def longrope(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TargetName], Exported]:
-    """Exports of a LongRoPE model by target, each made when it is first asked for; one can be given another LoRA."""
-    cache: dict[TargetName, Exported] = {}
-    root = tmp_path_factory.mktemp("longrope")
+def longrope(shared: Shared) -> Callable[[TargetName], Exported]:
+    """Exports of a LongRoPE model by target; one can be given another LoRA."""
 
     def get(target: TargetName) -> Exported:
-        if target not in cache:
-            model = build_longrope()
-            result = export_onnx(model, root / target, target=target, hot_swap=target == "decoder")
-            cache[target] = Exported(model, result, load(result.directory))
-        return cache[target]
+        return shared(f"LongRoPE {target}", build_longrope, target=target, hot_swap=target == "decoder")
 
     return get
 
 
 @pytest.fixture(scope="session")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Mixed:
+def mixed(root: Path) -> Mixed:
     """A model with several LoRAs, exported so that rows choose among them."""
-    return make_mixed(tmp_path_factory.mktemp("mixed"))
+    return make_mixed(root / "mixed")

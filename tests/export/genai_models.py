@@ -16,6 +16,7 @@ from torch import Tensor
 from flora_fx.export import Manifest
 from flora_fx.export.run.decoder import Decoder
 from flora_fx.export.run.session import Session
+from tests.export.made_once import made_once
 
 VOCAB, POSITIONS = 97, 600
 
@@ -71,6 +72,12 @@ def build_by_genai(place: Path) -> Built:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # layers must say more than the token itself, or a sequence repeats one token
                 parameter.normal_(0, (0.3 if "emb" in name else 4.0) / parameter.shape[-1] ** 0.5)
+    made_once(place, lambda place: _write(model, place))
+    model.generation_config.eos_token_id = None  # the builder wants one
+    return Built(model, place / "graph" / "model.onnx")
+
+
+def _write(model: Any, place: Path) -> None:
     model.save_pretrained(place / "model")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>").save_pretrained(place / "model")
@@ -78,5 +85,3 @@ def build_by_genai(place: Path) -> Built:
     command += ["-o", str(place / "graph"), "-p", "fp32", "-e", "cpu", "-c", str(place / "cache")]
     done = subprocess.run([*command, "--extra_options", "hf_token=false"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    model.generation_config.eos_token_id = None  # the builder wants one
-    return Built(model, place / "graph" / "model.onnx")

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from flora_fx.export import export_onnx
+from tests.export.made_once import made_once
 from tests.faults.models import ADAPTERS, VOCAB, adapted
 
 __all__ = ["FILLED", "Mixed", "make_mixed", "padded"]
@@ -63,7 +64,11 @@ class Mixed:
 def make_mixed(place: Path) -> Mixed:
     """Export it in both ways."""
     model = adapted(*ADAPTERS, layers=2)
+    made_once(place, lambda place: _write(model, place))
+    return Mixed(model, place / "adapters", place / "fixed", place / "slots")
+
+
+def _write(model: Any, place: Path) -> None:
     model.save_pretrained(place / "adapters")
     export_onnx(model, place / "fixed", adapters=list(ADAPTERS))
     export_onnx(model, place / "slots", adapters=FILLED, slots=5, rank=6)
-    return Mixed(model, place / "adapters", place / "fixed", place / "slots")

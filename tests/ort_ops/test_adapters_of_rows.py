@@ -89,6 +89,18 @@ def test_each_row_is_what_its_adapter_alone_makes_it(
             assert error(found[row], each[adapter][index][row]) < 1, (row, adapter)
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_ranks_that_no_wide_read_of_z_has(name: str, tokens: int, run: Run, code: ctypes.CDLL) -> None:
+    """All of B's rows in a block could be read so; those of an adapter cannot."""
+    call = three(name, [2, -1, 0, 1], tokens)
+    assert planned(call, code)[:2] == (1, 1)
+    call.attributes["adapters"] = [0, 3, 17, 40, 40, 41, 62, 64]
+    assert planned(call, code)[:2] == (1, 0)
+    for found, expected in zip(run(call), call.expected(), strict=True):
+        assert error(found, expected) < 1
+
+
 @pytest.mark.parametrize("step", [8, 3], ids=["wide reads", "any size"])
 @pytest.mark.parametrize("tokens", [1, 9])
 @pytest.mark.parametrize("name", OPERATORS)
