@@ -84,7 +84,7 @@ class _Selection:
             if any(part.which == "A" for part in weight.parts):
                 owners = self._owners(weight)
                 for use in list(self._graph.initializers[weight.name].uses()):
-                    for value, start, stop in self._low_rank(use.node, weight, owners):
+                    for value, start, stop in self._low_rank(use.node, use.idx, weight, owners):
                         self._select(value, owners[start:stop])
 
     def _owners(self, weight: SwappableWeight) -> tuple[int, ...]:
@@ -98,11 +98,12 @@ class _Selection:
         return tuple(owners)
 
     def _low_rank(
-        self, node: onnx_ir.Node, weight: SwappableWeight, owners: tuple[int, ...]
+        self, node: onnx_ir.Node, place: int, weight: SwappableWeight, owners: tuple[int, ...]
     ) -> Iterator[tuple[onnx_ir.Value, int, int]]:
         """What others than operators of ``flora_ort`` read of a product with A's, and of which columns it is."""
-        product = node.outputs[0]
-        if node.op_type != "MatMul" or product.shape is None or len(product.shape) != 3 or product.dtype is None:
+        products = {"MatMul": 0, "SkinnyMatMul": place - 1}
+        product = node.outputs[products.get(node.op_type, 0)]
+        if node.op_type not in products or product.shape is None or len(product.shape) != 3 or product.dtype is None:
             raise ExportError(
                 f"adapters= needs a product with {weight.name} [batch, seq, rank]; {node.name} is another"
             )
