@@ -5,8 +5,8 @@
     MatMul(x, W.T), MatMul(x, A.T)  ->  SkinnyMatMul(x, W, A), where A may be replaced and z is read beside x W.T
 
 A decode step reads every weight once and does nothing else that takes as long. cuBLAS reads them one GEMM after the
-other; this kernel has its part of W under way while what gives x is still running. Prompts, of many rows, are multiplied
-by ONNX Runtime as before.
+other; this kernel has its part of W under way while what gives x is still running. Prompts have many rows, and are
+multiplied by ONNX Runtime as before.
 """
 
 from __future__ import annotations

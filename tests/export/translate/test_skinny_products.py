@@ -90,7 +90,7 @@ def test_logits_are_as_near_to_float64_as_plain_products(written: Written, monke
 
 @torch.no_grad()
 def test_a_lora_that_may_be_replaced(written: Written, tmp_path: Path) -> None:
-    """A is an input [rank, in], and z a second output of the product that reads the same x: nine nodes a layer as well."""
+    """A is an input [rank, in], and z a second output of the product that reads the same x: nine nodes a layer."""
     model, place, graph = written(hot_swap=True)
     ops = Counter(node.op_type for node in graph.node)
     assert (ops["SkinnyMatMul"], ops["MatMul"]) == (4 * LAYERS + 1, 0)
