@@ -42,10 +42,13 @@ def _sections(asked: Plan) -> list[Section]:
     dtypes = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
     onnx = f"{asked.name}-{dtypes[asked.onnx.dtype]}"
     forms = f"{asked.name}-{dtypes[asked.torch.dtype]}"
+    operators = f"decoder-{onnx}-operators"
     return [
-        Section("operators", _operators, 60, True, f"decoder-{onnx}-operators"),
-        Section("operators, tuned", partial(_operators, entries=TUNED), 60, True, f"decoder-{onnx}-operators-tuned"),
-        Section("operators, not early", partial(_operators, early=False), 60, True, f"decoder-{onnx}-operators-late"),
+        Section("operators", _operators, 60, True, operators),
+        Section("operators, tuned", partial(_operators, entries=TUNED), 60, True, f"{operators}-tuned-gemms"),
+        Section(
+            "operators, not early", partial(_operators, early=False), 60, True, f"{operators}-without-early-launches"
+        ),
         Section("decoder", _decoder, 120, needs_provider=True, record=f"decoder-{onnx}"),
         Section("latency", partial(_latency, asked.runner, asked.forms), 120, record=f"latency-{forms}"),
         Section("decoder, tuned", partial(_decoder, entries=TUNED), 100, True, f"decoder-{onnx}-tuned"),
