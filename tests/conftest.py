@@ -31,6 +31,13 @@ def _seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def run_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of pytest, whichever of its processes this is."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if hasattr(request.config, "workerinput") else own
+
+
+@pytest.fixture(scope="session")
 def library() -> Path:
     """``flora_ort`` as it is here, or else built without CUDA, which takes long."""
     import flora_ort

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import multiprocessing
-import os
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import pytest
+
+from tests.made_once import made_once
 
 IMPORTED = [
     *("torch", "transformers.models.llama.modeling_llama", "peft", "onnxruntime", "onnxscript"),
@@ -40,30 +39,24 @@ def _spawned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def graphs(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path | str]:
-    """Exported graphs that several benchmarks' tests measure: one of each kind that is written fast.
-
-    The first of pytest's processes that needs them writes them, the others wait for it and find them.
-    """
+def graphs(run_folder: Path) -> Mapping[str, Path | str]:
+    """Exported graphs that several benchmarks' tests measure: one of each kind that is written fast."""
     from benchmarks.contenders.onnx_exports import write_graphs
     from benchmarks.contenders.settings import Settings
 
     settings = Settings(shape="tiny", layers=1, rank=6, threads=1)
     names = ("PEFT (genai)", "FFBA shared (fused)", "fused (general)", "fused (hot swap)", "base", "fused")
-    own = tmp_path_factory.getbasetemp()
-    place = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "graphs"
-    place.mkdir(exist_ok=True)
-    index = place / "index.json"
-    with (place / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not index.exists():
-            steps: list[tuple[int, int]] = []
-            written = write_graphs(settings, place, lambda done, total: steps.append((done, total)), names=names)
-            assert steps == [(done, 6) for done in range(1, 7)]
-            index.write_text(json.dumps({name: str(path) for name, path in written.items()}))
-    found = {name: Path(path) for name, path in json.loads(index.read_text()).items()}
+
+    def write(place: Path) -> dict[str, Path | str]:
+        place.mkdir()
+        steps: list[tuple[int, int]] = []
+        written = write_graphs(settings, place, lambda done, total: steps.append((done, total)), names=names)
+        assert steps == [(done, 6) for done in range(1, 7)]
+        return written
+
+    found = made_once(run_folder / "graphs", write)
     assert list(found) == [
         *("base", "fused", "fused (hot swap)", "fused (general)", "PEFT (genai)", "FFBA shared (fused)"),
     ]
-    assert all(path.is_dir() for path in found.values())
+    assert all(Path(path).is_dir() for path in found.values())
     return found

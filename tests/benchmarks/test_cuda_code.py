@@ -33,10 +33,15 @@ def launches(count: Count | dict[tuple[str, str], int]) -> int:
 
 
 def test_a_token_with_a_lora_takes_no_launch_more_than_without() -> None:
-    fused, packed, base = (layer(name, "decode") for name in (BACKEND, "base (packed)", "base"))
+    fused, packed = (layer(name, "decode") for name in (BACKEND, "base (packed)"))
     assert launches(fused) == launches(packed)
-    assert launches(fused) <= launches(base) - 2
     assert {name for kind, name in fused if kind == "gemm"} == {"extern_kernels.mm", "extern_kernels.bmm"}
+
+
+@pytest.mark.slow
+def test_a_token_with_a_lora_takes_fewer_launches_than_the_base_as_it_is() -> None:
+    fused, base = (layer(name, "decode") for name in (BACKEND, "base"))
+    assert launches(fused) <= launches(base) - 2
 
 
 @pytest.mark.slow

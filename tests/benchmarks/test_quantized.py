@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from benchmarks.accuracy.model import Pretraining
 from benchmarks.accuracy.recipe import Recipe
 from benchmarks.commands import SETUPS, SHEETS
 from benchmarks.contenders.settings import Settings
 from benchmarks.quantized import quantized
-from benchmarks.quantized.decoding import WAYS
+from benchmarks.quantized.decoding import REFERENCE, WAYS
 from benchmarks.quantized.task import FORMATS
 
+FEW = (REFERENCE, "4 bits kept, int8 activations, LoRA live", "NF4 kept, LoRA live")
 
-def test_all_parts_in_small() -> None:
+
+@pytest.mark.parametrize("ways", [FEW, pytest.param(tuple(WAYS), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_all_parts_in_small(ways: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for way in {*WAYS}.difference(ways):
+        monkeypatch.delitem(WAYS, way)
     steps: dict[str, list[tuple[int, int]]] = {}
 
     def bar(name: str) -> Any:
@@ -37,7 +44,7 @@ def test_all_parts_in_small() -> None:
         assert rows[name, "no adapter"]["error"] > 1e-5
         assert live["bytes"] < merged["bytes"]
     assert rows["4 bits", "live, kept, int8 activations"]["error"] > rows["4 bits", "live, kept"]["error"]
-    assert [row["way"] for row in found["decode"]] == [*WAYS]
+    assert [row["way"] for row in found["decode"]] == [*ways]
     assert found["decode"][0]["ratio"] == 1
     sizes = {row["way"]: row["bytes"] for row in found["sizes"]}
     linears = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160
@@ -48,6 +55,6 @@ def test_all_parts_in_small() -> None:
     assert {name: done[-1][0] == done[-1][1] for name, done in steps.items()} == dict.fromkeys(steps, True)
     task, tokens, layers = SHEETS["quantized"](result)
     assert len(task.rows) == len(rows)
-    assert len(tokens.rows) == len(WAYS)
+    assert len(tokens.rows) == len(ways)
     assert layers.rows[0][2] == "1.000"
     assert "tiny shape, 2 layers" in SETUPS["quantized"](result)

@@ -16,31 +16,24 @@ from flora_fx.export.targets import TargetName
 from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
 from tests.export.longrope_models import build_longrope
-from tests.export.made_once import made_once
 from tests.export.seq2seq_models import build_seq2seq
 from tests.export.slot_models import Mixed, make_mixed
 from tests.export.stand_in import FakeCuda
+from tests.made_once import made_once
 
 Shared = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run, whichever of its processes this is."""
-    own = tmp_path_factory.getbasetemp()
-    return (own.parent if hasattr(request.config, "workerinput") else own) / "exports"
-
-
-@pytest.fixture(scope="session")
-def shared(root: Path) -> Shared:
+def shared(run_folder: Path) -> Shared:
     """Exports by name, each made when it is first asked for; the model is built anew in each process."""
     known: dict[str, Exported] = {}
 
     def get(name: str, make: Callable[[], nn.Module], **options: Any) -> Exported:
         if name not in known:
             model = make()
-            # In a folder of its own: what an export leaves beside itself is seen.
-            result = made_once(root / name / "out", lambda place: export_onnx(model, place, **options))
+            place = run_folder / "exports" / name / "out"  # alone: what an export leaves beside itself is seen
+            result = made_once(place, lambda place: export_onnx(model, place, **options))
             known[name] = Exported(model, result, load(result.directory))
         return known[name]
 
@@ -93,9 +86,9 @@ def placed(request: pytest.FixtureRequest) -> Iterator[Callable[[Exported], Expo
 
 
 @pytest.fixture(scope="session")
-def built(root: Path) -> Built:
+def built(run_folder: Path) -> Built:
     """By the model builder of onnxruntime-genai."""
-    return build_by_genai(root / "genai")
+    return build_by_genai(run_folder / "exports" / "genai")
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +102,6 @@ def longrope(shared: Shared) -> Callable[[TargetName], Exported]:
 
 
 @pytest.fixture(scope="session")
-def mixed(root: Path) -> Mixed:
+def mixed(run_folder: Path) -> Mixed:
     """A model with several LoRAs, exported so that rows choose among them."""
-    return make_mixed(root / "mixed")
+    return make_mixed(run_folder / "exports" / "mixed")

@@ -16,7 +16,7 @@ from torch import Tensor
 from flora_fx.export import Manifest
 from flora_fx.export.run.decoder import Decoder
 from flora_fx.export.run.session import Session
-from tests.export.made_once import made_once
+from tests.made_once import made_once
 
 VOCAB, POSITIONS = 97, 600
 

@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from flora_fx.export import export_onnx
-from tests.export.made_once import made_once
 from tests.faults.models import ADAPTERS, VOCAB, adapted
+from tests.made_once import made_once
 
 __all__ = ["FILLED", "Mixed", "make_mixed", "padded"]
 

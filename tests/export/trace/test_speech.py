@@ -134,7 +134,7 @@ MODELS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 }
 """Models, and the shape of what they read: another length than that of an example that is made up."""
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("wav2vec2 and BERT", "seamless")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("speech2text", "wav2vec2 and BERT", "seamless")]
 
 
 def build(make: Callable[[], Any]) -> nn.Module:
@@ -172,7 +172,7 @@ def by_pytorch(export: Exported, sound: Tensor, **options: Any) -> Tensor:
     return tokens
 
 
-@pytest.mark.parametrize("name", ["moonshine", "speech2text", *SLOW])
+@pytest.mark.parametrize("name", ["moonshine", *SLOW])
 def test_tokens_are_pytorchs(sounding: Callable[[str], Exported], name: str) -> None:
     export = sounding(name)
     assert isinstance(export.runner, Seq2Seq)
@@ -208,6 +208,10 @@ def test_inputs_and_outputs(sounding: Callable[[str], Exported]) -> None:
     }
     assert encoder.signature["encoder_attention_mask"] == (("batch", "encoded"), torch.int64)
     assert encoder.signature["cross_key_values.1.value"][0] == ("batch", 4, "encoded", 16)
+
+
+@pytest.mark.slow
+def test_inputs_that_are_features(sounding: Callable[[str], Exported]) -> None:
     features = sounding("speech2text").runner.encoder.inputs["input_features"][0]
     assert features == ("batch", "frames", 6)
 
