@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("flora_fx", "passes", "export", "tests", "pyproject.toml")
+COPIED = ("flora_fx", "passes", "export", "flora_ort", "tests", "pyproject.toml")
 WATCHED = (
     "passes/[a-z]*.py",
     "passes/*/[a-z]*.py",
@@ -31,6 +31,8 @@ WATCHED = (
     "flora_fx/ops.py",
     "flora_fx/compile/lifting.py",
     "flora_fx/storage/alone.py",
+    "export/translate/lora_operators.py",
+    "flora_ort/csrc/arithmetic.h",
 )
 """Every one of these has a mutation."""
 
@@ -65,12 +67,16 @@ class Mutation:
     first: tuple[str, ...] = ()
 
 
+def of(file: str, *bugs: tuple[str, str, str], first: Sequence[str]) -> list[Mutation]:
+    return [Mutation(bug, file, old, new, tuple(first)) for bug, old, new in bugs]
+
+
 def passes(name: str, *bugs: tuple[str, str, str], first: Sequence[str] = (GRAPHS,)) -> list[Mutation]:
-    return [Mutation(bug, f"passes/{name}.py", old, new, tuple(first)) for bug, old, new in bugs]
+    return of(f"passes/{name}.py", *bugs, first=first)
 
 
 def core(name: str, *bugs: tuple[str, str, str], first: Sequence[str]) -> list[Mutation]:
-    return [Mutation(bug, f"flora_fx/{name}.py", old, new, tuple(first)) for bug, old, new in bugs]
+    return of(f"flora_fx/{name}.py", *bugs, first=first)
 
 
 MUTATIONS = [
@@ -530,6 +536,32 @@ MUTATIONS = [
         ("strided parameters stay", "return parameter.numel() < extent", "return False"),
         first=["tests/test_guards.py"],
     ),
+    *of(
+        "export/translate/lora_operators.py",
+        ("gate and up swapped", '{"gate": first, "up": second, ', '{"gate": second, "up": first, '),
+        ("z begins elsewhere", '"z_start": total.z_start}', '"z_start": 0}'),
+        ("the skip is forgotten", "gamma, skip, [node.outputs[0], *node", "gamma, None, [node.outputs[0], *node"),
+        ("a bias is forgotten", "                reader.replace_input_with(place, bias)\n", ""),
+        first=["tests/export/translate/test_lora_operators.py"],
+    ),
+    *of(
+        "flora_ort/csrc/arithmetic.h",
+        ("columns of B begin at the first", "column - block.begin + block.from, i};", "column - block.begin, i};"),
+        ("another adapter's rows of B", "(k + i) * call.columns, up);", "(k - reach.first + i) * call.columns, up);"),
+        ("no skip", "if (call.skip == nullptr) return;", "return;"),
+        ("gate and up swapped", "up[t][v] *= activate(gate[t][v],", "up[t][v] = gate[t][v] * activate(up[t][v],"),
+        first=["tests/ort_ops/test_operators.py"],
+    ),
+    *of(
+        "flora_ort/csrc/arithmetic.h",
+        ("rows have one adapter", "if (adapter[t] == next) mine |= 1u << t;", "mine |= 1u << t;"),
+        first=["tests/ort_ops/test_adapters_of_rows.py"],
+    ),
+    *of(
+        "flora_ort/csrc/operators.cpp",
+        ("z without its bias", "at(bias.data, kernel.z_start, call.element)", "nullptr"),
+        first=["tests/ort_ops/test_operators.py"],
+    ),
 ]
 
 
@@ -576,8 +608,10 @@ def stages_of(mutation: Mutation) -> list[Sequence[str]]:
     return [*([test] for test in mutation.first), [path for path in SUITE if path not in mutation.first]]
 
 
-def copy_checkout(target: Path) -> None:
-    ignored = shutil.ignore_patterns("__pycache__", "results")
+def copy_checkout(target: Path, changed: str) -> None:
+    """Without the library of operators where a source of it is changed: the tests build what is not there."""
+    built = ["libflora_ort.*"] if changed.startswith("flora_ort/") else []
+    ignored = shutil.ignore_patterns("__pycache__", "results", *built)
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -605,7 +639,7 @@ def run(mutation: Mutation | None, paths: Sequence[str]) -> str | None:
     """The first test of some files that fails on a mutation, in a process of its own; None if none does."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
-        copy_checkout(copy)
+        copy_checkout(copy, mutation.file if mutation else "")
         if mutation is not None:
             file = copy / mutation.file
             text = file.read_text(encoding="utf-8")
