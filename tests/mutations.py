@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("flora_fx", "passes", "export", "flora_ort", "tests", "pyproject.toml")
+COPIED = ("flora_fx", "passes", "export", "flora_ort", "tests", "docs", "pyproject.toml")
 WATCHED = (
     "passes/[a-z]*.py",
     "passes/*/[a-z]*.py",
@@ -386,12 +386,16 @@ MUTATIONS = [
             "self.written.successor(path.low), (*path.numbers, *path.factors))",
             "self.written.successor(path.low), path.numbers)",
         ),
+        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+    ),
+    *passes(
+        "rewrite/accumulations",
         (
             "a factor of an adapter's bias dropped",
             "read_weight(path.up.bias), (*path.numbers, *path.factors))",
             "read_weight(path.up.bias), ())",
         ),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_forms.py"],
     ),
     *passes(
         "rewrite/accumulations",

@@ -379,3 +379,19 @@ def test_a_factor_per_token_leaves_sizes_dynamic() -> None:
     for shape in [(2, 5), (7, 3)]:
         x = torch.randn(*shape, D_IN, dtype=torch.float64)
         assert_exact(fused.module()(x), model(x))
+
+
+def test_a_bias_of_the_up_projection_has_the_factors_of_its_adapter() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.a, self.b, self.gate = linear(D_IN, 10), linear(D_IN, 3), linear(3, 10, True), linear(D_IN, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w(x) + self.b(self.a(x)) * torch.sigmoid(self.gate(x)) * 0.7
+
+    model = Gated().double().requires_grad_(False)
+    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    fused = flora_fx.fuse(flora_fx.capture(model, x))
+    assert flora_fx.report(fused).fused == ("b.weight",)
+    assert_exact(fused(x), model(x))
