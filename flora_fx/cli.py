@@ -18,6 +18,7 @@ from flora_fx.checkout import checkout
 from flora_fx.commands.ending import CODES, MISSING, Outcome, ending
 from flora_fx.commands.leaving import leaving
 from flora_fx.commands.stages import uncollected
+from flora_fx.commands.waiting import wait_asleep
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.tasks import Task
 
@@ -153,6 +154,7 @@ def build_app() -> "typer.Typer":
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with uncollected(), ending(_flags(app), as_json=as_json) as outcome:
+            wait_asleep()
             from flora_fx.commands.inspecting import inspect
 
             report = inspect(model, adapter, cast(Task, task), inputs)
@@ -234,6 +236,7 @@ def build_app() -> "typer.Typer":
         as_json: Annotated[bool, json_option] = False,
     ) -> None:
         with uncollected(), ending(_flags(app), as_json=as_json) as outcome:
+            wait_asleep()
             import torch
 
             from flora_fx.commands.exporting import export

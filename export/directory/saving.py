@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ __all__ = ["save_graphs"]
 
 _READ = 64 * 2**20
 """After so many bytes of weights have been read, they are given back, where they are mapped."""
+_WRITERS = 2
+"""Threads that write: while one copies a pack together or transposes a weight, the other waits for the file."""
 _INLINE = 256
 """Tensors of at most so many bytes stay in the graph's own file, as `onnx_ir.save` has it."""
 
@@ -39,7 +42,17 @@ def save_graphs(graphs: Mapping[str, onnx_ir.Model], place: Path) -> None:
         if value.const_value is not None and value.const_value.nbytes > _INLINE
     ]
     unique = {_identity(value.const_value): value.const_value for value in values}
-    written = ir.external_data.convert_tensors_to_external(list(unique.values()), place, DATA, callback=_Reader())
+    write = ir.external_data.convert_tensors_to_external
+    # Since onnx_ir 1.1; what is larger than the bytes in flight is written alone, beside the others.
+    more = {"max_workers": _WRITERS, "max_in_flight_bytes": _READ}
+    known = inspect.signature(write).parameters
+    written = write(
+        list(unique.values()),
+        place,
+        DATA,
+        callback=_Reader(),
+        **{name: value for name, value in more.items() if name in known},
+    )
     stored = dict(zip(unique, written, strict=True))
     for value in values:
         at = stored[_identity(value.const_value)]
@@ -51,7 +64,10 @@ def save_graphs(graphs: Mapping[str, onnx_ir.Model], place: Path) -> None:
 
 
 class _Reader:
-    """Called before a weight is read; what was read of those before is given back, from time to time."""
+    """Called before a weight is read, by one thread at a time; from time to time what was read before is given back.
+
+    What another thread reads at that moment is read again from its file: it stays what it is.
+    """
 
     def __init__(self) -> None:
         self.read = 0

@@ -106,6 +106,35 @@ def test_commands_leave_out(
     assert result.stderr == f"error: base and {asked}\n"
 
 
+_WITHOUT_TORCH = """
+import os, sys
+from flora_fx.cli import main
+
+class First:
+    @staticmethod
+    def find_spec(name, *_):
+        if name in ("torch", "transformers"):
+            os.write(1, os.environ["OMP_WAIT_POLICY"].encode())
+            os._exit(7)
+
+sys.meta_path.insert(0, First)
+sys.argv = ["flora-fx", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.parametrize("command", [["inspect", "-m", "m", "-a", "a"], ["export", "-m", "m", "-o", "o"]])
+@pytest.mark.parametrize("asked", [None, "ACTIVE"])
+def test_threads_sleep_while_they_wait(command: list[str], asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP is told before torch is imported, and only where the user has not."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", asked)
+    arguments = [sys.executable, "-c", _WITHOUT_TORCH, *command]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (7, asked or "PASSIVE"), done.stderr
+
+
 def test_garbage_is_not_looked_for() -> None:
     """Nor at once when that has ended, through all that was made meanwhile; but then as ever."""
 
