@@ -1,7 +1,8 @@
 """Time and memory of an export, beside the model builder of onnxruntime-genai: whole commands, from a checkpoint.
 
 Both read the same folder of safetensors and the same adapter, each in a process of its own; they take turns, and only
-what was measured in one turn is compared. Ours runs its result and compares it with PyTorch, the builder does not.
+what was measured in one turn is compared. Ours runs its result and compares it with PyTorch, the builder does not. Its
+time is told by stage and, of what it imports, by package.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,6 +35,9 @@ __all__ = ["EXPORTERS", "measure", "sheets"]
 EXPORTERS = ("flora_fx", "genai builder")
 
 _KEPT = 2000  # characters of what a failed exporter printed
+_TOLD = 0.05
+"""Packages whose imports take so many seconds are told one by one."""
+_IMPORT = re.compile(r"^import time: +(\d+) \| +\d+ \| +(\w+)", re.MULTILINE)
 
 
 def measure(
@@ -50,15 +56,17 @@ def measure(
         progress: called with the rounds done and in all.
 
     Returns:
-        ``{"settings", "export": {"rounds", "rows"}}``. A row has ``exporter``, ``layers``, and, one number a round,
-        ``seconds``, ``cpu_seconds`` (of all threads) and ``peak_bytes`` of the process; ours also has ``stages``
-        (seconds by name, of the fastest round) and ``peaks`` (bytes by the end of each).
+        ``{"settings", "export": {"rounds", "rows", "imports"}}``. A row has ``exporter``, ``layers``, and, one number a
+        round, ``seconds``, ``cpu_seconds`` (of all threads) and ``peak_bytes`` of the process; ours also has ``stages``
+        (seconds by name, of the fastest round) and ``peaks`` (bytes by the end of each). Imports are seconds by
+        package, of one more export of ours at the last depth under ``python -X importtime``.
 
     Raises:
         ExportError: an exporter failed.
     """
     depths = depths or tuple(dict.fromkeys((max(settings.depth // 3, 1), settings.depth)))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    imports: dict[str, float] = {}
     turns = random.Random(0)
     for number, depth in enumerate(depths):
         with tempfile.TemporaryDirectory(prefix="flora-export-") as place:
@@ -70,8 +78,13 @@ def measure(
                     output = Path(place, "out", f"{EXPORTERS.index(name)}-{done}")
                     found[name].append(_run(name, settings, checkpoint, adapter, output))
                 progress(number * rounds + done + 1, len(depths) * rounds)
+            if number == len(depths) - 1:
+                output = Path(place, "out", "imports")
+                told = _run(EXPORTERS[0], settings, checkpoint, adapter, output, "-X", "importtime")
+                imports = told["imports"]
         rows += [{"exporter": name, "layers": depth, **_together(exports)} for name, exports in found.items()]
-    return {"settings": asdict(settings) | {"layers": settings.depth}, "export": {"rounds": rounds, "rows": rows}}
+    export = {"rounds": rounds, "rows": rows, "imports": imports}
+    return {"settings": asdict(settings) | {"layers": settings.depth}, "export": export}
 
 
 def _together(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,11 +93,13 @@ def _together(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**lists, "stages": fastest["stages"], "peaks": fastest["peaks"]}
 
 
-def _run(name: str, settings: Settings, checkpoint: Path, adapter: Path, output: Path) -> dict[str, Any]:
+def _run(name: str, settings: Settings, checkpoint: Path, adapter: Path, output: Path, *python: str) -> dict[str, Any]:
+    """One export; ``python`` are options of the interpreter, for ours."""
     output.parent.mkdir(exist_ok=True)
     if name == "flora_fx":
         places = ["-m", str(checkpoint), "-a", str(adapter), "-o", str(output)]
-        command = [sys.executable, "-m", "flora_fx.cli", "export", *places, "--dtype", settings.dtype, "--json"]
+        export = ["-m", "flora_fx.cli", "export", *places, "--dtype", settings.dtype, "--json"]
+        command = [sys.executable, *python, *export]
     else:
         command = builder_command(settings, checkpoint, adapter, output)
     threads = str(settings.threads)
@@ -110,7 +125,20 @@ def _run(name: str, settings: Settings, checkpoint: Path, adapter: Path, output:
         "peak_bytes": used.ru_maxrss * unit,
         "stages": told.get("seconds", {}),
         "peaks": told.get("peak_bytes", {}),
+        "imports": _imports(errors),
     }
+
+
+def _imports(log: str) -> dict[str, float]:
+    """Seconds by package, of what ``-X importtime`` has told; the slowest first.
+
+    >>> _imports("import time:  100000 |  300000 | sympy\\nimport time:  200000 |  200000 |   sympy.core\\n")
+    {'sympy': 0.3}
+    """
+    microseconds: Counter[str] = Counter()
+    for time_of_its_own, package in _IMPORT.findall(log):
+        microseconds[package] += int(time_of_its_own)
+    return {package: number / 1e6 for package, number in microseconds.most_common()}
 
 
 _ROOT = Path(__file__).parents[2]
@@ -141,6 +169,10 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             [name, str(row["layers"]), f"{seconds:.2f}", f"{row['peaks'][name] / 2**20:.0f}"]
             for name, seconds in row["stages"].items()
         ]
+        if row["stages"]:
+            rest = min(row["seconds"]) - sum(row["stages"].values())
+            peak = max(row["peak_bytes"]) / 2**20
+            stages.append(["start and end", str(row["layers"]), f"{rest:.2f}", f"{peak:.0f}"])
     header = ["exporter", "layers", "seconds", "CPU seconds", "peak MiB"]
     header += ["seconds, to the builder's", "CPU", "peak"]
     notes = [
@@ -154,9 +186,24 @@ def sheets(result: Mapping[str, Any]) -> list[Sheet]:
             "Stages of ours",
             ["stage", "layers", "seconds", "peak MiB by then"],
             stages,
-            ["Of the fastest round. `load` imports the libraries and reads the checkpoint; the rest is `export_onnx`."],
+            [
+                "Of the fastest round. `load` imports transformers and PEFT and reads the checkpoint; the others are "
+                "`export_onnx`. Start and end: Python, torch's import, and what is still on its way to the disk.",
+            ],
         ),
+        *_import_sheets(found.get("imports", {})),
     ]
+
+
+def _import_sheets(imports: Mapping[str, float]) -> list[Sheet]:
+    """Imports by package, where they were measured."""
+    if not imports:
+        return []
+    told = {package: seconds for package, seconds in imports.items() if seconds >= _TOLD}
+    rest = sum(imports.values()) - sum(told.values())
+    rows = [[package, f"{seconds:.2f}"] for package, seconds in [*told.items(), ("all others", rest)]]
+    note = "Of one more export at the last depth, under `python -X importtime`, which makes imports slower itself."
+    return [Sheet("Imports of ours, by package", ["package", "seconds"], rows, [note])]
 
 
 def _ratio(row: Mapping[str, Any], peer: Mapping[str, Any], key: str) -> float:

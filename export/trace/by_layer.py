@@ -27,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def capture_by_layer(
-    module: nn.Module, args: tuple[Any, ...], shapes: Any, shortened: Callable[[str, Sequence[int]], nn.Module]
+    module: nn.Module,
+    args: tuple[Any, ...],
+    shapes: Any,
+    shortened: Callable[[str, Sequence[int]], nn.Module],
+    rewrite: Callable[[ExportedProgram], None],
 ) -> ExportedProgram:
     """As `capture`, of one layer of each kind and, beside them, the first, where that is less than all.
 
@@ -36,6 +40,7 @@ def capture_by_layer(
         args: example inputs.
         shapes: their dynamic dimensions.
         shortened: gives the module with some of its layers, by the path of their list and their indices.
+        rewrite: is given what was captured, to rewrite in place, before it is written out for all layers.
 
     Raises:
         NotCaptured: torch.export fails.
@@ -44,10 +49,12 @@ def capture_by_layer(
     path = path_of_layers(module, len(pairs) // 2)
     if path is not None and len(pairs) > 4:
         try:
-            return _by_kind(module, args, shapes, path, shortened)
+            return _by_kind(module, args, shapes, path, shortened, rewrite)
         except (Tangled, NotCaptured) as reason:
             log.info("captured with all layers, which takes longer: %s", reason)
-    return capture(module, args, shapes)
+    program = capture(module, args, shapes)
+    rewrite(program)
+    return program
 
 
 def _by_kind(
@@ -56,6 +63,7 @@ def _by_kind(
     shapes: Any,
     path: str,
     shortened: Callable[[str, Sequence[int]], nn.Module],
+    rewrite: Callable[[ExportedProgram], None],
 ) -> ExportedProgram:
     *single, pairs = args
     full = for_shapes(module, lambda: observe(module, args, path))
@@ -68,6 +76,7 @@ def _by_kind(
         raise Tangled("with fewer layers it computes something else")
     *dims, of_pairs = shapes
     short = capture(small, fewer, (*dims, of_pairs[: 2 * len(kept)]))
+    rewrite(short)
     return repeat_layers(short, module, args, path, order)
 
 

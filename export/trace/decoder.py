@@ -55,9 +55,6 @@ def trace_decoder(model: nn.Module, provider: str = "CPUExecutionProvider") -> T
     if provider == "CUDAExecutionProvider" and next(model.parameters()).dtype == torch.float32:
         raise Unsuited("GroupQueryAttention has no float32 kernel on CUDA (dtype=torch.float16 has one)")
     program = _captured(private, layers)
-    if not reads_positions(program):
-        raise Unsuited("it makes positions of its own")
-    absorb_rotary(program)
     outside = ("rotary positions are computed outside of the attention",) if count_rotary(program) else ()
     return with_cache(
         program,
@@ -81,9 +78,15 @@ def _captured(model: nn.Module, layers: list[AttentionLayer]) -> ExportedProgram
     shapes = ({0: rows, 1: seq}, {0: rows, 1: total}, tuple({0: rows, 2: old} for _ in past))
     decoder = _Decoder(model, layers)
     try:
-        return capture_by_layer(decoder, (ids, mask, past), shapes, decoder.shortened)
+        return capture_by_layer(decoder, (ids, mask, past), shapes, decoder.shortened, _rotate_in_attention)
     except NotCaptured as refusal:
         raise Unsuited(f"torch.export cannot capture it so ({refusal})") from refusal
+
+
+def _rotate_in_attention(program: ExportedProgram) -> None:
+    if not reads_positions(program):
+        raise Unsuited("it makes positions of its own")
+    absorb_rotary(program)
 
 
 class _Decoder(nn.Module):

@@ -31,10 +31,17 @@ def test_both_export_the_same_files_by_turns() -> None:
     assert peaks[-1] <= ours["peak_bytes"][0]
     assert sum(ours["stages"].values()) < ours["seconds"][0]
     assert builder["peak_bytes"][0] > 2**20
-    whole, stages = exporting.sheets(result)
+    imports = result["export"]["imports"]
+    assert {"torch", "transformers", "peft", "flora_fx", "onnx"} <= set(imports)
+    assert list(imports.values()) == sorted(imports.values(), reverse=True)
+    whole, stages, packages = exporting.sheets(result)
     assert [row[:2] for row in whole.rows] == [["flora_fx", "3"], ["genai builder", "3"]]
     assert whole.rows[1][-3:] == ["1.00"] * 3
-    assert [row[0] for row in stages.rows] == STAGES
+    assert [row[0] for row in stages.rows] == [*STAGES, "start and end"]
+    told = sum(float(row[2]) for row in stages.rows)
+    assert told == pytest.approx(ours["seconds"][0], abs=0.05)
+    assert [row[0] for row in packages.rows] == [*list(imports)[: len(packages.rows) - 1], "all others"]
+    assert sum(float(row[1]) for row in packages.rows) == pytest.approx(sum(imports.values()), abs=0.01 * len(imports))
 
 
 def row(exporter: str, layers: int, seconds: list[float]) -> dict[str, Any]:
