@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 
 from benchmarks.measure.memory import live_bytes, peak_bytes
 from flora_fx.export import export_onnx
+from flora_fx.export.directory import saving
 from flora_fx.export.directory.saving import save_graphs
 from flora_fx.export.forms import DECODER_FORMS, SWAPPABLE_FORMS
 from flora_fx.export.rewrite.splits import join_heads, split_once
@@ -135,9 +136,24 @@ def test_norms_and_rotary_positions_in_float32_of_a_model_in_half(name: str, tmp
     assert not [note for note in result.notes if "rotary" in note]
 
 
-def test_weights_are_made_one_after_the_other(tmp_path: Path) -> None:
+def test_weights_are_made_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By each of those that write, of which one is this thread if there is but one."""
+    monkeypatch.setattr(saving, "_WRITERS", 1)
     program, traced = programs("Llama", torch.float32)
     graph = write_graph(program, traced)
     sizes = [value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None]
     peak = peak_bytes(lambda: save_graphs({"model.onnx": graph}, tmp_path), "cpu") - live_bytes("cpu")
     assert max(sizes) <= peak < 2.5 * max(sizes) < sum(sizes) / 2, "a pack, a part of it scaled, and the transposed one"
+
+
+def test_two_that_write_write_what_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, traced = programs("Llama", torch.float32)
+    written = []
+    for writers in (1, saving._WRITERS):
+        monkeypatch.setattr(saving, "_WRITERS", writers)
+        place = tmp_path / str(writers)
+        place.mkdir()
+        save_graphs({"model.onnx": write_graph(program, traced)}, place)
+        written.append([(place / name).read_bytes() for name in ("model.onnx", "model.onnx.data")])
+        assert len(list(place.iterdir())) == 2
+    assert written[0] == written[1]
