@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from flora_fx.decoder_ops import rotate
 
@@ -68,9 +68,9 @@ def absorb_rotary(program: ExportedProgram) -> int:
             arguments = list(node.args)
             arguments[COS], arguments[SIN], arguments[INTERLEAVED] = cos, sin, interleaved
             with graph.inserting_before(node):
-                arguments[QUERY], arguments[KEY] = (_flat(graph, rotation) for rotation in (query, key))
+                arguments[QUERY], arguments[KEY] = (_flat(node, rotation) for rotation in (query, key))
                 for index in (COS, SIN):
-                    arguments[index] = _in_dtype_of(graph, arguments[index], arguments[QUERY])
+                    arguments[index] = _in_dtype_of(node, arguments[index], arguments[QUERY])
             node.args = tuple(arguments)
             absorbed += 1
         for index in (QUERY, KEY, VALUE):
@@ -184,16 +184,24 @@ def _unique(*groups: list[Node]) -> list[Node]:
     return [node for node in next(iter(members)).graph.nodes if node in members] if members else []
 
 
-def _in_dtype_of(graph: Graph, table: Any, operand: Any) -> Node:
+def _in_dtype_of(attention: Node, table: Any, operand: Any) -> Node:
     """A table as the operator takes it: in the dtype of what it rotates (OLMo 2 has them in float32)."""
     dtype = operand.meta["val"].dtype
-    found: Node = table if table.meta["val"].dtype == dtype else call(graph, aten.to.dtype, table, dtype)
+    found: Node = table if table.meta["val"].dtype == dtype else _beside(attention, aten.to.dtype, table, dtype)
     return found
 
 
-def _flat(graph: Graph, rotation: _Rotation) -> Node:
+def _flat(attention: Node, rotation: _Rotation) -> Node:
     """What was rotated, as [batch, seq, heads · dim]."""
     node = rotation.value
     if rotation.heads_first:
-        node = call(graph, aten.transpose.int, node, 1, 2)
-    return call(graph, aten.flatten.using_ints, node, 2)
+        node = _beside(attention, aten.transpose.int, node, 1, 2)
+    return _beside(attention, aten.flatten.using_ints, node, 2)
+
+
+def _beside(attention: Node, target: object, *args: object) -> Node:
+    """A new node, of the module that the attention is of: of the same layer."""
+    node = call(attention.graph, target, *args)
+    if "nn_module_stack" in attention.meta:
+        node.meta["nn_module_stack"] = attention.meta["nn_module_stack"]
+    return node
