@@ -261,7 +261,7 @@ class _Repetition:
         taken = [spec.arg for spec in self._inputs if spec.kind is InputKind.USER_INPUT]
         signature = ModuleCallSignature(
             inputs=taken,
-            outputs=[spec.arg for spec in outputs],
+            outputs=[],  # torch looks for their names in what it decomposes this to, where layers' copies have others
             in_spec=pytree.tree_structure((args, {})),
             out_spec=pytree.tree_structure(tuple(returned)),
             forward_arg_names=root.signature.forward_arg_names,

@@ -237,3 +237,10 @@ def test_layers_of_other_numbers_are_not_alike(traced_layers: list[int]) -> None
     assert traced_layers == [3]
     factors = [n.args[1] for n in program.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)]
     assert factors.count(0.7) == 2
+
+
+def test_a_program_of_repeated_layers_can_be_decomposed() -> None:
+    """As it is for torch.onnx, which translates what is not written node by node."""
+    program = trace_decoder(private_copy(unwrap(build("Llama", num_hidden_layers=LAYERS)))).program
+    decomposed = program.run_decompositions()
+    assert len(decomposed.graph_signature.output_specs) == 1 + 2 * LAYERS
