@@ -1,4 +1,4 @@
-"""Three small operators of ONNX Runtime for unmerged LoRA: LoraAdd, LoraSwiGLU and LoraSkipRMSNorm.
+"""Operators of ONNX Runtime for unmerged LoRA: LoraAdd, LoraSwiGLU, LoraSkipRMSNorm, and SkinnyMatMul for few rows.
 
 >>> import onnxruntime, flora_ort  # doctest: +SKIP
 >>> options = onnxruntime.SessionOptions()  # doctest: +SKIP

@@ -11,6 +11,12 @@
 
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#define FLORA_BOTH __host__ __device__ __forceinline__  // for the GPU's kernels and what plans them
+#else
+#define FLORA_BOTH inline
+#endif
+
 namespace flora {
 
 enum class Element : int32_t { kFloat = 0, kHalf = 1, kBFloat = 2 };

@@ -10,12 +10,6 @@
 #include "call.h"
 #include "plan.h"
 
-#if defined(__CUDACC__)
-#define FLORA_BOTH __host__ __device__ __forceinline__
-#else
-#define FLORA_BOTH inline
-#endif
-
 namespace flora {
 
 constexpr int32_t kManyRows = 32;      // at least

@@ -1,4 +1,4 @@
-// The three operators as ONNX Runtime knows them.
+// The operators for unmerged LoRA as ONNX Runtime knows them.
 #pragma once
 
 #include <cstddef>

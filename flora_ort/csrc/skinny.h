@@ -10,12 +10,6 @@
 
 #include "call.h"
 
-#if defined(__CUDACC__)
-#define FLORA_BOTH __host__ __device__ __forceinline__
-#else
-#define FLORA_BOTH inline
-#endif
-
 namespace flora {
 
 constexpr int32_t kSkinnyRows = 8;      // of x, at most
