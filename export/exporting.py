@@ -98,8 +98,8 @@ def export_onnx(
         rank: of every slot; None for the highest of those adapters.
         custom_ops: write LoRA in the operators of ``flora_ort`` (target ``"decoder"``), a library of this project that
             has to be built: 9 nodes a Llama layer, with one adapter or up to 50. Where they can be replaced 13; on
-            CUDA in half precision 9. None: where CUDA is the first provider, the library is there, and there are no more of them. False: plain
-            operators. ``Manifest.custom_ops`` says what was written.
+            CUDA in half precision 9. None: where CUDA is the first provider, the library is there, and there are no
+            more of them. False: plain operators. ``Manifest.custom_ops`` says what was written.
         verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
             greedy tokens are compared. ``"quick"``: the graph runs part by part and the model layer by layer, so that
             neither has to stand in memory; logits are compared, no tokens are generated. That is for a causal LM on a
