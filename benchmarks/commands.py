@@ -16,7 +16,7 @@ from typing import Any
 from flora_fx.errors import FloraError, MissingExtraError, require
 from flora_fx.progress import Bar, bars
 
-from .accuracy import accuracy, search, search_view
+from .accuracy import accuracy, search, search_view, together_view
 from .accuracy import data as accuracy_data
 from .accuracy import view as accuracy_view
 from .accuracy.methods import FULL, METHODS, VARIANTS
@@ -25,6 +25,7 @@ from .accuracy.plan import Plan
 from .accuracy.recipe import Recipe
 from .accuracy.sequence import SEQUENCE
 from .accuracy.text.suite import TEXT
+from .accuracy.together import together
 from .adapters import adapters
 from .contenders.onnx_exports import GRAPHS
 from .contenders.settings import DTYPES, PROJECTIONS, SHAPES, Settings
@@ -38,7 +39,7 @@ from .quantized import quantized
 from .quantized import view as quantized_view
 from .scaling import exporting, forms, fusing, large, scaling
 from .show.page import Chapter, setup, write_page
-from .show.results import RECORD, save
+from .show.results import RECORD, read, save
 from .show.sheet import Sheet
 from .training import training
 
@@ -159,12 +160,16 @@ def _plan(options: Options) -> Plan:
 def _accuracy(plan: Plan, options: Options, bar: Bar) -> Result:
     journal = options.output / f"{options.name or options.suite}.runs.jsonl"
     try:
+        if options.together:
+            return together({name: read(name, options.output) for name in options.together})
         return (search.search if options.search else accuracy.measure)(plan, journal, progress=bar)
     except (FloraError, ValueError) as error:  # of the model, or of what it is to learn
         sys.exit(f"python -m benchmarks accuracy: {error}")
 
 
 def _accuracy_view(result: Mapping[str, Any]) -> ModuleType:
+    if "searches" in result:
+        return together_view
     return search_view if "choice" in result else accuracy_view
 
 
@@ -560,6 +565,13 @@ def parser() -> argparse.ArgumentParser:
     )
     suite.add_argument(
         "--search", action="store_true", help="choose variants on half of the tasks, report on the other half"
+    )
+    suite.add_argument(
+        "--together",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="no training: what these searches' records say together",
     )
     suite.add_argument("--methods", nargs="+", default=(), metavar="NAME", help=f"of: {named} (the suite's)")
     suite.add_argument("--tasks", nargs="+", default=(), metavar="NAME", help="only these, as they are")

@@ -15,7 +15,7 @@ from .plan import Plan
 from .registered import PLAIN, REGISTERED, rule
 from .summary import TARGET, bootstrap
 
-__all__ = ["best", "search"]
+__all__ = ["best", "differences", "search"]
 
 Result = Mapping[str, Any]
 
@@ -70,26 +70,27 @@ def best(choice: Result, budget: int) -> dict[str, tuple[str, float]]:
 
 def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
     (ours, _), (theirs, _) = winners["FFBA"], winners[LORA]
-    difference = _difference(report, budget, ours, theirs)
+    pairs = differences(report, budget, ours, theirs)
+    difference = asdict(bootstrap(pairs))
     return {
         "budget": budget,
         "chosen": {of: method for of, (method, _) in winners.items()},
         "validation": {of: mean for of, (_, mean) in winners.items()},
         "difference": difference,
-        "over_tasks": _difference(report, budget, ours, theirs, over_tasks=True),
-        "to_plain": _difference(report, budget, ours, LORA),
+        "over_tasks": asdict(bootstrap(pairs, over_tasks=True)),
+        "to_plain": asdict(bootstrap(differences(report, budget, ours, LORA))),
         "target": TARGET,
         "reached": difference["mean"] >= TARGET and difference["low"] > 0,
     }
 
 
-def _difference(report: Result, budget: int, one: str, other: str, *, over_tasks: bool = False) -> dict[str, float]:
+def differences(report: Result, budget: int, one: str, other: str) -> list[list[float]]:
+    """Between two methods at a budget on the test splits, by task and seed."""
     tests = [
         {cell["task"]: cell["test"] for cell in report["cells"] if (cell["budget"], cell["method"]) == (budget, method)}
         for method in (one, other)
     ]
-    pairs = [[a - b for a, b in zip(mine, tests[1][task], strict=True)] for task, mine in tests[0].items()]
-    return asdict(bootstrap(pairs, over_tasks=over_tasks))
+    return [[a - b for a, b in zip(mine, tests[1][task], strict=True)] for task, mine in tests[0].items()]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -72,20 +72,20 @@ def bootstrap(values: Sequence[Sequence[float]], *, over_tasks: bool = False, dr
     """The mean over tasks of means over seeds; seeds are drawn anew within each task.
 
     Args:
-        values: by task and seed; for a paired difference, of the pairs.
+        values: by task and seed, of which tasks may have different numbers; for a paired difference, of the pairs.
         over_tasks: whether tasks are drawn anew as well: how far another choice of tasks would move the mean.
         draws: that the interval comes from.
 
     >>> bootstrap([[1.0, 1.0], [3.0, 3.0]])
     Interval(mean=2.0, low=2.0, high=2.0)
     """
-    table = torch.tensor(values, dtype=torch.float64)
-    tasks, seeds = table.shape
-    drawn = torch.randint(seeds, (draws, tasks, seeds), generator=torch.Generator().manual_seed(0))
-    means = table.expand(draws, -1, -1).gather(2, drawn).mean(2)
+    seeds, tasks = (torch.Generator().manual_seed(number) for number in range(2))
+    tables = [torch.tensor(row, dtype=torch.float64) for row in values]
+    drawn = [row[torch.randint(len(row), (draws, len(row)), generator=seeds)].mean(1) for row in tables]
+    means = torch.stack(drawn, 1)
     if over_tasks:
-        means = means.gather(1, torch.randint(tasks, (draws, tasks), generator=torch.Generator().manual_seed(1)))
-    return Interval(table.mean().item(), *interval(means.mean(1)))
+        means = means.gather(1, torch.randint(len(tables), (draws, len(tables)), generator=tasks))
+    return Interval(torch.stack([row.mean() for row in tables]).mean().item(), *interval(means.mean(1)))
 
 
 def compared(

@@ -8,7 +8,7 @@ from typing import Any
 
 from flora_fx.measuring.environment import environment
 
-__all__ = ["RECORD", "save"]
+__all__ = ["RECORD", "read", "save"]
 
 RECORD = Path(__file__).parent.parent / "results"
 """Where the JSON of record lies."""
@@ -29,3 +29,20 @@ def save(name: str, result: dict[str, Any], folder: Path, command: str) -> Path:
     unfinished.write_text(json.dumps({"environment": environment(command), **result}, indent=1) + "\n")
     unfinished.replace(path)
     return path
+
+
+def read(name: str, folder: Path) -> dict[str, Any]:
+    """What `save` wrote.
+
+    Args:
+        name: of the record.
+        folder: that it lies in.
+
+    Raises:
+        ValueError: there is no such record.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"there is no record {path}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
