@@ -16,8 +16,9 @@ Result = Mapping[str, Any]
 
 
 def setup(result: Result) -> str:
-    """What was done, in sentences for the page."""
-    return f"{result['rule']} First half: {view.setup(result['choice'])} Second half: {view.setup(result['report'])}"
+    """What was done, in sentences for the page; a record may have a note on how it was made."""
+    halves = f"First half: {view.setup(result['choice'])} Second half: {view.setup(result['report'])}"
+    return " ".join(filter(None, (result["rule"], result.get("note"), halves)))
 
 
 def sheets(result: Result) -> list[Sheet]:

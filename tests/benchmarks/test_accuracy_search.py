@@ -126,6 +126,8 @@ def test_what_is_chosen_on_one_half_is_reported_on_the_other(told: Any, tmp_path
     text = search_view.setup(result)
     assert text.startswith("A suite's tasks are two halves")
     assert "First half: The base is" in text
+    noted = search_view.setup(result | {"note": "On two machines."})
+    assert "On two machines. First half: The base is" in noted
     again = told(_right)
     assert search(replace(PLAN, tasks=(), methods=SEQUENCE.methods), tmp_path / "runs.jsonl") == result
     assert again == []
