@@ -68,6 +68,7 @@ def test_no_message_that_a_command_may_print_speaks_python() -> None:
             "export the model again with --hot-swap",
         ),
         ("check the path, or write one with export_onnx", "or write one with `flora-fx export`"),
+        ("by slot; pass custom_ops=False", "by slot; pass --no-custom-ops"),
         ("pass dtype= one of float32, float16", "pass --dtype one of float32, float16"),
         ("again with dtype=torch.float32", "again with --dtype float32"),
         ("pass task='ctc' (--task ctc)", "pass --task ctc"),

@@ -212,7 +212,7 @@ def test_plain_operators_fold_the_weights(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flora_fx.export.exporting.choose_operators", lambda asked, _: bool(asked))
+    monkeypatch.setattr("flora_fx.export.exporting.choose_operators", lambda asked, *_: bool(asked))
     for options, message in (
         ({"base": "keep", "target": "general"}, "base='keep' is for target 'decoder'"),
         ({"custom_ops": True}, "custom_ops is for plain weights"),
