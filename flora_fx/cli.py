@@ -191,14 +191,6 @@ def build_app() -> "typer.Typer":
         hot_swap: Annotated[
             bool, typer.Option("--hot-swap", help="Let another LoRA take the place of this one when it runs.")
         ] = False,
-        custom_ops: Annotated[
-            bool | None,
-            typer.Option(
-                "--custom-ops/--no-custom-ops",
-                help="LoRA in the operators of flora_ort, or in plain ones; in those on CUDA, where they are built, if "
-                "left out.",
-            ),
-        ] = None,
         base: Annotated[
             Base,
             typer.Option(
@@ -255,7 +247,6 @@ def build_app() -> "typer.Typer":
                 "overwrite": overwrite,
                 "target": None if target is Target.auto else target.value,
                 "hot_swap": hot_swap,
-                "custom_ops": custom_ops,
                 "base": None if base is Base.auto else base.value,
                 "activations": activations.value,
                 **{name: value for name, value in (("slots", slots), ("rank", rank)) if value is not None},

@@ -32,7 +32,10 @@ WATCHED = (
     "flora_fx/compile/lifting.py",
     "flora_fx/storage/alone.py",
     "export/translate/lora_operators.py",
+    "export/translate/skinny_products.py",
     "flora_ort/csrc/arithmetic.h",
+    "flora_ort/csrc/many.h",
+    "flora_ort/csrc/skinny.h",
 )
 """Every one of these has a mutation."""
 
@@ -564,6 +567,22 @@ MUTATIONS = [
             "if (APART && mine == 0) continue;",
         ),
         first=["tests/ort_ops/test_adapters_of_rows.py"],
+    ),
+    *of(
+        "flora_ort/csrc/skinny.h",
+        ("the lower rows of a tile are others", "(lower ? 8 : 0)", "(lower ? 7 : 0)"),
+        ("A's tiles begin behind W's", "(tile - of_w) * kTileRows}", "tile * kTileRows}"),
+        first=["tests/ort_ops/test_skinny_matmul.py"],
+    ),
+    *of(
+        "flora_ort/csrc/many.h",
+        ("columns of B in another order", "return n / 2 * 8 + 2 * j + n % 2;", "return n + 8 * j;"),
+        first=["tests/ort_ops/test_many_rows.py"],
+    ),
+    *of(
+        "export/translate/skinny_products.py",
+        ("A in the place of W", "(one.weight for one in taken)]", "(one.weight for one in taken[::-1])]"),
+        first=["tests/export/translate/test_skinny_products.py"],
     ),
     *of(
         "flora_ort/csrc/operators.cpp",

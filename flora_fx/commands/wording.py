@@ -22,8 +22,6 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     >>> flags = {"overwrite": "--overwrite", "dtype": "--dtype", "task": "--task", "top_k": "--top-k"}
     >>> in_flags("pass overwrite=True; again with dtype=torch.float32", flags)
     'pass --overwrite; again with --dtype float32'
-    >>> in_flags("pass overwrite=False", flags)
-    'pass --no-overwrite'
     >>> in_flags("pass task='ctc' or 'masked-lm' (--task ctc or masked-lm); top_k is -1", flags)
     'pass --task ctc or masked-lm; --top-k is -1'
     """
@@ -35,7 +33,6 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
         message = re.sub(rf"\b{name}={value} \(({flag} [^)]*)\)", r"\1", message)
         message = re.sub(rf"\b{name}=({value})", lambda found: f"{flag} {found[1]}".replace("'", ""), message)  # noqa: B023
         message = re.sub(rf"\b{name}=True\b", flag, message)
-        message = re.sub(rf"\b{name}=False\b", flag.replace("--", "--no-", 1), message)
         message = re.sub(rf"\b{name}=\{{", f"{flag} FILE, a safetensors file of {{", message)
         message = re.sub(rf"\b{name}=(?:torch\.)?(?=\S)", f"{flag} ", message)
         message = re.sub(rf"\b{name}=(?=\s)", flag, message)

@@ -24,6 +24,7 @@ PYTHONS_OWN = {
     "=True needs return_dict_in_generate=True": "of Decoder.generate: the command streams",
     "pass slot=": "of Decoder.load_adapter: the command finds a slot by itself",
     "another name=": "likewise",
+    "pass custom_ops=False": "of export_onnx: the command takes operators only where they have room",
     "pass tokenizer=": "of Decoder.stream, to which the command gives the directory's",
 }
 """What stays Python in a message, and why it may."""
@@ -68,7 +69,6 @@ def test_no_message_that_a_command_may_print_speaks_python() -> None:
             "export the model again with --hot-swap",
         ),
         ("check the path, or write one with export_onnx", "or write one with `flora-fx export`"),
-        ("by slot; pass custom_ops=False", "by slot; pass --no-custom-ops"),
         ("pass dtype= one of float32, float16", "pass --dtype one of float32, float16"),
         ("again with dtype=torch.float32", "again with --dtype float32"),
         ("pass task='ctc' (--task ctc)", "pass --task ctc"),
