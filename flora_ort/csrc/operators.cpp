@@ -21,6 +21,7 @@
 
 #include "asked.h"
 #include "call.h"
+#include "entry.h"
 #include "host.h"
 #include "plan.h"
 #if defined(FLORA_CUDA)
@@ -30,11 +31,11 @@
 namespace flora {
 namespace {
 
-struct Entry : ort::CustomOp {
+struct LoraEntry : Entry {
   Operator op;
-  Element element;
-  bool on_device;
 };
+
+const LoraEntry* lora_entry_of(const ort::CustomOp* op) { return static_cast<const LoraEntry*>(op); }
 
 const char* name_of(Operator op) {
   return op == Operator::kAdd ? "LoraAdd" : op == Operator::kSwiGLU ? "LoraSwiGLU" : "LoraSkipRMSNorm";
@@ -49,7 +50,7 @@ Places places_of(Operator op) { return op == Operator::kNorm ? Places{4, 5, 6, 7
 
 struct Kernel {
   ort::Api* api;
-  const Entry* entry;
+  const LoraEntry* entry;
   Call call;        // what attributes say
   int32_t z_start;  // of p's columns, where z is there
 };
@@ -151,7 +152,7 @@ ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInf
   std::unique_ptr<Kernel> kernel(new (std::nothrow) Kernel{});
   if (!kernel) return ort::CreateStatus::of(api)(ort::kFail, "no memory");
   kernel->api = api;
-  kernel->entry = static_cast<const Entry*>(op);
+  kernel->entry = lora_entry_of(op);
   Call& call = kernel->call;
   call.op = kernel->entry->op;
   call.element = kernel->entry->element;
@@ -275,64 +276,35 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   if (norm) FLORA_TRY(make_output(api, context, 1, shape, &call.sum));
   if (call.rows == 0) return nullptr;
 #if defined(FLORA_CUDA)
-  if (kernel.entry->on_device) {
-    void* stream = nullptr;
-    FLORA_TRY(ort::GetStream::of(api)(context, &stream));
-    const char* failed = run_on_device(call, stream);
-    if (failed == nullptr) return nullptr;
-    return ort::CreateStatus::of(api)(ort::kFail, (std::string(name_of(call.op)) + ": CUDA: " + failed).c_str());
-  }
+  if (kernel.entry->on_device) return start_on_device(api, context, name_of(call.op), call, run_on_device);
 #endif
   return run_on_host(api, context, call);
 }
 
-const Entry* entry_of(const ort::CustomOp* op) { return static_cast<const Entry*>(op); }
-
-Entry make_entry(Operator op, Element element, bool on_device) {
-  Entry entry{};
-  entry.version = ort::kApiVersion;
+LoraEntry make_entry(Operator op, Element element, bool on_device) {
+  LoraEntry entry = new_entry<LoraEntry, Kernel>(element, on_device, create, compute);
   entry.op = op;
-  entry.element = element;
-  entry.on_device = on_device;
-  entry.get_name = [](const ort::CustomOp* it) { return name_of(entry_of(it)->op); };
-  entry.get_provider = [](const ort::CustomOp* it) {
-    return entry_of(it)->on_device ? "CUDAExecutionProvider" : "CPUExecutionProvider";
-  };
+  entry.get_name = [](const ort::CustomOp* it) { return name_of(lora_entry_of(it)->op); };
   entry.get_input_type = [](const ort::CustomOp* it, size_t index) {
-    const bool ids = static_cast<int>(index) == places_of(entry_of(it)->op).ids;
+    const bool ids = static_cast<int>(index) == places_of(lora_entry_of(it)->op).ids;
     return ids ? ort::kInt64 : type_of(entry_of(it)->element);
   };
-  entry.get_input_count = [](const ort::CustomOp* it) -> size_t { return places_of(entry_of(it)->op).count; };
-  entry.get_output_type = [](const ort::CustomOp* it, size_t) { return type_of(entry_of(it)->element); };
-  entry.get_output_count = [](const ort::CustomOp* it) -> size_t { return entry_of(it)->op == Operator::kNorm ? 2 : 1; };
-  entry.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
+  entry.get_input_count = [](const ort::CustomOp* it) -> size_t { return places_of(lora_entry_of(it)->op).count; };
+  entry.get_output_count = [](const ort::CustomOp* it) -> size_t {
+    return lora_entry_of(it)->op == Operator::kNorm ? 2 : 1;
+  };
   entry.get_input_characteristic = [](const ort::CustomOp* it, size_t index) {
-    const size_t required = entry_of(it)->op == Operator::kNorm ? 3 : 2;
+    const size_t required = lora_entry_of(it)->op == Operator::kNorm ? 3 : 2;
     return index < required ? ort::kRequired : ort::kOptional;
   };
-  entry.get_output_characteristic = [](const ort::CustomOp*, size_t index) {
-    return index == 0 ? ort::kRequired : ort::kOptional;
-  };
-  entry.get_input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider computes
-  entry.get_variadic_input_min = entry.get_variadic_output_min = [](const ort::CustomOp*) { return 0; };
-  entry.get_variadic_input_same = entry.get_variadic_output_same = [](const ort::CustomOp*) { return 1; };
-  entry.create_kernel_v2 = create;
-  entry.compute_v2 = compute;
-  entry.get_start_version = [](const ort::CustomOp*) { return 1; };
-  entry.get_end_version = [](const ort::CustomOp*) { return INT_MAX; };
   return entry;
 }
 
-const std::vector<Entry>& entries() {
-  static const std::vector<Entry>* const all = [] {  // for as long as the process lives, as sessions may
-    auto* made = new std::vector<Entry>;
-    for (Operator op : {Operator::kAdd, Operator::kSwiGLU, Operator::kNorm}) {
-      for (Element element : {Element::kFloat, Element::kHalf}) made->push_back(make_entry(op, element, false));
-#if defined(FLORA_CUDA)
-      for (Element element : {Element::kFloat, Element::kHalf, Element::kBFloat})
-        made->push_back(make_entry(op, element, true));
-#endif
-    }
+const std::vector<LoraEntry>& entries() {
+  static const std::vector<LoraEntry>* const all = [] {  // for as long as the process lives, as sessions may
+    auto* made = new std::vector<LoraEntry>;
+    for (Operator op : {Operator::kAdd, Operator::kSwiGLU, Operator::kNorm})
+      add_entries(made, [op](Element element, bool on_device) { return make_entry(op, element, on_device); });
     return made;
   }();
   return *all;

@@ -9,6 +9,7 @@
 
 #include "arithmetic.h"
 #include "asked.h"
+#include "entry.h"
 #include "host.h"
 #include "plan.h"
 #include "skinny.h"
@@ -20,11 +21,6 @@ namespace flora {
 namespace {
 
 constexpr char kName[] = "SkinnyMatMul";
-
-struct Entry : ort::CustomOp {
-  Element element;
-  bool on_device;
-};
 
 struct Kernel {
   ort::Api* api;
@@ -40,7 +36,7 @@ struct Kernel {
 bool has_gemm(const Entry& entry) { return entry.on_device || entry.element == Element::kFloat; }
 
 ort::Status* create(const ort::CustomOp* op, ort::Api* api, const ort::KernelInfo* info, void** made) {
-  std::unique_ptr<Kernel> kernel(new (std::nothrow) Kernel{api, static_cast<const Entry*>(op)});
+  std::unique_ptr<Kernel> kernel(new (std::nothrow) Kernel{api, entry_of(op)});
   if (!kernel) return ort::CreateStatus::of(api)(ort::kFail, "no memory");
   if (has_gemm(*kernel->entry)) {
     const int64_t transposed = 1;
@@ -141,58 +137,32 @@ ort::Status* compute(void* opaque, ort::KernelContext* context) {
   }
   const SkinnyCall call{kernel.entry->element, x.data,     w.data, a.data, y.data, z.data, x.rows(),
                         static_cast<int32_t>(x.last()), y.rows(), z.rows()};
-  if (call.rows == 0 || call.k == 0) return call.rows == 0 ? nullptr : refuse(api, std::string(kName) + ": x is empty");
+  if (call.rows == 0) return nullptr;
+  if (call.k == 0) return refuse(api, std::string(kName) + ": x is empty");
 #if defined(FLORA_CUDA)
-  if (kernel.entry->on_device && is_skinny(call)) {
-    void* stream = nullptr;
-    FLORA_TRY(ort::GetStream::of(api)(context, &stream));
-    const char* failed = run_skinny_on_device(call, stream);
-    if (failed == nullptr) return nullptr;
-    return ort::CreateStatus::of(api)(ort::kFail, (std::string(kName) + ": CUDA: " + failed).c_str());
-  }
+  if (kernel.entry->on_device && is_skinny(call))
+    return start_on_device(api, context, kName, call, run_skinny_on_device);
 #endif
   if (kernel.gemm != nullptr) return run_gemms(kernel, context, x, y, z);
   return run_on_host(api, context, call);
 }
 
-const Entry* entry_of(const ort::CustomOp* op) { return static_cast<const Entry*>(op); }
-
 Entry make_entry(Element element, bool on_device) {
-  Entry entry{};
-  entry.version = ort::kApiVersion;
-  entry.element = element;
-  entry.on_device = on_device;
+  Entry entry = new_entry<Entry, Kernel>(element, on_device, create, compute);
   entry.get_name = [](const ort::CustomOp*) -> const char* { return kName; };
-  entry.get_provider = [](const ort::CustomOp* it) {
-    return entry_of(it)->on_device ? "CUDAExecutionProvider" : "CPUExecutionProvider";
-  };
-  entry.get_input_type = entry.get_output_type = [](const ort::CustomOp* it, size_t) { return type_of(entry_of(it)->element); };
+  entry.get_input_type = entry.get_output_type;
   entry.get_input_count = [](const ort::CustomOp*) -> size_t { return 3; };
   entry.get_output_count = [](const ort::CustomOp*) -> size_t { return 2; };
-  entry.destroy_kernel = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   entry.get_input_characteristic = [](const ort::CustomOp*, size_t index) {
     return index < 2 ? ort::kRequired : ort::kOptional;
   };
-  entry.get_output_characteristic = [](const ort::CustomOp*, size_t index) {
-    return index == 0 ? ort::kRequired : ort::kOptional;
-  };
-  entry.get_input_memory = [](const ort::CustomOp*, size_t) { return 0; };  // where the provider computes
-  entry.get_variadic_input_min = entry.get_variadic_output_min = [](const ort::CustomOp*) { return 0; };
-  entry.get_variadic_input_same = entry.get_variadic_output_same = [](const ort::CustomOp*) { return 1; };
-  entry.create_kernel_v2 = create;
-  entry.compute_v2 = compute;
-  entry.get_start_version = [](const ort::CustomOp*) { return 1; };
-  entry.get_end_version = [](const ort::CustomOp*) { return INT_MAX; };
   return entry;
 }
 
 const std::vector<Entry>& entries() {
   static const std::vector<Entry>* const all = [] {  // for as long as the process lives, as sessions may
     auto* made = new std::vector<Entry>;
-    for (Element element : {Element::kFloat, Element::kHalf}) made->push_back(make_entry(element, false));
-#if defined(FLORA_CUDA)
-    for (Element element : {Element::kFloat, Element::kHalf, Element::kBFloat}) made->push_back(make_entry(element, true));
-#endif
+    add_entries(made, make_entry);
     return made;
   }();
   return *all;
