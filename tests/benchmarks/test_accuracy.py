@@ -26,8 +26,9 @@ from benchmarks.accuracy.recipe import Recipe
 from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right, step
 from benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
 from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
-from benchmarks.commands import chapters, main
+from benchmarks.commands import main
 from benchmarks.show.page import write_page
+from benchmarks.suites import chapters
 from flora_fx.errors import AdapterError
 
 RECIPE = Recipe(steps=2, batch=4)

@@ -21,8 +21,9 @@ from benchmarks.accuracy.search import search
 from benchmarks.accuracy.sequence import SEQUENCE
 from benchmarks.accuracy.summary import bootstrap, widest
 from benchmarks.accuracy.text.suite import TEXT
-from benchmarks.commands import chapters, main
+from benchmarks.commands import main
 from benchmarks.show.page import write_page
+from benchmarks.suites import chapters
 
 PLAN = Plan(
     methods=(LORA, "shared"),

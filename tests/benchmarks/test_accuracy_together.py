@@ -11,8 +11,9 @@ import pytest
 from benchmarks.accuracy import together_view
 from benchmarks.accuracy.summary import bootstrap
 from benchmarks.accuracy.together import together
-from benchmarks.commands import chapters, main
+from benchmarks.commands import main
 from benchmarks.show.page import write_page
+from benchmarks.suites import chapters
 
 
 def _search(suite: str, ours: str, theirs: str, tests: dict[str, dict[str, list[float]]]) -> dict[str, Any]:

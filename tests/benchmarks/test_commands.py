@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import torch
 
-from benchmarks.commands import chapters, main
+from benchmarks.accuracy import accuracy
+from benchmarks.adapters import adapters
+from benchmarks.commands import main, parser
 from benchmarks.contenders.settings import Settings
+from benchmarks.generation import capacity, generation
+from benchmarks.kernels import kernels
 from benchmarks.latency import goals, latency
+from benchmarks.quantized import quantized
+from benchmarks.scaling import exporting, forms, fusing, large, scaling
 from benchmarks.show.page import write_page
 from benchmarks.show.results import RECORD, save
+from benchmarks.suites import SUITES, chapters
+from benchmarks.training import training
 from flora_fx.measuring.environment import environment
 
 TINY = ["--shape", "tiny", "--rank", "4", "--threads", "1"]
@@ -70,20 +80,20 @@ def test_no_record_names_a_place_of_who_measured_it() -> None:
         (["kernels", "--targets", "q_proj,lm_head"], "unknown target 'lm_head'"),
         (["training", "--rank", "0"], "rank is 0"),
         (["latency", "--runners", "tensorrt"], "unknown runner 'tensorrt'; it must be one of eager"),
-        (["latency", "--rounds", "0"], "--rounds is 0; it must be at least 1"),
-        (["latency", "--prompts", ""], "--prompts names none"),
+        (["latency", "--rounds", "0"], "argument --rounds: it is 0, and must be at least 1"),
+        (["latency", "--prompts", ""], "argument --prompts: it names none"),
         (["latency", "--contenders", "base", "vLLM"], "unknown contender 'vLLM'; it must be one of FFBA block"),
         (["latency", "--contenders", "fused"], "--contenders must have base among them"),
         (["decoder", "--contenders", "base"], "--contenders must have base (genai) among them"),
         (["decoder", "--reference", "vLLM"], "unknown contender 'vLLM'"),
         (["latency", "--reference", "base (genai)"], "--reference is base (genai), and eager has none"),
         (["latency", "--runners", "onnxruntime", "--reference", "base (eager)"], "only if --contenders names it"),
-        (["generation", "--swaps", "0"], "--swaps is 0; it must be at least 1"),
+        (["generation", "--swaps", "0"], "argument --swaps: it is 0, and must be at least 1"),
         (["gpu", "everything"], "invalid choice: 'everything'"),
         (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
-        (["kernels", "--variants", "base", "fast"], "unknown variant 'fast'; `python -m benchmarks kernels --help`"),
-        (["forms", "--tokens", ""], "--tokens names none"),
-        (["forms", "--sequence", "-1"], "--sequence is -1; it must be at least 0"),
+        (["kernels", "--variants", "base", "fast"], "unknown variant 'fast'; it must be one of base"),
+        (["forms", "--tokens", ""], "argument --tokens: it names none"),
+        (["forms", "--sequence", "-1"], "argument --sequence: it is -1, and must be at least 0"),
         (["training", "--dtype", "float16"], "does not train in pure float16"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],
@@ -96,6 +106,40 @@ def test_arguments_that_make_no_sense(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+MEASURED: dict[str, tuple[ModuleType, ...]] = {
+    "latency": (latency,),
+    "layouts": (latency,),
+    "decoder": (latency,),
+    "generation": (generation,),
+    "capacity": (capacity,),
+    "training": (training,),
+    "scaling": (scaling, fusing),
+    "adapters": (adapters,),
+    "forms": (forms,),
+    "large": (large,),
+    "export": (exporting,),
+    "quantized": (quantized,),
+    "kernels": (kernels,),
+    "accuracy": (accuracy,),
+}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_measures_what_its_options_ask_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    measures = [create_autospec(module.measure, return_value={"rows": []}) for module in MEASURED[name]]
+    for module, measure in zip(MEASURED[name], measures, strict=True):
+        monkeypatch.setattr(module, "measure", measure)
+    suite, options = SUITES[name], parser().parse_args([name])
+    asked = suite.asked(options)
+    assert suite.measure(asked, options, lambda label: lambda done, total: None) == {"rows": []}
+    for measure in measures:
+        [call] = measure.call_args_list
+        assert call.args[0] == asked
+        for option, value in vars(options).items():
+            if (name, option) != ("decoder", "contenders"):  # of which it has its own
+                assert call.kwargs.get(option, value) == value
 
 
 def test_gpu_phases_without_a_gpu_or_of_unknown_sections(

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from benchmarks import commands
-from benchmarks.commands import chapters
 from benchmarks.contenders.onnx_exports import GRAPHS
 from benchmarks.contenders.torch_contenders import RUNNERS
 from benchmarks.gpu import PHASES, measuring, phase, preparing, section
@@ -27,6 +26,7 @@ from benchmarks.kernels import kernels
 from benchmarks.latency import goals
 from benchmarks.show.page import write_page
 from benchmarks.show.results import RECORD
+from benchmarks.suites import chapters
 from benchmarks.training import training
 from flora_fx.errors import MissingExtraError
 

@@ -8,9 +8,9 @@ import pytest
 
 from benchmarks.accuracy.model import Pretraining
 from benchmarks.accuracy.recipe import Recipe
-from benchmarks.commands import SETUPS, SHEETS
 from benchmarks.contenders.settings import Settings
 from benchmarks.quantized import quantized
+from benchmarks.quantized.commands import QUANTIZED
 from benchmarks.quantized.decoding import REFERENCE, WAYS
 from benchmarks.quantized.task import FORMATS
 
@@ -53,8 +53,8 @@ def test_all_parts_in_small(ways: tuple[str, ...], monkeypatch: pytest.MonkeyPat
     assert all(linears // 2 < sizes[f"4 bits, groups of {group}"] < 0.4 * sizes["float16"] for group in (128, 32))
     assert len({row["adapter"] for row in found["sizes"]}) == 1
     assert {name: done[-1][0] == done[-1][1] for name, done in steps.items()} == dict.fromkeys(steps, True)
-    task, tokens, layers = SHEETS["quantized"](result)
+    task, tokens, layers = QUANTIZED.sheets(result)
     assert len(task.rows) == len(rows)
     assert len(tokens.rows) == len(ways)
     assert layers.rows[0][2] == "1.000"
-    assert "tiny shape, 2 layers" in SETUPS["quantized"](result)
+    assert "tiny shape, 2 layers" in QUANTIZED.setup(result)

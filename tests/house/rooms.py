@@ -62,6 +62,7 @@ class House:
 _FACE = ("__init__.py", "capturing.py", "fusing.py", "verifying.py", "backend.py")
 _PROGRAM = ("cli.py",)
 _CONTEXT = ("context.py",)
+_COMMANDS = ("commands.py",)
 
 HOUSES = (
     House(
@@ -136,6 +137,7 @@ HOUSES = (
             Room("benchmarks/measure", "processes of their own, memory, rounding"),
             Room("benchmarks/show", "records, tables, the page"),
             Room("benchmarks/contenders", "one model in all its forms"),
+            Room("benchmarks/asking", "a suite's command, and the options that suites share"),
             Room("benchmarks/kernels", "launches, counted"),
             Room("benchmarks/latency", "TTFT, TPOT"),
             Room("benchmarks/generation", "whole texts; capacity"),
@@ -144,6 +146,9 @@ HOUSES = (
             Room("benchmarks/scaling", "growth with rank, batch, depth"),
             Room("benchmarks/accuracy", "methods at equal budgets"),
             Room("benchmarks/accuracy/text", "tasks of real text, and an encoder for them"),
+            Room(
+                "benchmarks/accuracy", "the command of all its suites", "benchmarks/accuracy: accuracy suite", _COMMANDS
+            ),
             Room("benchmarks/quantized", "a base in few bits"),
             Room("benchmarks/gpu", "a GPU host's quarter of an hour"),
             Room("benchmarks", "the command line", "benchmarks: cli"),

@@ -1,0 +1,1 @@
+"""What is typed for a suite, and what becomes of it."""
