@@ -17,6 +17,7 @@ from flora_fx.capturing import CAPTURING
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError, require
 from flora_fx.fusing import fuse_unstored, report
+from flora_fx.mixed.selection import ADAPTER_IDS
 from flora_fx.reporting.fusion_report import combined
 from flora_fx.storage.mapped import give_back
 
@@ -31,7 +32,6 @@ from .directory.saving import save_graphs
 from .directory.sealing import Sealing
 from .directory.staging import staged
 from .forms import stacked_forms
-from .lora.slots import ADAPTER_IDS
 from .lora.stacking import SlotPlan, plan_slots, stack
 from .lora.swappable import check_swappable
 from .result import ExportResult

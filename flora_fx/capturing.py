@@ -15,14 +15,13 @@ from torch import Tensor, fx, nn
 
 from .errors import CaptureError
 from .mixed.model import MixedAdapters
+from .mixed.selection import ADAPTER_IDS
 from .ops import autocasts
 from .quantized.formats.live import with_quantized_linears
 from .storage.module import PLAIN
 
 __all__ = ["CAPTURING", "capture"]
 
-IDS = "adapter_ids"
-"""The input that says which row has which adapter."""
 CAPTURING = threading.RLock()
 """Held while torch.export traces: torch 2.13 patches modules and keeps stacks of modes for all threads together."""
 
@@ -73,8 +72,8 @@ def capture(
     mixed = None if adapters is None else MixedAdapters(model, adapters)
     if mixed is not None:
         model = mixed.model
-        kwargs = {IDS: _example_ids(args, kwargs), **kwargs}
-        kwargs[IDS] = kwargs.pop(IDS)  # the last input
+        kwargs = {ADAPTER_IDS: _example_ids(args, kwargs), **kwargs}
+        kwargs[ADAPTER_IDS] = kwargs.pop(ADAPTER_IDS)  # the last input
     names = _argument_names(model, args, kwargs)
     if unknown := set(dynamic_shapes or {}) - set(names):
         raise CaptureError(
@@ -82,7 +81,7 @@ def capture(
             f"they have {', '.join(names)}"
         )
     if mixed is not None and dynamic_shapes is not None:
-        dynamic_shapes = {IDS: _batch_of(names, args, kwargs, dynamic_shapes), **dynamic_shapes}
+        dynamic_shapes = {ADAPTER_IDS: _batch_of(names, args, kwargs, dynamic_shapes), **dynamic_shapes}
     shapes = None if dynamic_shapes is None else {name: dynamic_shapes.get(name) for name in names}
     try:
         with (
@@ -125,7 +124,7 @@ def _example_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     """No adapter for any row of the first tensor among the example inputs."""
     first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim()), None)
     if first is None:
-        raise CaptureError(f"no example input is a tensor with a batch: give an example of {IDS}, too")
+        raise CaptureError(f"no example input is a tensor with a batch: give an example of {ADAPTER_IDS}, too")
     return torch.full((first.shape[0],), -1, dtype=torch.int64, device=first.device)
 
 
@@ -134,7 +133,7 @@ def _batch_of(
 ) -> Any:
     """How the ids' dimension varies: as the first one of the first tensor."""
     values = [*args, *(kwargs[name] for name in names[len(args) :])]
-    first = next((name for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)), IDS)
+    first = next((name for name, value in zip(names, values, strict=True) if isinstance(value, Tensor)), ADAPTER_IDS)
     shape = dynamic_shapes.get(first)
     batch = shape.get(0) if isinstance(shape, Mapping) else shape[0] if shape else None
     return None if batch is None else {0: batch}
@@ -156,7 +155,7 @@ def _explicit_signature(
         if mixed is None:
             return original(*given, **named, **kwargs)
         named |= kwargs
-        with mixed.selection.of(named.pop(IDS)):
+        with mixed.selection.of(named.pop(ADAPTER_IDS)):
             return original(*given, **named)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

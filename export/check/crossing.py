@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.mixed.selection import ADAPTER_IDS
+
 from ..directory.manifest import Manifest
-from ..lora.slots import ADAPTER_IDS
 from ..run.kv_memory import PAST
 from ..trace.text_config import text_config
 from .differences import Differences

@@ -13,10 +13,7 @@ from flora_fx.errors import AdapterError
 
 from .reading import Lora
 
-__all__ = ["ADAPTER_IDS", "EMPTY", "Slot", "checked_name", "digest", "rank_of"]
-
-ADAPTER_IDS = "adapter_ids"
-"""The graph's input [batch], int64: for each row the number of its slot, -1 for none."""
+__all__ = ["EMPTY", "Slot", "checked_name", "digest", "rank_of"]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.checkpoint.numbers import check_finite
 from flora_fx.errors import AdapterError, ExportError
 
 from ..trace.model import private_copy
@@ -129,11 +130,7 @@ def named_lora(model: nn.Module, name: str) -> Lora:
         if layer.merged:
             raise AdapterError(f"{path} has an adapter merged into it; call model.unmerge_adapter() first")
         for which, weight in (("A", down.weight), ("B", up.weight)):
-            if not weight.isfinite().all():
-                raise AdapterError(
-                    f"the adapter {name!r}: {which} of {path} holds NaN or Inf; its training diverged: take an "
-                    "earlier checkpoint"
-                )
+            check_finite(weight, f"the adapter {name!r}: {which} of {path}")
         layers[path] = LoraLayer(down.weight.detach(), up.weight.detach(), float(layer.scaling[name]))
     if not layers:
         raise AdapterError(f"the adapter {name!r} adapts no layer of the model")

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flora_fx.mixed.selection import ADAPTER_IDS
+
 from ..directory.manifest import Manifest
-from ..lora.slots import ADAPTER_IDS
 from ..tokens.logits import Logits
 from .buffer import Buffer
 from .session import Binding, Session

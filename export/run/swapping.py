@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flora_fx.checkpoint.numbers import check_finite
 from flora_fx.errors import AdapterError, ExportError, require
 
 from ..lora.reading import Lora, LoraLayer
@@ -164,8 +165,7 @@ def _cast(tensor: Tensor, scale: float, like: Tensor, name: str) -> Tensor:
     low, high = torch.aminmax(cast)
     largest = max(-low.item(), high.item()) * max(1.0, abs(scale))  # NaN if there is one: then it is low and high
     if not largest <= torch.finfo(like.dtype).max:
-        if not tensor.float().isfinite().all():
-            raise AdapterError(f"{name} holds NaN or Inf; its training diverged: take an earlier checkpoint")
+        check_finite(tensor, name)
         raise AdapterError(
             f"{name}, times its scale {scale:g}, is too large for {like.dtype}; export the model in another dtype"
         )

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from flora_fx.errors import ExportError, require
+from flora_fx.mixed.selection import ADAPTER_IDS
 from flora_fx.reporting.fusion_report import FusionReport
 
 from ..directory.operators import DOMAIN
-from ..lora.slots import ADAPTER_IDS
 from ..lora.stacking import SlotPlan
 from ..lora.swappable import SwappableWeight
 from .lora_sums import is_read, split_edges

@@ -17,7 +17,7 @@ from .layouts import with_peft_names
 from .mlx import is_mlx, mlx_to_peft
 from .places import ADAPTER_CONFIG, ADAPTER_FILE, MLX_FILE, resolve
 
-__all__ = ["METHODS", "adapter_file", "check_numbers", "read_adapter"]
+__all__ = ["METHODS", "adapter_file", "read_adapter"]
 
 METHODS = {"LORA": ".lora_", "FLORA": ".flora_"}
 """What can be read, by PEFT's name of it, and what is in the names of its tensors."""
@@ -81,13 +81,3 @@ def adapter_file(directory: Path) -> Path:
         else "pass a directory written by PeftModel.save_pretrained()"
     )
     raise CheckpointNotFoundError(f"{directory} has no {ADAPTER_CONFIG}; {hint}")
-
-
-def check_numbers(tensors: dict[str, Tensor], path: Path) -> None:
-    """
-    Raises:
-        AdapterError: NaN or infinity.
-    """
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise AdapterError(f"{path}: {key} holds NaN or Inf; its training diverged: take an earlier checkpoint")

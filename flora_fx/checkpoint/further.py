@@ -8,8 +8,9 @@ from typing import Any
 
 from flora_fx.errors import AdapterError
 
-from .adapter_files import adapter_file, check_numbers, read_adapter
+from .adapter_files import adapter_file, read_adapter
 from .attach import attach_further, whole_weights
+from .numbers import check_numbers
 from .places import resolve
 from .wording import examples
 

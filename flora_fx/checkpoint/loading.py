@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from flora_fx.tasks import Task, check_task
 
-from .adapter_files import adapter_file, check_numbers, read_adapter
+from .adapter_files import adapter_file, read_adapter
 from .architecture import choose, read_config
 from .attach import attach, check_places, whole_weights
 from .base import fit_labels, load_base
 from .files import check_model_files
 from .further import add_adapter, named
+from .numbers import check_numbers
 from .places import ADAPTER_CONFIG, resolve
 from .quantized import find_quantized
 from .skeleton import skeleton

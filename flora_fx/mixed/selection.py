@@ -12,7 +12,10 @@ from torch import Tensor
 
 from flora_fx.errors import AdapterError
 
-__all__ = ["Selection"]
+__all__ = ["ADAPTER_IDS", "Selection"]
+
+ADAPTER_IDS = "adapter_ids"
+"""The input [batch], int64: for each row the number of its adapter, -1 for none."""
 
 
 class Selection:
