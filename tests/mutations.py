@@ -51,7 +51,7 @@ SUITE = [
     ),
     *("tests/test_guards.py", "tests/test_forms.py", "tests/test_not_widened.py", "tests/test_widening.py"),
     *("tests/mixed/test_fused.py", "tests/mixed/test_model.py"),
-    *("tests/test_ahead.py", "tests/test_clean.py", "tests/test_rotary.py", "tests/test_settle.py"),
+    *("tests/ahead", "tests/test_clean.py", "tests/test_rotary.py", "tests/test_settle.py"),
     "tests/test_report.py",
     *("tests/training/test_backend_numbers.py", "tests/training/test_ties_in_training.py"),
     *("tests/ffba/test_compiled.py", "tests/ffba/test_training.py"),
@@ -200,7 +200,7 @@ MUTATIONS = [
         ),
         ("folded scale forgotten", "path.scale if config.fold_scale else 1.0", "1.0"),
         ("B's that train beside each other", "single=trained)", "single=False)"),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/ahead"],
     ),
     *passes(
         "rewrite/magnitudes",
@@ -358,7 +358,7 @@ MUTATIONS = [
             "self.written.slice_last(value, features_of(segment), pieces), strict=True))",
             "self.written.slice_last(value, features_of(segment), pieces)[::-1]))",
         ),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/ahead"],
     ),
     *passes(
         "rewrite/write",
@@ -369,7 +369,7 @@ MUTATIONS = [
         "rewrite/rows",
         ("forgotten scale of columns", "if columns.scale.constant != 1.0:", "if False:"),
         ("a transposed member", "rows = [(*piece.rows, piece.transposed)", "rows = [(*piece.rows, False)"),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/ahead"],
     ),
     *passes(
         "rewrite/rows",
@@ -389,7 +389,7 @@ MUTATIONS = [
             "self.written.successor(path.low), (*path.numbers, *path.factors))",
             "self.written.successor(path.low), path.numbers)",
         ),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/ahead"],
     ),
     *passes(
         "rewrite/accumulations",
@@ -408,7 +408,7 @@ MUTATIONS = [
     *passes(
         "rewrite/written",
         ("an old value", "        while node in self._successors:\n", "        while False:\n"),
-        first=["tests/test_guards.py", GRAPHS, "tests/test_ahead.py"],
+        first=["tests/test_guards.py", GRAPHS, "tests/ahead"],
     ),
     *passes(
         "rewrite/written",

@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
+from .running import invoke
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -56,3 +58,14 @@ def encoder_dir(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     BertModel(config).save_pretrained(tmp_path / "encoder")
     return tmp_path / "encoder"
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter exported through the command line, once for all tests; no tokenizer."""
+    root = tmp_path_factory.mktemp("export")
+    llama().save_pretrained(root / "model")
+    save_lora(llama(), root / "adapter")
+    result = invoke("export", "--model", root / "model", "--adapter", root / "adapter", "--output", root / "onnx")
+    assert result.exit_code == 0, result.output
+    return root / "onnx"

@@ -20,7 +20,7 @@ from flora_fx.commands.leaving_out import leave_out
 from flora_fx.commands.stages import uncollected
 from flora_fx.errors import FloraError
 
-from .test_cli import invoke
+from .running import invoke
 
 PLAIN = {"model_type": "llama", "torch_dtype": "float32"}
 LORA = {"peft_type": "LORA", "init_lora_weights": True, "use_qalora": False}

@@ -17,7 +17,7 @@ from flora_fx.commands.naming import named_adapters
 from flora_fx.errors import AdapterError, FloraError
 
 from .conftest import llama, save_lora
-from .test_cli import invoke
+from .running import invoke
 
 SIZES = {"hidden_size": 64}  # heads that GroupQueryAttention takes
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])

@@ -15,7 +15,7 @@ from tests.quantized import checkpoints
 from tests.quantized.checkpoints import tiny, write
 from tests.quantized.test_checkpoints import adapter
 
-from .test_cli import invoke
+from .running import invoke
 
 PROMPT = torch.tensor([[3, 14, 15, 92]])
 

@@ -71,7 +71,7 @@ DIFFERENCES = (
     ),
     *(
         Difference(
-            f"tests/cli/test_cli.py::{test}",
+            f"tests/cli/test_inspect.py::{test}",
             ("peft<0.21.2", "transformers>=5.23"),
             "PEFT wraps no T5 for SEQ_2_SEQ_LM: it asks for a method that these releases of transformers do not have",
         )
