@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from .rows import ROWS, Fate, Row
+from .row import Fate, Row
+from .rows import ROWS
 
 ROOT = Path(__file__).parents[2]
 

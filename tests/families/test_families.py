@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 from .adapt import adapters_of
 from .observe import MODES, Uncaptured, effect, observe
 from .page import PAGE, markdown
-from .rows import ROWS, Fate, Row
+from .row import Fate, Row
+from .rows import ROWS
 
 
 def cells() -> Iterator[Any]:

@@ -20,7 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 import flora_fx
 
-from .programs import Model, execute
+from .models import Model, execute
 
 __all__ = ["BRANCHING", "CAPTURES", "QUICK", "SHAPELESS"]
 

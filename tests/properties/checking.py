@@ -21,7 +21,9 @@ from flora_fx.ir import Role
 from flora_fx.passes.analysis.operations import ADDS, SUBTRACTS, operation
 
 from .captures import CAPTURES, SHAPELESS, written
-from .programs import Change, Down, Map, Model, Program, Up, Use, View, trace_shapes
+from .models import Model
+from .programs import Change, Down, Map, Program, Up, Use, View
+from .shapes import trace_shapes
 
 __all__ = ["AFTERWARDS", "Unrunnable", "check", "check_compiled"]
 

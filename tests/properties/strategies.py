@@ -11,28 +11,9 @@ from hypothesis import strategies as st
 
 from flora_fx import FuseConfig
 
-from .programs import (
-    ACTIVATIONS,
-    CHANGES,
-    MAPS,
-    NO_OPS,
-    SCALES,
-    VIEWS,
-    Branch,
-    Change,
-    Down,
-    Join,
-    Map,
-    Matrix,
-    Program,
-    Project,
-    State,
-    Step,
-    Up,
-    Use,
-    Value,
-    View,
-)
+from .meanings import ACTIVATIONS, CHANGES, MAPS, NO_OPS, SCALES, VIEWS
+from .programs import Branch, Change, Down, Join, Map, Matrix, Program, Project, Step, Up, Use, Value, View
+from .shapes import State
 
 __all__ = ["configs", "programs"]
 

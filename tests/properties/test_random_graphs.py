@@ -6,7 +6,7 @@ every adapter fused or declined with a reason; the graph given left as it was.
 
 from __future__ import annotations
 
-from .programs import ACTIVATIONS, CHANGES, MAPS, SCALES, VIEWS
+from .meanings import ACTIVATIONS, CHANGES, MAPS, SCALES, VIEWS
 from .searching import assert_met, search_all
 
 

@@ -16,7 +16,8 @@ pytest.importorskip("transformers")
 
 from .observe import MODES, Found, Uncaptured, observe
 from .page import PAGE, markdown
-from .rows import ROWS, Fate, Row
+from .row import Fate, Row
+from .rows import ROWS
 
 
 def cells() -> Iterator[Any]:
