@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,20 @@ from tests.compatibility.differences import DIFFERENCES, expect
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     expect(items, DIFFERENCES)
+
+
+def pytest_collection() -> None:
+    gc.disable()  # what is imported and collected lives to the end: a search through it finds nothing to free
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 5)  # a graph is many small objects: as often as is usual is a tenth of a test's time
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # so that libraries in C++ find nothing of theirs alive when they end
 
 
 @pytest.fixture(autouse=True)
