@@ -9,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests use one thread each, so one process a core; a file's tests stay together, and with them what they share.
-PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile -q
+# Tests use one thread each, so one process a core; a file's tests stay together, and with them what they share. Files
+# come in their order: ordered by the number of their tests, those with few and long ones would be left for the end.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -q
 REDUCED := --layers 4 --prompts 128 --new 16 --rounds 30 --processes 2
 
 .PHONY: demo ops test test-all coverage mutations compat lint docs bench clean
