@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
 from torch import nn
 
@@ -54,6 +56,13 @@ def test_views_and_parameters_of_one_storage_count_once() -> None:
     half, other = layer.weight.data[:16], nn.Parameter(layer.weight.data.t())
     assert live_bytes("cpu") - before == layer.weight.nbytes
     assert half.numel() + other.numel() > 0
+
+
+def test_what_is_frozen_counts_too() -> None:
+    before = live_bytes("cpu")
+    weight = torch.zeros(100, 30)
+    gc.freeze()
+    assert live_bytes("cpu") - before == weight.nbytes
 
 
 def test_backward_counts_activations_and_gradients() -> None:
