@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 
 from flora_fx.config import FuseConfig
 from flora_fx.errors import ExportError
+from flora_fx.storage.casting import is_cast_later, read_all
 
 from .directory.genai_config import write_genai_config
 from .directory.generation_config import genai_notes, generation_notes, own_options, setting
@@ -103,7 +104,14 @@ class DecoderTarget(Target):
     def trace(self, model: nn.Module, examples: Mapping[str, Tensor], provider: str) -> Traced:
         """See `Target.trace`; the examples are not used."""
         check_examples(examples)
-        return trace_decoder(model, provider)
+        try:
+            return trace_decoder(model, provider)
+        except Unsuited:
+            if not any(map(is_cast_later, model.parameters())):
+                raise
+        private = private_copy(model)
+        read_all(private)  # it may not take weights that are cast later, and run with any others
+        return trace_decoder(private, provider)
 
     def finish(self, fused: Mapping[str, ExportedProgram]) -> None:
         """Attention takes q, k and v as the one value that they are."""
@@ -171,6 +179,7 @@ class EncoderTarget(Target):
 def _with_plain_attention(model: nn.Module) -> tuple[nn.Module, bool]:
     """A private copy to trace, and whether its positions have no end."""
     private = private_copy(model)
+    read_all(private)  # it is run with its numbers, and torch.onnx knows no weight that is cast later
     use_grouped_attention(private)
     return private, forget_lengths(private)
 

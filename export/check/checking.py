@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.storage.casting import read_all
+
 from ..directory.manifest import DATA, ENCODER, MODEL, Manifest
 from ..run.cuda_graph import open_decoder
 from ..run.decoder import Decoder
@@ -93,6 +95,7 @@ def _check(
         with adapted(model, None):
             found = check_decoder(opened, model)
         return _check_rows(opened(), model, found)
+    read_all(model)
     session = Session(directory / MODEL, providers=providers)
     if manifest.kind == "seq2seq-lm":
         runner = Seq2Seq(Session(directory / ENCODER, providers=providers), session, manifest)

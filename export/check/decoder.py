@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from flora_fx.errors import require
+from flora_fx.storage.casting import read_all
 from flora_fx.storage.mapped import give_back
 
 from ..directory.manifest import Manifest
@@ -62,7 +63,7 @@ def check_decoder(opened: Callable[[], Decoder], model: nn.Module) -> Check:
 
     Args:
         opened: opens the export.
-        model: the unfused transformers model in the export's dtype, in eval mode.
+        model: the unfused transformers model in the export's dtype, in eval mode; its weights are read, see `read_all`.
 
     Raises:
         ExportError: they do not agree.
@@ -73,6 +74,7 @@ def check_decoder(opened: Callable[[], Decoder], model: nn.Module) -> Check:
     found = _run_export(decoder, crossings)
     del decoder
     give_back()
+    read_all(model)
     differences = Differences(precision(manifest))
     if any(length < found.text.shape[1] for length in crossings.lengths):
         equal = _compare_by_steps(found, manifest, model, differences)

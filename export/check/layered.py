@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flora_fx.storage.casting import numbers
 from flora_fx.storage.mapped import give_back
 
 from ..trace.by_layer import path_of_layers
@@ -144,7 +145,7 @@ class _Weights:
         made: dict[int, Tensor] = {}
         for holder, name, tensor in self._places:
             if id(tensor) not in made:
-                made[id(tensor)] = _like(tensor, tensor.detach().to(torch.float32))
+                made[id(tensor)] = _like(tensor, numbers(tensor.detach()).to(torch.float32))
             holder[name] = made[id(tensor)]
 
     def take(self) -> None:

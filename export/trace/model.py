@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from flora_fx.errors import ExportError, require
 from flora_fx.quantized import QuantizedLinear
 from flora_fx.quantized.formats.live import with_quantized_linears
+from flora_fx.storage.casting import cast_later
+
+from .shapes_alone import is_large
 
 __all__ = ["DTYPES", "Kind", "kind_of", "private_copy", "unwrap"]
 
@@ -89,8 +92,9 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
 
     Args:
         model: in any mode, on any device.
-        dtype: cast the floating-point weights (then they are not shared). Scales of quantized weights keep theirs, and
-            what is not in the state dict, such as rotary frequencies, as it does in ``from_pretrained(dtype=...)``.
+        dtype: cast the floating-point weights (then they are not shared); the parameters of a large model when they are
+            read, see `cast_later`. Scales of quantized weights keep theirs, and what is not in the state dict, such as
+            rotary frequencies, as it does in ``from_pretrained(dtype=...)``.
 
     Returns:
         the copy, in eval mode.
@@ -110,6 +114,7 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
     saved = set(model.state_dict())
     scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     memo: dict[int, Any] = {}
+    large = dtype is not None and is_large(model, dtype)
     for name, tensor in itertools.chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     ):
@@ -117,7 +122,7 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         if name not in saved and not isinstance(tensor, nn.Parameter):
             value = value.clone()
         if dtype is not None and value.is_floating_point() and name in saved - scales:
-            value = value.to(dtype)
+            value = cast_later(value, dtype) if large and isinstance(tensor, nn.Parameter) else value.to(dtype)
         memo.setdefault(id(tensor), _like(tensor, value))
     private = copy.deepcopy(model, memo).eval()
     if dtype is not None and hasattr(private, "config"):

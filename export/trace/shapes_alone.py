@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from flora_fx.internals import FakeTensor, FakeTensorMode
 
 from .refusals import first_line
 
-__all__ = ["for_shapes"]
+__all__ = ["for_shapes", "is_large"]
 
 T = TypeVar("T")
 
@@ -24,6 +25,11 @@ log = logging.getLogger(__name__)
 
 
 _LARGE = 2**30
+
+
+def is_large(model: nn.Module, dtype: torch.dtype | None = None) -> bool:
+    """Whether a model is run for its shapes alone: from 1 GiB of parameters on, in its dtype or another one."""
+    return sum(p.numel() * (dtype or p.dtype).itemsize for p in model.parameters()) >= _LARGE
 
 
 def for_shapes(model: nn.Module, run: Callable[[], T]) -> T:
@@ -36,7 +42,7 @@ def for_shapes(model: nn.Module, run: Callable[[], T]) -> T:
         model: whose weights are not read.
         run: runs it, and may be called twice.
     """
-    if sum(parameter.nbytes for parameter in model.parameters()) < _LARGE:
+    if not is_large(model):
         return run()
     try:
         with _nothing_left(model), FakeTensorMode(allow_non_fake_inputs=True):

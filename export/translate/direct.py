@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
+from flora_fx.storage.casting import is_cast_later, numbers
 from flora_fx.storage.module import FusedExportedProgram
 from flora_fx.storage.pack import assemble
 
@@ -205,8 +206,16 @@ def _weights(program: ExportedProgram) -> dict[Node, Weight]:
             continue
         tensor = program.state_dict.get(target, program.constants.get(target))
         if isinstance(tensor, Tensor):
-            found[node] = Weight(target.removeprefix(PREFIX), tensor, _maker(program, target))
+            found[node] = _weight(program, target, tensor)
     return found
+
+
+def _weight(program: ExportedProgram, target: str, tensor: Tensor) -> Weight:
+    name = target.removeprefix(PREFIX)
+    if is_cast_later(tensor):
+        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return Weight(name, like, partial(numbers, tensor))
+    return Weight(name, tensor, _maker(program, target))
 
 
 def _maker(program: ExportedProgram, target: str) -> Callable[[], Tensor] | None:

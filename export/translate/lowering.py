@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from flora_fx.errors import ExportError, require
+from flora_fx.storage.casting import read_all
 from flora_fx.storage.module import FusedExportedProgram
 
 from ..trace.capture import PREFIX
@@ -55,6 +56,7 @@ def lower(program: ExportedProgram, traced: Traced, base: QuantizedBase | None =
 
 def by_torch_onnx(program: ExportedProgram, traced: Traced) -> onnx_ir.Model:
     """As `lower`, whatever the program is."""
+    read_all(program)  # torch.onnx knows no weight that is cast later
     if isinstance(program, FusedExportedProgram):
         program.store()
     require("onnxscript", "onnx")

@@ -24,6 +24,7 @@ from flora_fx.internals import FakeTensor
 from flora_fx.ir import Decline, Held, Projection, Reason, Weight
 from flora_fx.passes.context import Context
 from flora_fx.quantized.ops import OPERATOR
+from flora_fx.storage.casting import is_cast_later
 
 from .mutation import Effects
 from .operations import CASTS, operation
@@ -189,7 +190,7 @@ def _arguments(node: Node, names: tuple[str, str, str]) -> tuple[Any, Any, Any]:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    plain = type(tensor) in (Tensor, nn.Parameter) or _is_fake(tensor)
+    plain = type(tensor) in (Tensor, nn.Parameter) or _is_fake(tensor) or is_cast_later(tensor)
     return plain and tensor.layout is torch.strided and tensor.is_floating_point()
 
 
