@@ -24,11 +24,13 @@ class Difference:
         tests: a pattern of their ids, from ``tests/`` on (``[[]`` is a bracket).
         releases: under which they fail, all of them together: ``"torch<2.12"``.
         reason: why they do.
+        run: whether they are run nevertheless, and must fail; False for what ends the process.
     """
 
     tests: str
     releases: tuple[str, ...]
     reason: str
+    run: bool = True
 
     def holds(self, version: Callable[[str], str] = importlib.metadata.version) -> bool:
         """Whether those are installed; ``2.11.0+cu130`` is 2.11.0.
@@ -78,6 +80,12 @@ DIFFERENCES = (
         for test in ("test_inspect_encoder_decoder", "test_inspect_with_inputs_from_a_file")
     ),
     Difference(
+        "tests/quantized/test_live.py::test_a_last_block_that_is_not_whole_is_told",
+        ("bitsandbytes<0.49",),
+        "bitsandbytes quantizes a last block that is not whole past the end of its memory on a CPU, and may crash",
+        run=False,
+    ),
+    Difference(
         "tests/export/trace/test_decoder_refusals.py::test_what_group_query_attention_cannot_do[[]GPT-J]",
         ("transformers>=5.24",),
         "GPT-J's attention is behind transformers' AttentionInterface from 5.24 on, so it is not refused",
@@ -103,4 +111,4 @@ def expect(items: Iterable[pytest.Item], differences: Iterable[Difference]) -> N
             name = f"tests/{item.path.relative_to(TESTS).as_posix()}::{item.nodeid.partition('::')[2]}"
             for difference in known:
                 if fnmatchcase(name, difference.tests):
-                    item.add_marker(pytest.mark.xfail(reason=difference.reason, strict=True))
+                    item.add_marker(pytest.mark.xfail(reason=difference.reason, run=difference.run, strict=True))

@@ -99,7 +99,8 @@ def _differences() -> str:
     lines = [
         f"- {' and '.join(one.releases)}: {one.reason} (`{one.tests.split('::')[-1]}`)." for one in DIFFERENCES
     ] or ["None."]
-    return "\n".join(["## Known differences", "", "Strict expected failures of the suite.", "", *lines]) + "\n"
+    head = ["## Known differences", "", "Strict expected failures of the suite; what would crash is not run.", ""]
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def _minima() -> str:
