@@ -55,7 +55,7 @@ def measure(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda d
     entered = contestants(prepared.base, plan.methods, plan.budgets)
     competing = [contestant for contestant in entered if not contestant.unavailable]
     book = Journal(journal, prepared.learner, prepared.base, prepared.tasks, plan.recipe, prepared.below)
-    with Pool(plan.processes, prepared.learner, prepared.tasks, plan.recipe) as pool:
+    with Pool(plan.processes, prepared.learner, prepared.tasks, plan.recipe, plan.side_by_side) as pool:
         told = _screened(plan, prepared, entered, pool, book, progress)
         tasks = [task for task, why in told.items() if not why]
         pairs = list(itertools.product(competing, tasks))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flora_fx.checkpoint import load_model
 
 from .data import Example
+from .table import Table
 
 __all__ = ["Generation", "batch_of"]
 
@@ -41,22 +42,24 @@ class Generation:
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
         return adapted
 
-    def loss(self, model: Any, examples: Sequence[Example], device: str) -> Tensor:
+    def table(self, task: str, examples: Sequence[Example]) -> Table:
+        """Tokens and labels."""
+        return Table(batch_of(examples), (), torch.tensor([len(prompt) + len(answer) for prompt, answer in examples]))
+
+    def loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
         """On the answers' tokens alone."""
-        tokens, labels = batch_of(examples)
-        loss: Tensor = model(input_ids=tokens.to(device), labels=labels.to(device), use_cache=False).loss
+        loss: Tensor = model(input_ids=tokens, labels=labels, use_cache=False).loss
         return loss
 
-    def right(self, model: Any, examples: Sequence[Example], device: str) -> int:
-        """How many answers are right in every token.
+    def right(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Whether an answer is right in every token.
 
         The model reads the right answer and predicts each token of it from those before. If the likeliest token is
         right every time, greedy generation writes the same answer, and the other way round: up to the first error both
         read the same.
         """
-        tokens, labels = batch_of(examples)
-        predicted = model(input_ids=tokens.to(device), use_cache=False).logits[:, :-1].argmax(-1).cpu()
-        return int(((predicted == labels[:, 1:]) | (labels[:, 1:] == _IGNORED)).all(-1).sum())
+        predicted = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1)
+        return ((predicted == labels[:, 1:]) | (labels[:, 1:] == _IGNORED)).all(-1)
 
 
 def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ from flora_fx.measuring.method import pinned
 
 from ..measure.isolated import Progress
 from .data import Example
-from .generation import Generation
-from .run import scheduled, step
+from .descent import scheduled, step
+from .generation import Generation, batch_of
 from .tasks import LENGTH, PRETRAINING, SYMBOLS, VOCABULARY, example
 
 __all__ = ["Pretraining", "pretrained"]
@@ -94,7 +94,7 @@ def _train(model: Any, settings: Pretraining, progress: Progress) -> None:
     for index in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * scheduled(index, settings.steps)
-        step(optimizer, learner.loss(model, [_draw(drawn) for _ in range(settings.batch)], "cpu"))
+        step(optimizer, learner.loss(model, *batch_of([_draw(drawn) for _ in range(settings.batch)])))
         progress(index + 1, settings.steps)
 
 

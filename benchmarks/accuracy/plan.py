@@ -37,7 +37,8 @@ class Plan:
         pretraining: of the small model.
         model: directory or Hub id of a causal language model, instead of the small one.
         rows: what it is fine-tuned on, with `model` only.
-        workers: processes; 0 for one per CPU core, and one on a GPU.
+        workers: processes; 0 for one per CPU core, and no more than 8 on a GPU.
+        lanes: trainings of one method, rank and task that a process does at once; 0 for 8, and 64 on a GPU.
 
     Raises:
         ValueError: an unknown name, or a number that makes no sense.
@@ -58,6 +59,7 @@ class Plan:
     model: str | None = None
     rows: tuple[Row, ...] = field(default=(), repr=False)
     workers: int = 0
+    lanes: int = 0
 
     def __post_init__(self) -> None:
         if (self.model is None) != (not self.rows):
@@ -82,8 +84,10 @@ class Plan:
             raise ValueError(f"--tuning-seeds is {self.tuning_seeds}; it must be 1 to {self.seeds}, the seeds")
         if self.until < 0 or (self.until and self.most_seeds < self.seeds):
             raise ValueError(f"--until must be at least 0 points, --most-seeds at least {self.seeds}, the seeds")
-        if min(self.recipe.steps, self.recipe.batch, self.pretraining.steps) < 1 or self.workers < 0:
-            raise ValueError("--steps, --batch and --pretraining-steps must be at least 1, --workers at least 0")
+        if min(self.recipe.steps, self.recipe.batch, self.pretraining.steps) < 1:
+            raise ValueError("--steps, --batch and --pretraining-steps must be at least 1")
+        if min(self.workers, self.lanes) < 0:
+            raise ValueError("--workers and --lanes must be at least 0")
 
     @property
     def _known_tasks(self) -> tuple[str, ...]:
@@ -97,4 +101,14 @@ class Plan:
     @property
     def processes(self) -> int:
         """Those that fine-tune."""
-        return self.workers or (1 if self.recipe.device == "cuda" else os.cpu_count() or 1)
+        cores = os.cpu_count() or 1
+        return self.workers or (min(8, cores) if self._on_gpu else cores)
+
+    @property
+    def side_by_side(self) -> int:
+        """Trainings that each of them does at once."""
+        return self.lanes or (64 if self._on_gpu else 8)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.recipe.device == "cuda"

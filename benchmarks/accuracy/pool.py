@@ -1,4 +1,4 @@
-"""Fine-tunings side by side: a pool of processes with one thread each, and a journal of what they finish."""
+"""Fine-tunings side by side: processes with one thread each, lanes in each process, a journal of what they finish."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
@@ -30,9 +30,13 @@ class Pool:
         learner: of the suite.
         tasks: their examples.
         recipe: what all runs share.
+        lanes: runs of one method, rank and task that a process does at once.
     """
 
-    def __init__(self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe) -> None:
+    def __init__(
+        self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe, lanes: int
+    ) -> None:
+        self._lanes = lanes
         self._processes = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
@@ -55,12 +59,25 @@ class Pool:
             progress: called with the runs done, those of the journal among them, and in all.
         """
         wanted = list(dict.fromkeys(runs))
-        running = {self._processes.submit(_work, run): run for run in wanted if run not in journal}
-        found = len(wanted) - len(running)
-        progress(found, len(wanted))
-        for done, future in enumerate(as_completed(running), start=1):
-            journal.add(running[future], future.result())
-            progress(found + done, len(wanted))
+        missing = [run for run in wanted if run not in journal]
+        running = {self._processes.submit(_work, group): group for group in _groups(missing, self._lanes)}
+        done = len(wanted) - len(missing)
+        progress(done, len(wanted))
+        for future in as_completed(running):
+            for run, outcome in zip(running[future], future.result(), strict=True):
+                journal.add(run, outcome)
+                done += 1
+            progress(done, len(wanted))
+
+
+def _groups(runs: Sequence[Run], lanes: int) -> Iterator[list[Run]]:
+    """Runs that one process does at once."""
+    alike: dict[tuple[str, int, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.method, run.rank, run.task), []).append(run)
+    for group in alike.values():
+        for start in range(0, len(group), lanes):
+            yield group[start : start + lanes]
 
 
 _here: dict[str, Any] = {}
@@ -81,5 +98,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(run: Run) -> Outcome:
-    return fine_tune(_here["learner"], _here["base"], _here["tasks"][run.task], run, _here["recipe"])
+def _work(runs: list[Run]) -> list[Outcome]:
+    return fine_tune(_here["learner"], _here["base"], _here["tasks"][runs[0].task], runs, _here["recipe"])

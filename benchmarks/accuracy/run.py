@@ -1,4 +1,4 @@
-"""One fine-tuning: a fresh copy of the base, an adapter (or all weights), so many steps, what is right then."""
+"""Fine-tunings of one base on one task, side by side: an adapter, so many steps, what is right then."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .data import Example, Splits
+from .data import Splits
+from .descent import scheduled
+from .lanes import Descent, Lanes
 from .methods import adapted, rate_ratio
 from .recipe import Recipe
 from .suite import Learner
+from .table import Table
 
-__all__ = ["Outcome", "Run", "fine_tune", "percent_right", "scheduled", "step"]
+__all__ = ["Outcome", "Run", "begun", "fine_tune", "percent_right"]
 
-_CLIP = 1.0
+_BATCH = 32
+"""Examples that are evaluated at once."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Outcome:
         parameters: of the adapter, or of the base if that was trained.
         validation: what is right on that split, in percent.
         test: what is right on that split, in percent.
-        seconds: of a CPU core.
+        seconds: of a CPU core; its part, where several ran side by side.
     """
 
     parameters: int
@@ -59,84 +63,88 @@ class Outcome:
     seconds: float = field(default=0.0, compare=False)
 
 
-def fine_tune(learner: Learner, base: nn.Module, splits: Splits, run: Run, recipe: Recipe) -> Outcome:
+def fine_tune(learner: Learner, base: nn.Module, splits: Splits, runs: Sequence[Run], recipe: Recipe) -> list[Outcome]:
     """Train on the split ``train``, evaluate on the others.
 
     Args:
         learner: of the suite.
         base: what it loads; stays as it is.
-        splits: the examples of ``run.task``.
-        run: method, rank, learning rate, seed.
+        splits: the examples of the task.
+        runs: of one method, rank and task; with learning rates and seeds of their own.
         recipe: what all runs share.
     """
-    began = time.process_time()
-    torch.manual_seed(run.seed)
-    body = adapted(copy.deepcopy(base), run.method, run.rank, learner.task_type)
-    model = learner.model(body, run.task).to(recipe.device).train()
-    groups = _groups(model, body, run, learner.head_rate)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    highest = [group["lr"] for group in optimizer.param_groups]
-    batches = _batches(splits["train"], recipe.batch, run.seed)
-    for index, examples in enumerate(itertools.islice(batches, recipe.steps)):
-        for group, rate in zip(optimizer.param_groups, highest, strict=True):
-            group["lr"] = rate * scheduled(index, recipe.steps)
-        step(optimizer, learner.loss(model, examples, recipe.device))
-    validation, test = (percent_right(learner, model, splits[split], recipe) for split in ("validation", "test"))
-    parameters = sum(parameter.numel() for parameter in body.parameters() if parameter.requires_grad)
-    return Outcome(parameters, validation, test, time.process_time() - began)
+    started = time.process_time()
+    lanes, rates, parameters = begun(learner, base, runs, recipe)
+    tables = {split: learner.table(runs[0].task, examples).to(recipe.device) for split, examples in splits.items()}
+    descent = Descent(lanes, rates)
+    orders = zip(*(_batches(len(tables["train"]), recipe.batch, run.seed) for run in runs), strict=True)
+    torch.manual_seed(runs[0].seed)
+    for index, order in enumerate(itertools.islice(orders, recipe.steps)):
+        losses = lanes.each(learner.loss, *tables["train"].rows(torch.stack(order)), same=False)
+        descent.step(losses, scheduled(index, recipe.steps))
+    lanes.model.eval()
+    answers = partial(lanes.each, learner.right, same=True)
+    validation, test = (percent_right(answers, tables[split]).tolist() for split in ("validation", "test"))
+    seconds = (time.process_time() - started) / len(runs)
+    return [Outcome(parameters, *right, seconds) for right in zip(validation, test, strict=True)]
 
 
-def _groups(model: nn.Module, body: nn.Module, run: Run, head_rate: float) -> list[dict[str, Any]]:
-    """The body's weights at the rate of the run, what the suite put onto it at a rate of its own."""
-    from flora_fx.adapters import parameter_groups
-
-    ratio = rate_ratio(run.method)
-    groups = parameter_groups(body, lr=run.rate / math.sqrt(ratio), ratio=ratio)
-    ours = {id(parameter) for parameter in body.parameters()}
-    head = [parameter for parameter in model.parameters() if id(parameter) not in ours]
-    return groups + ([{"params": head, "lr": head_rate}] if head else [])
-
-
-def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step of the optimizer down a loss."""
-    loss.backward()
-    nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], _CLIP)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-@torch.inference_mode()
-def percent_right(learner: Learner, model: nn.Module, examples: Sequence[Example], recipe: Recipe) -> float:
-    """How many of the examples are answered right, in percent.
+def begun(
+    learner: Learner, base: nn.Module, runs: Sequence[Run], recipe: Recipe
+) -> tuple[Lanes, dict[str, Tensor], int]:
+    """What runs begin with: the model in training mode, learning rates by weight and lane, the adapter's parameters.
 
     Args:
         learner: of the suite.
-        model: left in eval mode.
-        examples: at least one.
-        recipe: device, and the batch; two of those are evaluated at once.
+        base: what it loads.
+        runs: as for `fine_tune`.
+        recipe: what all runs share.
     """
-    model.eval()
-    size = 2 * recipe.batch
-    batches = (examples[start : start + size] for start in range(0, len(examples), size))
-    return 100 * sum(learner.right(model, batch, recipe.device) for batch in batches) / len(examples)
+    first = runs[0]
+    starts = []
+    for run in runs:
+        torch.manual_seed(run.seed)
+        body = adapted(copy.deepcopy(base), run.method, run.rank, learner.task_type)
+        model = learner.model(body, run.task)
+        starts.append({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
+    factors = _factors(body, rate_ratio(first.method))
+    lanes = Lanes(model.to(recipe.device).train(), starts)
+    own = torch.tensor([run.rate for run in runs], dtype=torch.float64)
+    head = torch.full_like(own, learner.head_rate)
+    rates = {
+        name: own * factors[id(weight)] if id(weight) in factors else head
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+    return lanes, rates, sum(weight.numel() for weight in body.parameters() if weight.requires_grad)
 
 
-def scheduled(index: int, steps: int) -> float:
-    """The learning rate's factor: up over the first tenth, then half a cosine down.
+def _factors(body: nn.Module, ratio: float) -> Mapping[int, float]:
+    """The body's weights learn at the run's rate times these; what the suite put onto it is not among them."""
+    from flora_fx.adapters import parameter_groups
 
-    >>> [round(scheduled(index, 20), 2) for index in (0, 1, 2, 11, 19)]
-    [0.5, 1.0, 1.0, 0.5, 0.01]
+    groups = parameter_groups(body, lr=1 / math.sqrt(ratio), ratio=ratio)
+    return {id(weight): group["lr"] for group in groups for weight in group["params"]}
+
+
+@torch.no_grad()
+def percent_right(answers: Callable[..., Tensor], table: Table) -> Tensor:
+    """How many of the examples are answered right, in percent [...]; a number, or one for each lane.
+
+    Args:
+        answers: of rows, whether each is answered right [..., examples].
+        table: at least one example. The longest are evaluated together.
     """
-    warm_up = max(1, steps // 10)
-    if index < warm_up:
-        return (index + 1) / warm_up
-    return (1 + math.cos(math.pi * (index - warm_up) / (steps - warm_up))) / 2
+    right = [answers(*table.rows(index)).double().sum(-1) for index in table.lengths.argsort().split(_BATCH)]
+    return 100 * torch.stack(right).sum(0) / len(table)
 
 
-def _batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """All examples in a random order, again and again, in batches of one size."""
+def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """The indices of all examples in a random order, again and again, in batches of one size [size]."""
     drawn = torch.Generator().manual_seed(seed)
-    passes = (torch.randperm(len(examples), generator=drawn).tolist() for _ in itertools.count())
-    order = itertools.chain.from_iterable(passes)
+    left = torch.empty(0, dtype=torch.long)
     while True:
-        yield [examples[index] for index in itertools.islice(order, size)]
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(count, generator=drawn)])
+        yield left[:size]
+        left = left[size:]

@@ -13,6 +13,7 @@ from flora_fx.progress import Bar
 
 from .data import Example, Splits
 from .recipe import Recipe
+from .table import Table
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -41,11 +42,14 @@ class Learner(Protocol):
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
         """What is trained: the adapted base, with a head if the task needs one."""
 
-    def loss(self, model: Any, examples: Sequence[Example], device: str) -> Tensor:
-        """Of a batch; a scalar."""
+    def table(self, task: str, examples: Sequence[Example]) -> Table:
+        """Examples as tensors, on the CPU."""
 
-    def right(self, model: Any, examples: Sequence[Example], device: str) -> int:
-        """How many of a batch it answers right."""
+    def loss(self, model: Any, *rows: Tensor) -> Tensor:
+        """Of rows of a table; a scalar."""
+
+    def right(self, model: Any, *rows: Tensor) -> Tensor:
+        """Which rows of a table it answers right [examples]."""
 
 
 @dataclass(frozen=True)

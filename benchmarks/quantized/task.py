@@ -11,6 +11,7 @@ import copy
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,11 +25,12 @@ from flora_fx.quantized import dequantize
 from flora_fx.quantized.nearest import quantize_linears
 from flora_fx.quantized.weight import Kind
 
+from ..accuracy.descent import scheduled, step
 from ..accuracy.generation import Generation, batch_of
 from ..accuracy.methods import LORA, adapted
 from ..accuracy.model import Pretraining, pretrained
 from ..accuracy.recipe import Recipe
-from ..accuracy.run import percent_right, scheduled, step
+from ..accuracy.run import percent_right
 from ..accuracy.tasks import splits
 from ..measure.isolated import Progress
 
@@ -59,6 +61,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
     """
     learner = Generation(str(pretrained(pretraining, place, lambda done, total: None)))
     data = splits(TASK)
+    exam = learner.table(TASK, data["test"])
     rows: list[dict[str, Any]] = []
     for name, (kind, block) in FORMATS.items():
         quantized = quantize_linears(learner.load(), kind, block=block)
@@ -77,7 +80,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
                         "way": way,
                         "bytes": result.files["model.onnx.data"],
                         "error": difference(runner(input_ids=tokens).logits, exact),
-                        "accuracy": percent_right(learner, runner, data["test"], recipe),
+                        "accuracy": percent_right(partial(learner.right, runner), exam).item(),
                     }
                 )
             progress(len(rows), _COUNT)
@@ -110,7 +113,7 @@ def _trained(learner: Generation, model: nn.Module, examples: Any, recipe: Recip
     for index, start in enumerate(itertools.islice(order, recipe.steps)):
         for group in optimizer.param_groups:
             group["lr"] = _RATE * scheduled(index, recipe.steps)
-        step(optimizer, learner.loss(tuned, examples[start : start + recipe.batch], recipe.device))
+        step(optimizer, learner.loss(tuned, *batch_of(examples[start : start + recipe.batch])))
     return tuned.eval()
 
 

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from flora_fx.checkpoint import load_model
 
 from ..data import Example
-from .upper import States, divided, read, token_states
+from ..table import Table
+from .upper import divided, read
 
-__all__ = ["Classification", "Classifier", "Head", "features"]
+__all__ = ["Classification", "Classifier", "Head", "features", "table"]
 
 
 @dataclass(frozen=True)
@@ -37,18 +39,23 @@ class Head:
     bias: Tensor
 
 
-def features(encoder: Any, texts: Sequence[Tensor], device: str) -> Tensor:
+def features(encoder: Any, states: Tensor, within: Tensor) -> Tensor:
     """What a head reads [batch, hidden]: the mean state of each text, of length √hidden.
 
     Args:
         encoder: upper layers, with or without adapters.
-        texts: the states [length, hidden] that these begin with.
-        device: that the encoder is on.
+        states: [batch, length, hidden] that these begin with, padded at the end.
+        within: [batch, length], whether there is a token.
     """
-    states, owner = token_states(encoder, texts, device)
-    # Not `index_add`, which is not deterministic on a GPU. The mean's length is taken out, so a sum will do.
-    total = F.one_hot(owner, len(texts)).T.to(states.dtype) @ states
+    # A mask [batch, 1, 1, length] goes to the attention as it is.
+    found = encoder(inputs_embeds=states, attention_mask=_mask(within, states.dtype)).last_hidden_state
+    # The mean's length is taken out, so a sum will do.
+    total = (found * within.unsqueeze(-1)).sum(1)
     return F.normalize(total, dim=-1) * math.sqrt(total.shape[-1])
+
+
+def _mask(within: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(within, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
 
 
 class Classifier(nn.Module):
@@ -57,22 +64,19 @@ class Classifier(nn.Module):
     Args:
         encoder: see `features`.
         head: what the linear layer begins with.
-        states: what the encoder begins with, by the tokens of a text.
     """
 
-    def __init__(self, encoder: nn.Module, head: Head, states: States) -> None:
+    def __init__(self, encoder: nn.Module, head: Head) -> None:
         super().__init__()
         self.encoder = encoder
-        self.states = states
         self.head = nn.Linear(head.weight.shape[1], head.weight.shape[0])
         with torch.no_grad():
             self.head.weight.copy_(head.weight)
             self.head.bias.copy_(head.bias)
 
-    def forward(self, examples: Sequence[Example], device: str) -> Tensor:
-        """Logits [batch, labels]."""
-        texts = [self.states[example.prompt] for example in examples]
-        logits: Tensor = self.head(features(self.encoder, texts, device))
+    def forward(self, states: Tensor, within: Tensor) -> Tensor:
+        """Logits [batch, labels]; see `features`."""
+        logits: Tensor = self.head(features(self.encoder, states, within))
         return logits
 
 
@@ -116,19 +120,34 @@ class Classification:
         return divided(self.encoder(), self.layers)[1]
 
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
-        return Classifier(adapted, self.heads[task], _read(self.states[task]))
+        return Classifier(adapted, self.heads[task])
 
-    def loss(self, model: Any, examples: Sequence[Example], device: str) -> Tensor:
+    def table(self, task: str, examples: Sequence[Example]) -> Table:
+        """The states that a text begins with, where it has tokens, and its label."""
+        states = _read(self.states[task])
+        return table([states[example.prompt] for example in examples], [example.answer[0] for example in examples])
+
+    def loss(self, model: Any, states: Tensor, within: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of the labels."""
-        return F.cross_entropy(model(examples, device), _labels(examples).to(device))
+        return F.cross_entropy(model(states, within), labels)
 
-    def right(self, model: Any, examples: Sequence[Example], device: str) -> int:
-        """How many texts have their label as the likeliest one."""
-        return int((model(examples, device).argmax(-1).cpu() == _labels(examples)).sum())
+    def right(self, model: Any, states: Tensor, within: Tensor, labels: Tensor) -> Tensor:
+        """Whether a text has its label as the likeliest one."""
+        found: Tensor = model(states, within).argmax(-1) == labels
+        return found
+
+
+def table(states: Sequence[Tensor], labels: Sequence[int]) -> Table:
+    """A table of texts.
+
+    Args:
+        states: [length, hidden] of each text.
+        labels: of each.
+    """
+    lengths = torch.tensor([len(text) for text in states])
+    padded = pad_sequence(list(states), batch_first=True)
+    within = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
+    return Table((padded, within), (torch.tensor(labels),), lengths)
 
 
 _read = cache(read)
-
-
-def _labels(examples: Sequence[Example]) -> Tensor:
-    return torch.tensor([example.answer[0] for example in examples])

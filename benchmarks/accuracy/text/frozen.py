@@ -17,7 +17,8 @@ from flora_fx.measuring.method import pinned
 from ..data import SPLITS, Splits
 from ..journal import digest
 from ..suite import Baseline
-from .classification import Head, features
+from ..table import Table
+from .classification import Head, features, table
 from .upper import States
 
 __all__ = ["fitted", "regression"]
@@ -41,9 +42,12 @@ def fitted(encoder: nn.Module, states: States, splits: Splits, folder: Path, ide
         kept = json.loads(file.read_text(encoding="utf-8"))
         return Head(torch.tensor(kept["weight"]), torch.tensor(kept["bias"])), Baseline(**kept["baseline"])
     with pinned(1):  # sums do not depend on the number of cores
-        found = {split: _features(encoder, [states[one.prompt] for one in splits[split]]) for split in SPLITS}
-        labels = {split: torch.tensor([one.answer[0] for one in splits[split]]) for split in SPLITS}
-        head, baseline = _best(found, labels)
+        tables = {
+            split: table([states[one.prompt] for one in splits[split]], [one.answer[0] for one in splits[split]])
+            for split in SPLITS
+        }
+        found = {split: _features(encoder, tables[split]) for split in SPLITS}
+        head, baseline = _best(found, {split: tables[split].whole[0] for split in SPLITS})
     kept = {"weight": head.weight.tolist(), "bias": head.bias.tolist(), "baseline": asdict(baseline)}
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".part")
@@ -91,7 +95,7 @@ def _percent(head: Head, features: Tensor, labels: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _features(encoder: nn.Module, texts: Sequence[Tensor]) -> Tensor:
+def _features(encoder: nn.Module, texts: Table) -> Tensor:
     encoder.eval()
-    starts = range(0, len(texts), _BATCH)
-    return torch.cat([features(encoder, texts[start : start + _BATCH], "cpu") for start in starts])
+    batches = (texts.rows(index)[:2] for index in torch.arange(len(texts)).split(_BATCH))
+    return torch.cat([features(encoder, states, within) for states, within in batches])

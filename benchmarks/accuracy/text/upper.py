@@ -1,7 +1,6 @@
 """The upper layers of an encoder as a model of their own, on what the layers below make of each text.
 
-Those below are the same for every method and never trained, so their states are computed once. Positions are no part of
-what the upper layers do: texts of one batch lie end to end, each of them sees itself alone, and nothing is padded.
+Those below are the same for every method and never trained, so their states are computed once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from flora_fx.measuring.method import pinned
 from ..data import SPLITS, Example, Splits
 from ..journal import digest
 
-__all__ = ["States", "divided", "kept", "read", "states_of", "token_states"]
+__all__ = ["States", "divided", "kept", "read", "states_of"]
 
 States = Mapping[tuple[int, ...], Tensor]
 """By the tokens of a text the states [length, hidden] that the upper layers begin with."""
@@ -84,21 +83,3 @@ def states_of(lower: nn.Module, examples: Sequence[Example]) -> dict[tuple[int, 
     lower.eval()
     texts = dict.fromkeys(example.prompt for example in examples)
     return {text: lower(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts}
-
-
-def token_states(upper: Any, texts: Sequence[Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """What the upper layers make of some texts, end to end.
-
-    Args:
-        upper: see `divided`; with or without adapters.
-        texts: states [length, hidden] of each.
-        device: that the upper layers are on.
-
-    Returns:
-        States [tokens, hidden], and the index of the text of each token [tokens].
-    """
-    lengths = torch.tensor([len(text) for text in texts])
-    owner = torch.repeat_interleave(torch.arange(len(texts)), lengths).to(device)
-    mask = (owner.unsqueeze(1) == owner)[None, None]
-    found = upper(inputs_embeds=torch.cat(list(texts)).unsqueeze(0).to(device), attention_mask=mask)
-    return found.last_hidden_state[0], owner
