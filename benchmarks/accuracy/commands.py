@@ -63,7 +63,10 @@ def _add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="a causal language model instead of the small one: directory or Hub id")
     parser.add_argument("--data", type=Path, help="for it: JSONL with task, split, prompt and answer in each line")
-    parser.add_argument("--workers", type=int, default=0, help="processes of one thread (one per core, or per GPU)")
+    parser.add_argument("--workers", type=int, default=0, help="processes of one thread (a core each; on a GPU 8)")
+    parser.add_argument(
+        "--lanes", type=int, default=0, help="trainings of a method that a process does at once (8; on a GPU 128)"
+    )
     parser.add_argument("--device", default=Recipe.device, help="cpu or cuda (%(default)s)")
 
 
@@ -106,6 +109,7 @@ def _plan(options: Options) -> Plan:
         model=options.model,
         rows=tuple(data.read(options.data)) if options.data else (),
         workers=options.workers,
+        lanes=options.lanes,
     )
 
 

@@ -37,21 +37,25 @@ class Generation:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        return load_model(self.directory, dtype=torch.float32, task="causal-lm")
+        model: Any = load_model(self.directory, dtype=torch.float32, task="causal-lm")
+        model.set_attn_implementation("eager")  # of which `vmap` knows every operator
+        found: nn.Module = model
+        return found
 
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
         return adapted
 
     def table(self, task: str, examples: Sequence[Example]) -> Table:
-        """Tokens and labels."""
+        """Tokens, and which of them are the answer."""
         return Table(batch_of(examples), (), torch.tensor([len(prompt) + len(answer) for prompt, answer in examples]))
 
-    def loss(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, model: Any, tokens: Tensor, asked: Tensor) -> Tensor:
         """On the answers' tokens alone."""
+        labels = tokens.masked_fill(~asked, _IGNORED)
         loss: Tensor = model(input_ids=tokens, labels=labels, use_cache=False).loss
         return loss
 
-    def right(self, model: Any, tokens: Tensor, labels: Tensor) -> Tensor:
+    def right(self, model: Any, tokens: Tensor, asked: Tensor) -> Tensor:
         """Whether an answer is right in every token.
 
         The model reads the right answer and predicts each token of it from those before. If the likeliest token is
@@ -59,24 +63,24 @@ class Generation:
         read the same.
         """
         predicted = model(input_ids=tokens, use_cache=False).logits[:, :-1].argmax(-1)
-        return ((predicted == labels[:, 1:]) | (labels[:, 1:] == _IGNORED)).all(-1)
+        return ((predicted == tokens[:, 1:]) | ~asked[:, 1:]).all(-1)
 
 
 def batch_of(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Tokens and labels [batch, length], padded on the right; only answers have labels.
+    """Tokens, and whether each belongs to an answer [batch, length]; padded on the right.
 
     No attention mask is needed: under causal attention no token sees the padding after it.
 
     >>> batch_of([Example((5, 6), (7,)), Example((5,), (8,))])
     (tensor([[5, 6, 7],
-            [5, 8, 0]]), tensor([[-100, -100,    7],
-            [-100,    8, -100]]))
+            [5, 8, 0]]), tensor([[False, False,  True],
+            [False,  True, False]]))
     """
     length = max(len(example.prompt) + len(example.answer) for example in examples)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full_like(tokens, _IGNORED)
+    asked = torch.zeros_like(tokens, dtype=torch.bool)
     for row, (prompt, answer) in enumerate(examples):
         end = len(prompt) + len(answer)
         tokens[row, :end] = torch.tensor(prompt + answer)
-        labels[row, len(prompt) : end] = torch.tensor(answer)
-    return tokens, labels
+        asked[row, len(prompt) : end] = True
+    return tokens, asked

@@ -28,8 +28,8 @@ class Journal:
 
     A run is known by a hash of everything that decides its outcome: method, rank, learning rate and seed, the examples
     of its task, the base's weights, the training, the versions of torch, transformers and peft, and the code that
-    trains (without its comments and docstrings). A change of any of them makes it another run. What runs beside it is no
-    part of that: it moves the outcome as rounding does.
+    trains (without its comments and docstrings). A change of any of them makes it another run. What runs beside it is
+    no part of that: it moves the outcome as rounding does.
 
     Args:
         path: of the file; made if missing. What an interruption left of a last line is cut off.
@@ -116,7 +116,7 @@ def weights_digest(model: nn.Module) -> str:
 def _code(method: str, learner: tuple[Path, ...]) -> str:
     """A hash of the code that decides what a run of the method does."""
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in ("run", "lanes", "descent", "table", "methods")), *learner]
+    files = [*(here / f"{name}.py" for name in ("run", "lanes", "descent", "table", "methods", "beginnings")), *learner]
     if family(method) == "FFBA":
         from flora_fx import adapters
 

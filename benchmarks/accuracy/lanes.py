@@ -24,32 +24,36 @@ class Lanes:
     Args:
         model: its weights that require gradients train.
         starts: what those begin with, by name, a mapping for each lane.
+        gained: names of weights that are multiplied by a number each, which trains as well.
     """
 
-    def __init__(self, model: nn.Module, starts: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(self, model: nn.Module, starts: Sequence[Mapping[str, Tensor]], gained: Sequence[str] = ()) -> None:
         self.model = model
         self.weights = {
-            name: torch.stack([start[name].detach() for start in starts]).to(weight.device).requires_grad_()
+            name: torch.stack([start[name].detach().to(weight.device) for start in starts]).requires_grad_()
             for name, weight in model.named_parameters()
             if weight.requires_grad
         }
+        self._gains = {name: f"gain of {name}" for name in gained}
+        for name, gain in self._gains.items():
+            self.weights[gain] = torch.ones_like(self.weights[name][:, 0, 0]).requires_grad_()
 
-    def each(self, function: Callable[..., Tensor], *rows: Tensor, same: bool) -> Tensor:
+    def each(self, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
         """What a function makes of the model in every lane [lanes, ...].
 
         Args:
             function: of the model and rows.
-            rows: with a first dimension for the lanes.
-            same: the rows have no such dimension: all lanes get these.
+            rows: [lanes, ...].
         """
         called = _Called(self.model, function)
 
-        def one(weights: Mapping[str, Tensor], *rows: Tensor) -> Tensor:
-            found: Tensor = functional_call(called, {f"model.{name}": weight for name, weight in weights.items()}, rows)
+        def one(weights: dict[str, Tensor], *rows: Tensor) -> Tensor:
+            gained = {name: weights[name] * weights.pop(gain) for name, gain in self._gains.items()}
+            given = {f"model.{name}": weight for name, weight in (weights | gained).items()}
+            found: Tensor = functional_call(called, given, rows)
             return found
 
-        given = (None if same else 0,) * len(rows)
-        found: Tensor = vmap(one, in_dims=(0, *given), randomness="different")(self.weights, *rows)
+        found: Tensor = vmap(one, randomness="different")(self.weights, *rows)
         return found
 
 
@@ -89,7 +93,7 @@ class Descent:
     def _clip(self) -> None:
         """As `torch.nn.utils.clip_grad_norm_`, lane by lane."""
         gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients]).sum(0)
+        squares = torch.stack([gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]).sum(0)
         factor = (CLIP / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))

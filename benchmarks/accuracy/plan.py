@@ -38,7 +38,7 @@ class Plan:
         model: directory or Hub id of a causal language model, instead of the small one.
         rows: what it is fine-tuned on, with `model` only.
         workers: processes; 0 for one per CPU core, and no more than 8 on a GPU.
-        lanes: trainings of one method, rank and task that a process does at once; 0 for 8, and 64 on a GPU.
+        lanes: trainings of one method and rank that a process does at once; 0 for 8, and 128 on a GPU.
 
     Raises:
         ValueError: an unknown name, or a number that makes no sense.
@@ -107,7 +107,7 @@ class Plan:
     @property
     def side_by_side(self) -> int:
         """Trainings that each of them does at once."""
-        return self.lanes or (64 if self._on_gpu else 8)
+        return self.lanes or (128 if self._on_gpu else 8)
 
     @property
     def _on_gpu(self) -> bool:

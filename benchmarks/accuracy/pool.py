@@ -30,12 +30,10 @@ class Pool:
         learner: of the suite.
         tasks: their examples.
         recipe: what all runs share.
-        lanes: runs of one method, rank and task that a process does at once.
+        lanes: runs of one method and rank that a process does at once.
     """
 
-    def __init__(
-        self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe, lanes: int
-    ) -> None:
+    def __init__(self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe, lanes: int) -> None:
         self._lanes = lanes
         self._processes = ProcessPoolExecutor(
             workers,
@@ -72,9 +70,9 @@ class Pool:
 
 def _groups(runs: Sequence[Run], lanes: int) -> Iterator[list[Run]]:
     """Runs that one process does at once."""
-    alike: dict[tuple[str, int, str], list[Run]] = {}
+    alike: dict[tuple[str, int], list[Run]] = {}
     for run in runs:
-        alike.setdefault((run.method, run.rank, run.task), []).append(run)
+        alike.setdefault((run.method, run.rank), []).append(run)
     for group in alike.values():
         for start in range(0, len(group), lanes):
             yield group[start : start + lanes]
@@ -99,4 +97,4 @@ def _end_with_parent() -> None:
 
 
 def _work(runs: list[Run]) -> list[Outcome]:
-    return fine_tune(_here["learner"], _here["base"], _here["tasks"][runs[0].task], runs, _here["recipe"])
+    return fine_tune(_here["learner"], _here["base"], _here["tasks"], runs, _here["recipe"])

@@ -1,4 +1,4 @@
-"""Fine-tunings of one base on one task, side by side: an adapter, so many steps, what is right then."""
+"""Fine-tunings of one base side by side: an adapter, so many steps, what is right then."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .data import Splits
 from .descent import scheduled
 from .lanes import Descent, Lanes
-from .methods import adapted, rate_ratio
+from .methods import adapted, gained, rate_ratio
 from .recipe import Recipe
 from .suite import Learner
-from .table import Table
+from .table import Table, joined
 
 __all__ = ["Outcome", "Run", "begun", "fine_tune", "percent_right"]
 
@@ -63,30 +64,45 @@ class Outcome:
     seconds: float = field(default=0.0, compare=False)
 
 
-def fine_tune(learner: Learner, base: nn.Module, splits: Splits, runs: Sequence[Run], recipe: Recipe) -> list[Outcome]:
+def fine_tune(
+    learner: Learner, base: nn.Module, tasks: Mapping[str, Splits], runs: Sequence[Run], recipe: Recipe
+) -> list[Outcome]:
     """Train on the split ``train``, evaluate on the others.
 
     Args:
         learner: of the suite.
         base: what it loads; stays as it is.
-        splits: the examples of the task.
-        runs: of one method, rank and task; with learning rates and seeds of their own.
+        tasks: their examples.
+        runs: of one method and rank; with tasks, learning rates and seeds of their own.
         recipe: what all runs share.
     """
     started = time.process_time()
     lanes, rates, parameters = begun(learner, base, runs, recipe)
-    tables = {split: learner.table(runs[0].task, examples).to(recipe.device) for split, examples in splits.items()}
+    table, own = _data(learner, tasks, runs, "train", recipe.device)
     descent = Descent(lanes, rates)
-    orders = zip(*(_batches(len(tables["train"]), recipe.batch, run.seed) for run in runs), strict=True)
+    orders = zip(*(_batches(of, recipe.batch, run.seed) for run, of in zip(runs, own, strict=True)), strict=True)
     torch.manual_seed(runs[0].seed)
     for index, order in enumerate(itertools.islice(orders, recipe.steps)):
-        losses = lanes.each(learner.loss, *tables["train"].rows(torch.stack(order)), same=False)
+        losses = lanes.each(learner.loss, *table.rows(torch.stack(order)))
         descent.step(losses, scheduled(index, recipe.steps))
     lanes.model.eval()
-    answers = partial(lanes.each, learner.right, same=True)
-    validation, test = (percent_right(answers, tables[split]).tolist() for split in ("validation", "test"))
+    right = []
+    for split in ("validation", "test"):
+        table, own = _data(learner, tasks, runs, split, recipe.device)
+        index = pad_sequence([of[table.lengths[of].argsort()] for of in own], batch_first=True, padding_value=-1)
+        right.append(percent_right(partial(lanes.each, learner.right), table, index).tolist())
     seconds = (time.process_time() - started) / len(runs)
-    return [Outcome(parameters, *right, seconds) for right in zip(validation, test, strict=True)]
+    return [Outcome(parameters, *percents, seconds) for percents in zip(*right, strict=True)]
+
+
+def _data(
+    learner: Learner, tasks: Mapping[str, Splits], runs: Sequence[Run], split: str, device: str
+) -> tuple[Table, list[Tensor]]:
+    """One table for the tasks of some runs, and where in it the examples of each run are."""
+    tables = {task: learner.table(task, tasks[task][split]) for task in dict.fromkeys(run.task for run in runs)}
+    table = joined(list(tables.values())).to(device)
+    places = dict(zip(tables, torch.arange(len(table)).split([len(one) for one in tables.values()]), strict=True))
+    return table, [places[run.task] for run in runs]
 
 
 def begun(
@@ -100,51 +116,61 @@ def begun(
         runs: as for `fine_tune`.
         recipe: what all runs share.
     """
-    first = runs[0]
-    starts = []
-    for run in runs:
-        torch.manual_seed(run.seed)
-        body = adapted(copy.deepcopy(base), run.method, run.rank, learner.task_type)
-        model = learner.model(body, run.task)
-        starts.append({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
-    factors = _factors(body, rate_ratio(first.method))
-    lanes = Lanes(model.to(recipe.device).train(), starts)
+    starts: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for method, rank, task, seed in ((run.method, run.rank, run.task, run.seed) for run in runs):
+        if (seed, task) not in starts:
+            torch.manual_seed(seed)
+            body = adapted(copy.deepcopy(base), method, rank, learner.task_type)
+            model = learner.model(body, task)
+            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            starts[seed, task] = trained
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    inside = dict(body.named_parameters())
+    multiplied = [names[id(inside[name])] for name in gained(body, runs[0].method)]
+    each = [starts[run.seed, run.task] for run in runs]
+    lanes = Lanes(model.to(recipe.device).train(), each, multiplied)
     own = torch.tensor([run.rate for run in runs], dtype=torch.float64)
-    head = torch.full_like(own, learner.head_rate)
-    rates = {
-        name: own * factors[id(weight)] if id(weight) in factors else head
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
-    return lanes, rates, sum(weight.numel() for weight in body.parameters() if weight.requires_grad)
+    rates = dict.fromkeys(lanes.weights, own)  # of gains
+    for name in trained:
+        rates[name] = torch.full_like(own, learner.head_rate)
+    for weight, factor in _factors(body, rate_ratio(runs[0].method)):
+        rates[names[id(weight)]] = factor * own
+    count = sum(weight.numel() for weight in inside.values() if weight.requires_grad)
+    return lanes, rates, count + len(multiplied)
 
 
-def _factors(body: nn.Module, ratio: float) -> Mapping[int, float]:
-    """The body's weights learn at the run's rate times these; what the suite put onto it is not among them."""
+def _factors(body: nn.Module, ratio: float) -> Iterator[tuple[nn.Parameter, float]]:
+    """What a weight of the body learns at, to the run's rate."""
     from flora_fx.adapters import parameter_groups
 
-    groups = parameter_groups(body, lr=1 / math.sqrt(ratio), ratio=ratio)
-    return {id(weight): group["lr"] for group in groups for weight in group["params"]}
+    for group in parameter_groups(body, lr=1 / math.sqrt(ratio), ratio=ratio):
+        yield from ((weight, group["lr"]) for weight in group["params"])
 
 
 @torch.no_grad()
-def percent_right(answers: Callable[..., Tensor], table: Table) -> Tensor:
-    """How many of the examples are answered right, in percent [...]; a number, or one for each lane.
+def percent_right(answers: Callable[..., Tensor], table: Table, index: Tensor) -> Tensor:
+    """How many of some examples are answered right, in percent [...]; a number, or one for each lane.
 
     Args:
         answers: of rows, whether each is answered right [..., examples].
-        table: at least one example. The longest are evaluated together.
+        table: that the examples are in.
+        index: of the examples [..., examples]; -1 where there is none.
     """
-    right = [answers(*table.rows(index)).double().sum(-1) for index in table.lengths.argsort().split(_BATCH)]
-    return 100 * torch.stack(right).sum(0) / len(table)
+    there = index >= 0
+    right = torch.zeros(index.shape[:-1], dtype=torch.long)
+    for start in range(0, index.shape[-1], _BATCH):
+        few = slice(start, start + _BATCH)
+        found = answers(*table.rows(index[..., few].clamp(min=0))).cpu()
+        right += (found & there[..., few]).sum(-1)
+    return 100 * right.double() / there.sum(-1)
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """The indices of all examples in a random order, again and again, in batches of one size [size]."""
+def _batches(examples: Tensor, size: int, seed: int) -> Iterator[Tensor]:
+    """All examples in a random order, again and again, in batches of one size [size]."""
     drawn = torch.Generator().manual_seed(seed)
-    left = torch.empty(0, dtype=torch.long)
+    left = examples[:0]
     while True:
         while len(left) < size:
-            left = torch.cat([left, torch.randperm(count, generator=drawn)])
+            left = torch.cat([left, examples[torch.randperm(len(examples), generator=drawn)]])
         yield left[:size]
         left = left[size:]

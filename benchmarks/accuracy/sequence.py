@@ -52,8 +52,8 @@ SEQUENCE = Suite(
     methods=(FULL, *METHODS),
     budgets=(2, 8),
     rates=(1e-3, 2.4e-3, 5.5e-3, 1.3e-2, 3e-2),
-    seeds=5,
-    tuning_seeds=2,
-    recipe=Recipe(),
+    seeds=4,
+    tuning_seeds=1,
+    recipe=Recipe(steps=300),
 )
 """Made for a model of 0.3M parameters: a training takes seconds."""

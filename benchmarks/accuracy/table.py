@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Table"]
+__all__ = ["Table", "joined"]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Examples of one task and split.
+    """Examples.
 
     Attributes:
-        sequences: each [examples, length, ...], padded at the end to the longest example.
+        sequences: each [examples, length, ...], padded with zeros at the end to the longest example.
         whole: each [examples, ...], without a length.
         lengths: [examples], on the CPU.
     """
@@ -29,9 +31,7 @@ class Table:
 
     def to(self, device: str) -> Table:
         """The same on a device."""
-        sequences, whole = (
-            tuple(tensor.to(device) for tensor in tensors) for tensors in (self.sequences, self.whole)
-        )
+        sequences, whole = (tuple(one.to(device) for one in many) for many in (self.sequences, self.whole))
         return Table(sequences, whole, self.lengths)
 
     def rows(self, index: Tensor) -> tuple[Tensor, ...]:
@@ -46,5 +46,27 @@ class Table:
                 [1, 0]]),)
         """
         longest = int(self.lengths[index].max())
-        where = index.to(self.lengths.device if not self.sequences else self.sequences[0].device)
-        return (*(tensor[:, :longest][where] for tensor in self.sequences), *(tensor[where] for tensor in self.whole))
+        there = index.to(self.sequences[0].device)
+        return (*(one[:, :longest][there] for one in self.sequences), *(one[there] for one in self.whole))
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The examples of several tables, one table after the other.
+
+    >>> one, two = (Table((torch.ones(1, length),), (), torch.tensor([length])) for length in (1, 2))
+    >>> joined([one, two]).sequences
+    (tensor([[1., 0.],
+            [1., 1.]]),)
+    """
+    longest = max(int(table.lengths.max()) for table in tables)
+    sequences = zip(*(table.sequences for table in tables), strict=True)
+    whole = zip(*(table.whole for table in tables), strict=True)
+    return Table(
+        tuple(torch.cat([_padded(one, longest) for one in same]) for same in sequences),
+        tuple(torch.cat(same) for same in whole),
+        torch.cat([table.lengths for table in tables]),
+    )
+
+
+def _padded(sequences: Tensor, length: int) -> Tensor:
+    return F.pad(sequences, (0, 0) * (sequences.dim() - 2) + (0, length - sequences.shape[1]))

@@ -18,7 +18,7 @@ __all__ = ["LENGTH", "PRETRAINING", "SIZES", "SYMBOLS", "UNSEEN", "VOCABULARY", 
 
 SYMBOLS = 16
 LENGTH = 8
-SIZES = {"train": 2048, "validation": 256, "test": 512}
+SIZES = {"train": 128, "validation": 256, "test": 512}
 
 Task = Callable[[Sequence[int]], list[int]]
 

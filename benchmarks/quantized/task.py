@@ -80,7 +80,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
                         "way": way,
                         "bytes": result.files["model.onnx.data"],
                         "error": difference(runner(input_ids=tokens).logits, exact),
-                        "accuracy": percent_right(partial(learner.right, runner), exam).item(),
+                        "accuracy": percent_right(partial(learner.right, runner), exam, torch.arange(len(exam))).item(),
                     }
                 )
             progress(len(rows), _COUNT)

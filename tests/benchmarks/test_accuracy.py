@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from benchmarks.accuracy import tasks as accuracy_tasks
 from benchmarks.accuracy import view as accuracy_view
 from benchmarks.accuracy.accuracy import measure
 from benchmarks.accuracy.data import SPLITS, Example, Splits, encode, read
-from benchmarks.accuracy.generation import Generation
+from benchmarks.accuracy.descent import step
+from benchmarks.accuracy.generation import Generation, batch_of
 from benchmarks.accuracy.journal import Journal
 from benchmarks.accuracy.methods import FULL, LORA, METHODS, Contestant, adapted, contestants
 from benchmarks.accuracy.model import Pretraining, pretrained
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.recipe import Recipe
-from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right, step
+from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
 from benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
 from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
 from benchmarks.commands import main
@@ -106,6 +108,11 @@ def _llama(vocabulary: int) -> nn.Module:
     return model.eval()
 
 
+def _percent_right(model: nn.Module, examples: Sequence[Example]) -> float:
+    table = LEARNER.table("", examples)
+    return percent_right(partial(LEARNER.right, model), table, torch.arange(len(table))).item()
+
+
 def _small(name: str) -> Splits:
     return accuracy_tasks.splits(name, {"train": 16, "validation": 8, "test": 8})
 
@@ -122,9 +129,9 @@ def test_every_method_keeps_within_every_budget_and_uses_most_of_it(base: nn.Mod
         assert lora.rank == budget
         for one in entered.values():
             assert lora.parameters * one.rank / (one.rank + 1) < one.parameters <= lora.parameters, one
-    splits = _small("sort pairs")
+    data = {"sort pairs": _small("sort pairs")}
     for one in found[:9]:
-        outcome = fine_tune(LEARNER, base, splits, Run(one.method, one.rank, "sort pairs", 1e-3, 0), RECIPE)
+        [outcome] = fine_tune(LEARNER, base, data, [Run(one.method, one.rank, "sort pairs", 1e-3, 0)], RECIPE)
         assert outcome.parameters == one.parameters, one
 
 
@@ -143,9 +150,9 @@ def test_run_depends_on_its_seed_alone_and_leaves_the_base(base: nn.Module) -> N
     splits, recipe = _small("sort pairs"), Recipe(steps=8, batch=8)
     run = Run(FULL, 0, "sort pairs", 3e-3, 0)
     torch.manual_seed(1)
-    first = fine_tune(LEARNER, base, splits, run, recipe)
+    first = fine_tune(LEARNER, base, {"sort pairs": splits}, [run], recipe)
     torch.manual_seed(2)
-    assert fine_tune(LEARNER, base, splits, run, recipe) == first
+    assert fine_tune(LEARNER, base, {"sort pairs": splits}, [run], recipe) == first
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
 
 
@@ -153,10 +160,10 @@ def test_training_learns_and_loss_is_of_answers_alone(base: nn.Module) -> None:
     answers = Example((3, 11, 12, 1), (15, 2))
     model: Any = adapted(_llama(VOCABULARY), FULL, 0, LEARNER.task_type)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    assert percent_right(LEARNER, model, [answers], RECIPE) == 0
+    assert _percent_right(model, [answers]) == 0
     for _ in range(20):
-        step(optimizer, LEARNER.loss(model, [answers], "cpu"))
-    assert percent_right(LEARNER, model, [answers], RECIPE) == 100
+        step(optimizer, LEARNER.loss(model, *batch_of([answers])))
+    assert _percent_right(model, [answers]) == 100
     logits = model(input_ids=torch.tensor([[3, 11, 12, 1, 15, 2]])).logits[0]
     assert logits[0].argmax() != 11 or logits[1].argmax() != 12  # nobody asked for the prompt
 
@@ -167,7 +174,7 @@ def test_exact_match_is_that_of_greedy_generation() -> None:
     examples = [Example((5, 6), (7, 8, 9)), Example((4,), (2,)), Example((1, 2, 3), (4, 5))]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
-        step(optimizer, LEARNER.loss(model, examples[:2], "cpu"))
+        step(optimizer, LEARNER.loss(model, *batch_of(examples[:2])))
     greedy = 0
     for prompt, answer in examples:
         written = model.generate(
@@ -175,7 +182,7 @@ def test_exact_match_is_that_of_greedy_generation() -> None:
         )
         greedy += tuple(written[0, len(prompt) :].tolist()) == answer
     assert greedy == 2
-    assert percent_right(LEARNER, model, examples, RECIPE) == pytest.approx(100 * greedy / 3)
+    assert _percent_right(model, examples) == pytest.approx(100 * greedy / 3)
 
 
 # --- tuning and summary -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from benchmarks.accuracy.data import SPLITS, Example, Splits
 from benchmarks.accuracy.methods import LORA, METHODS, VARIANTS, adapted, contestants
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.recipe import Recipe
-from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
+from benchmarks.accuracy.run import Outcome, Run, begun, fine_tune, percent_right
 from benchmarks.accuracy.suite import Baseline, Prepared
 from benchmarks.accuracy.text import suite as text_suite
-from benchmarks.accuracy.text.classification import Classification, features
+from benchmarks.accuracy.text.classification import Classification, features, table
 from benchmarks.accuracy.text.frozen import fitted, regression
 from benchmarks.accuracy.text.phrases import (
     Described,
@@ -40,7 +41,7 @@ from benchmarks.accuracy.text.phrases import (
 from benchmarks.accuracy.text.sources import Source, sources, versions
 from benchmarks.accuracy.text.suite import TEXT, encoded, examples
 from benchmarks.accuracy.text.tasks import CANDIDATES, Item, admitted, deal, distinct
-from benchmarks.accuracy.text.upper import divided, kept, states_of, token_states
+from benchmarks.accuracy.text.upper import divided, kept, states_of
 from benchmarks.accuracy.text.upper import read as read_states
 from benchmarks.commands import main
 from flora_fx.errors import MissingExtraError
@@ -293,11 +294,10 @@ def test_upper_layers_on_kept_states_are_the_whole_encoder(parts: tuple[nn.Modul
     whole = _bert(layers=3).double()
     states = states_of(lower, texts)
     with torch.no_grad():
-        together, owner = token_states(upper, [states[example.prompt] for example in texts], "cpu")
-        found = features(upper, [states[example.prompt] for example in texts], "cpu")
+        padded, within = table([states[example.prompt] for example in texts], [0] * len(texts)).sequences
+        found = features(upper, padded, within)
         for index, example in enumerate(texts):
             alone = whole(input_ids=torch.tensor([example.prompt])).last_hidden_state[0]
-            torch.testing.assert_close(together[owner == index], alone, rtol=1e-12, atol=1e-12)
             mean = alone.mean(0)
             torch.testing.assert_close(found[index], mean / mean.norm() * 32**0.5, rtol=1e-12, atol=1e-12)
 
@@ -337,7 +337,9 @@ def test_frozen_features_are_where_every_method_begins(
     assert (baseline.labels, baseline.majority) == (2, 50.0)
     model = learner.model(base, "t")
     for split, percent in (("validation", baseline.validation), ("test", baseline.test)):
-        assert percent_right(learner, model, SPLITTED[split], RECIPE) == pytest.approx(percent)
+        texts = learner.table("t", SPLITTED[split])
+        found = percent_right(partial(learner.right, model), texts, torch.arange(len(texts)))
+        assert found.item() == pytest.approx(percent)
     assert baseline.test > 60
     fitted(base, states, SPLITTED, tmp_path, "another base")
     assert len(list(kept_head.parent.iterdir())) == 2
@@ -351,7 +353,7 @@ def test_every_method_trains_on_an_encoder_what_was_counted(base: nn.Module, lea
     for one in found:
         if not one.unavailable:
             assert lora * one.rank / (one.rank + 1) < one.parameters <= lora, one
-            outcome = fine_tune(learner, base, SPLITTED, Run(one.method, one.rank, "t", 1e-3, 0), RECIPE)
+            [outcome] = fine_tune(learner, base, {"t": SPLITTED}, [Run(one.method, one.rank, "t", 1e-3, 0)], RECIPE)
             assert outcome.parameters == one.parameters, one
             assert outcome.seconds > 0
 
@@ -365,33 +367,17 @@ def test_a_of_a_lora_begins_orthonormal() -> None:
         assert not any(weight.any() for name, weight in model.named_parameters() if ".lora_B." in name)
 
 
-def test_the_head_learns_too_at_its_own_rate(
-    base: nn.Module, learner: Classification, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-
-    class Kept(Classification):
-        def model(self, adapted: nn.Module, task: str) -> nn.Module:
-            seen.append(super().model(adapted, task))
-            return seen[-1]
-
-    rates: list[list[float]] = []
-    inner = torch.optim.AdamW
-
-    def optimizer(groups: Any, **options: Any) -> Any:
-        rates.append([group["lr"] for group in groups])
-        return inner(groups, **options)
-
-    monkeypatch.setattr("benchmarks.accuracy.run.torch.optim.AdamW", optimizer)
-    fine_tune(
-        Kept("", heads=learner.heads, states=learner.states),
-        base,
-        SPLITTED,
-        Run("shared, B ×4", 2, "t", 1e-2, 0),
-        RECIPE,
-    )
-    assert rates == [[5e-3, 2e-2, 1e-3]]  # of A, B and the head: the rate is the geometric mean of the first two
-    assert not torch.equal(seen[0].head.weight, learner.heads["t"].weight)
+def test_the_head_learns_too_at_its_own_rate(base: nn.Module, learner: Classification) -> None:
+    runs = [Run("shared, B ×4", 2, "t", rate, 0) for rate in (1e-2, 3e-2)]
+    lanes, rates, _ = begun(learner, base, runs, RECIPE)
+    assert rates.keys() == lanes.weights.keys()
+    found = {
+        kind: {tuple(of.tolist()) for name, of in rates.items() if part in name}
+        for kind, part in (("A", ".flora_A."), ("B", ".flora_B."), ("head", "head."))
+    }
+    # The rate is the geometric mean of those of A and B.
+    assert found == {"A": {(5e-3, 1.5e-2)}, "B": {(2e-2, 6e-2)}, "head": {(1e-3, 1e-3)}}
+    assert {name.partition(".")[0] for name in rates} == {"encoder", "head"}
 
 
 # --- which tasks are compared -----------------------------------------------------------------------------

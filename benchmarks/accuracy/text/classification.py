@@ -25,6 +25,9 @@ from .upper import divided, read
 
 __all__ = ["Classification", "Classifier", "Head", "features", "table"]
 
+_NEVER = -1e4
+"""A logit whose probability is zero in float32, and so is its gradient."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -55,7 +58,7 @@ def features(encoder: Any, states: Tensor, within: Tensor) -> Tensor:
 
 
 def _mask(within: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(within, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
+    return torch.zeros_like(within, dtype=dtype).masked_fill(~within, torch.finfo(dtype).min)[:, None, None]
 
 
 class Classifier(nn.Module):
@@ -64,15 +67,19 @@ class Classifier(nn.Module):
     Args:
         encoder: see `features`.
         head: what the linear layer begins with.
+        labels: that it has, if more: those that the head does not know are never the answer, and learn nothing.
     """
 
-    def __init__(self, encoder: nn.Module, head: Head) -> None:
+    def __init__(self, encoder: nn.Module, head: Head, labels: int = 0) -> None:
         super().__init__()
         self.encoder = encoder
-        self.head = nn.Linear(head.weight.shape[1], head.weight.shape[0])
+        known, features = head.weight.shape
+        self.head = nn.Linear(features, max(known, labels))
         with torch.no_grad():
-            self.head.weight.copy_(head.weight)
-            self.head.bias.copy_(head.bias)
+            self.head.weight[known:] = 0
+            self.head.bias[known:] = _NEVER
+            self.head.weight[:known] = head.weight
+            self.head.bias[:known] = head.bias
 
     def forward(self, states: Tensor, within: Tensor) -> Tensor:
         """Logits [batch, labels]; see `features`."""
@@ -113,14 +120,16 @@ class Classification:
         logging.disable_progress_bar()
         encoder: Any = load_model(self.directory, dtype=torch.float32, task="encoder")
         encoder.pooler = None  # nobody reads what it makes of the first token
-        return encoder
+        encoder.set_attn_implementation("eager")  # of which `vmap` knows every operator
+        found: nn.Module = encoder
+        return found
 
     def load(self) -> nn.Module:
         """Its upper layers."""
         return divided(self.encoder(), self.layers)[1]
 
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
-        return Classifier(adapted, self.heads[task])
+        return Classifier(adapted, self.heads[task], max(len(head.bias) for head in self.heads.values()))
 
     def table(self, task: str, examples: Sequence[Example]) -> Table:
         """The states that a text begins with, where it has tokens, and its label."""

@@ -95,7 +95,7 @@ TEXT = Suite(
     admitted=admitted,
     methods=(LORA, "shared"),
     budgets=(2, 8),
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(1e-3, 3e-3, 1e-2, 3e-2),
     seeds=5,
     tuning_seeds=1,
     recipe=Recipe(steps=120, batch=16),
