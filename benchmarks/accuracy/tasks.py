@@ -1,9 +1,12 @@
 """Synthetic sequence tasks: what the small model is pretrained on, and what it has not seen and is fine-tuned on.
 
-Each maps 8 symbols out of 16 to an answer. The unseen ones ask for other positions, other orders, other values, and
-values that depend on all symbols before. They were chosen from some fifty by what a LoRA reaches on them: those that it
-learns perfectly at once, or not at all, tell nothing apart, nor does one on which its seeds disagree most. No other
-method was run for that choice.
+Each maps 8 symbols out of 16 to an answer. The unseen ones ask for other positions, other orders and other values.
+They were chosen from forty by what LoRAs reach on them, at three learning rates with six seeds each: rank 2 answers 15
+to 85% right, rank 8 20 to 92%, and of those the eight on which seeds disagree least. No other method was run for that.
+
+There are few examples to learn from, and each is seen some forty times: so a training has come to its end, and what it
+reaches depends on the method more than on the seed. With 2048 examples and 80 steps, as this suite once had, seeds were
+up to 44 points apart, and after 400 steps LoRAs had learnt every task.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from itertools import accumulate
 
 from .data import SPLITS, Example, Splits
 
-__all__ = ["LENGTH", "PRETRAINING", "SIZES", "SYMBOLS", "UNSEEN", "VOCABULARY", "example", "splits"]
+__all__ = ["COMPARED", "LENGTH", "PRETRAINING", "SIZES", "SYMBOLS", "UNSEEN", "VOCABULARY", "example", "splits"]
 
 SYMBOLS = 16
 LENGTH = 8
@@ -50,16 +53,20 @@ PRETRAINING: dict[str, Task] = {
 """The mixture that the small model learns."""
 
 UNSEEN: dict[str, Task] = {
-    "interleave halves": lambda x: _interleaved(x[: len(x) // 2], x[len(x) // 2 :]),
-    "alternate ends": lambda x: _interleaved(x, x[::-1])[: len(x)],
     "reverse, running max": lambda x: list(accumulate(x[::-1], max)),
-    "sums of even places": lambda x: _running_sum(_interleaved(x[::2], [0] * (len(x) // 2))),
-    "sort pairs": lambda x: [symbol for pair in zip(x[::2], x[1::2], strict=True) for symbol in sorted(pair)],
-    "sort, increment": lambda x: _incremented(sorted(x)),
-    "sort descending": lambda x: sorted(x, reverse=True),
     "sort by low bits": lambda x: sorted(x, key=lambda symbol: (symbol % 4, symbol)),
+    "sort by parity": lambda x: sorted(x, key=lambda symbol: (symbol % 2, symbol)),
+    "sort by high bits": lambda x: sorted(x, key=lambda symbol: symbol // 4),
+    "sort halves": lambda x: sorted(x[: len(x) // 2]) + sorted(x[len(x) // 2 :]),
+    "medians of three": lambda x: [sorted((x[i - 1], x[i], x[(i + 1) % len(x)]))[1] for i in range(len(x))],
+    "smallest, largest": lambda x: _interleaved(sorted(x)[: len(x) // 2], sorted(x, reverse=True)[: len(x) // 2]),
+    "sort, reverse halves": lambda x: sorted(x)[: len(x) // 2][::-1] + sorted(x)[len(x) // 2 :][::-1],
+    "sort descending": lambda x: sorted(x, reverse=True),
 }
 """What pretraining does not contain."""
+
+COMPARED = tuple(UNSEEN)[:8]
+"""Those on which methods are compared; the last is for adapters that are deployed over few bits."""
 
 # 0 pads.
 _SEPARATOR, _END, _NEW = 1, 2, 3

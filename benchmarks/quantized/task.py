@@ -40,6 +40,7 @@ FORMATS: dict[str, tuple[Kind, int]] = {"4 bits": ("affine", 32), "NF4": ("nf4",
 """The kind of weights, and how many share a scale, by what the table calls them."""
 
 TASK = "sort descending"
+_SIZES = {"train": 2048, "validation": 256, "test": 512}
 _RATE, _RANK = 2e-3, 8
 _COUNT = 5 * len(FORMATS) + 1
 _EXAMPLES = 64
@@ -60,7 +61,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
         dequantized base with its adapter, in norms), and ``accuracy`` (answers that are right, in percent).
     """
     learner = Generation(str(pretrained(pretraining, place, lambda done, total: None)))
-    data = splits(TASK)
+    data = splits(TASK, _SIZES)
     exam = learner.table(TASK, data["test"])
     rows: list[dict[str, Any]] = []
     for name, (kind, block) in FORMATS.items():

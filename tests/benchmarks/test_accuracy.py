@@ -51,16 +51,25 @@ DEFINITIONS: dict[str, Any] = {
     "running sum": lambda x: [sum(x[: place + 1]) % 16 for place in range(8)],
     "increment": lambda x: [0 if symbol == 15 else symbol + 1 for symbol in x],
     "rotate by one": _by_places(1, 2, 3, 4, 5, 6, 7, 0),
-    "interleave halves": _by_places(0, 4, 1, 5, 2, 6, 3, 7),
-    "alternate ends": _by_places(0, 7, 1, 6, 2, 5, 3, 4),
-    "sort, increment": lambda x: [(symbol + 1) % 16 for symbol in range(SYMBOLS) for _ in range(x.count(symbol))],
     "reverse, running max": lambda x: [max(x[7 - place :]) for place in range(8)],
-    "sums of even places": lambda x: [sum(x[: place + 1 : 2]) % 16 for place in range(8)],
-    "sort pairs": lambda x: [(min, max)[place % 2](x[place - place % 2 :][:2]) for place in range(8)],
-    "sort descending": lambda x: [symbol for symbol in range(15, -1, -1) for _ in range(x.count(symbol))],
     "sort by low bits": lambda x: [
         4 * high + low for low in range(4) for high in range(4) for _ in range(x.count(4 * high + low))
     ],
+    "sort by parity": lambda x: [
+        symbol for symbol in (*range(0, 16, 2), *range(1, 16, 2)) for _ in range(x.count(symbol))
+    ],
+    "sort by high bits": lambda x: [symbol for high in range(4) for symbol in x if symbol // 4 == high],
+    "sort halves": lambda x: [
+        symbol for half in (x[:4], x[4:]) for symbol in range(16) for _ in range(half.count(symbol))
+    ],
+    "medians of three": lambda x: [
+        a + b + c - min(a, b, c) - max(a, b, c) for a, b, c in zip([x[7], *x[:7]], x, [*x[1:], x[0]], strict=True)
+    ],
+    "smallest, largest": lambda x: [
+        (sorted(x)[place // 2], sorted(x)[7 - place // 2])[place % 2] for place in range(8)
+    ],
+    "sort, reverse halves": lambda x: [sorted(x)[place] for place in (3, 2, 1, 0, 7, 6, 5, 4)],
+    "sort descending": lambda x: [symbol for symbol in range(15, -1, -1) for _ in range(x.count(symbol))],
 }
 
 
@@ -80,11 +89,11 @@ def test_no_unseen_task_is_one_of_pretraining() -> None:
 
 def test_splits_are_disjoint_and_the_same_each_time() -> None:
     sizes = {"train": 300, "validation": 40, "test": 50}
-    found = accuracy_tasks.splits("sort pairs", sizes)
+    found = accuracy_tasks.splits("sort halves", sizes)
     assert {split: len(examples) for split, examples in found.items()} == sizes
     examples = [example for split in SPLITS for example in found[split]]
     assert len({example.prompt for example in examples}) == len(examples)
-    assert found == accuracy_tasks.splits("sort pairs", sizes)
+    assert found == accuracy_tasks.splits("sort halves", sizes)
     assert found != accuracy_tasks.splits("sort descending", sizes)
     assert max(token for example in examples for part in example for token in part) < VOCABULARY
 
@@ -129,9 +138,9 @@ def test_every_method_keeps_within_every_budget_and_uses_most_of_it(base: nn.Mod
         assert lora.rank == budget
         for one in entered.values():
             assert lora.parameters * one.rank / (one.rank + 1) < one.parameters <= lora.parameters, one
-    data = {"sort pairs": _small("sort pairs")}
+    data = {"sort halves": _small("sort halves")}
     for one in found[:9]:
-        [outcome] = fine_tune(LEARNER, base, data, [Run(one.method, one.rank, "sort pairs", 1e-3, 0)], RECIPE)
+        [outcome] = fine_tune(LEARNER, base, data, [Run(one.method, one.rank, "sort halves", 1e-3, 0)], RECIPE)
         assert outcome.parameters == one.parameters, one
 
 
@@ -147,12 +156,12 @@ def test_model_that_a_method_does_not_fit() -> None:
 
 def test_run_depends_on_its_seed_alone_and_leaves_the_base(base: nn.Module) -> None:
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
-    splits, recipe = _small("sort pairs"), Recipe(steps=8, batch=8)
-    run = Run(FULL, 0, "sort pairs", 3e-3, 0)
+    splits, recipe = _small("sort halves"), Recipe(steps=8, batch=8)
+    run = Run(FULL, 0, "sort halves", 3e-3, 0)
     torch.manual_seed(1)
-    first = fine_tune(LEARNER, base, {"sort pairs": splits}, [run], recipe)
+    first = fine_tune(LEARNER, base, {"sort halves": splits}, [run], recipe)
     torch.manual_seed(2)
-    assert fine_tune(LEARNER, base, {"sort pairs": splits}, [run], recipe) == first
+    assert fine_tune(LEARNER, base, {"sort halves": splits}, [run], recipe) == first
     assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
 
 
@@ -202,7 +211,7 @@ def test_rate_is_chosen_by_validation_and_the_test_is_never_looked_at(
     monkeypatch.setattr("benchmarks.accuracy.accuracy.Pool.finish", outcome)
     plan = Plan(
         methods=(LORA, "block"),
-        tasks=("sort pairs",),
+        tasks=("sort halves",),
         budgets=(2,),
         rates=tuple(validation),
         pretraining=Pretraining(steps=1, hidden=128, batch=2),
@@ -248,8 +257,8 @@ def test_best_variant_is_chosen_by_validation() -> None:
 
 
 def test_journal_keeps_outcomes_and_survives_a_torn_line(base: nn.Module, tmp_path: Path) -> None:
-    path, tasks = tmp_path / "runs.jsonl", {"sort pairs": _small("sort pairs")}
-    first, second = (Run(LORA, 2, "sort pairs", 1e-3, seed) for seed in range(2))
+    path, tasks = tmp_path / "runs.jsonl", {"sort halves": _small("sort halves")}
+    first, second = (Run(LORA, 2, "sort halves", 1e-3, seed) for seed in range(2))
     outcome = Outcome(100, 12.5, 25.0)
     journal = Journal(path, LEARNER, base, tasks, RECIPE)
     journal.add(first, outcome)
@@ -265,7 +274,7 @@ def test_journal_keeps_outcomes_and_survives_a_torn_line(base: nn.Module, tmp_pa
 
 
 def test_journal_knows_what_decides_a_run(base: nn.Module, tmp_path: Path) -> None:
-    path, splits = tmp_path / "runs.jsonl", _small("sort pairs")
+    path, splits = tmp_path / "runs.jsonl", _small("sort halves")
     run = Run(LORA, 2, "t", 1e-3, 0)
     Journal(path, LEARNER, base, {"t": splits}, RECIPE).add(run, Outcome(100, 12.5, 25.0))
     assert run in Journal(path, LEARNER, _llama(VOCABULARY), {"t": splits, "other": splits}, RECIPE)
@@ -373,7 +382,7 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = tmp_path / "benchmarks" / "results"
-    arguments = ["--methods", LORA, "shared", "--tasks", "sort pairs", "sort descending", "--rates", "1e-3,3e-3"]
+    arguments = ["--methods", LORA, "shared", "--tasks", "sort halves", "sort by parity", "--rates", "1e-3,3e-3"]
     arguments += ["--seeds", "2", "--tuning-seeds", "1", "--budgets", "2", "--steps", "2", "--pretraining-steps", "2"]
     arguments += ["--workers", "1", "--output", str(record)]
     main(["accuracy", *arguments])
@@ -401,7 +410,7 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
     [
         (["--methods", "LoRA", "DoRA"], "unknown method 'DoRA'; it must be one of full; LoRA; block"),
         (["--methods", "block"], "the methods must have LoRA among them"),
-        (["--tasks", "sort"], "unknown task 'sort'; it must be one of interleave halves"),
+        (["--tasks", "sort"], "unknown task 'sort'; it must be one of reverse, running max"),
         (["--rates", ""], "--rates must be positive numbers"),
         (["--budgets", "0,2"], "--budgets must be positive numbers"),
         (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 5"),
@@ -413,10 +422,10 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
             ["--search", "--methods", "LoRA"],
             "--search goes without --methods: what it tries, and on what, is registered",
         ),
-        (["--search", "--tasks", "sort pairs"], "--search goes without --tasks"),
+        (["--search", "--tasks", "sort halves"], "--search goes without --tasks"),
         (
-            ["--suite", "text", "--tasks", "sort pairs"],
-            "unknown task 'sort pairs'; it must be one of package of a summary",
+            ["--suite", "text", "--tasks", "sort halves"],
+            "unknown task 'sort halves'; it must be one of package of a summary",
         ),
         (["--suite", "image"], "invalid choice: 'image'"),
         (["--until", "-1"], "--until must be at least 0 points"),
@@ -481,6 +490,8 @@ def test_sheets_and_pictures_of_a_method_that_is_not_available(tmp_path: Path) -
 
 def test_symbols_are_used_alike() -> None:
     """No answer can be guessed: each symbol is as frequent as another in the prompts."""
-    counts = Counter(token for example in accuracy_tasks.splits("sort pairs")["test"] for token in example.prompt[1:-1])
+    counts = Counter(
+        token for example in accuracy_tasks.splits("sort halves")["test"] for token in example.prompt[1:-1]
+    )
     assert len(counts) == SYMBOLS
     assert max(counts.values()) < 2 * min(counts.values())

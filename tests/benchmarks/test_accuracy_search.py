@@ -27,7 +27,7 @@ from benchmarks.suites import chapters
 
 PLAN = Plan(
     methods=(LORA, "shared"),
-    tasks=("sort pairs",),
+    tasks=("sort halves",),
     budgets=(2,),
     rates=(1e-3, 3e-3),
     seeds=4,

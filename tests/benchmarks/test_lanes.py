@@ -41,7 +41,7 @@ def base() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def splits() -> Splits:
-    return tasks.splits("sort pairs", {"train": 16, "validation": 8, "test": 8})
+    return tasks.splits("sort halves", {"train": 16, "validation": 8, "test": 8})
 
 
 def _index(step: int, lane: int) -> Tensor:
@@ -74,8 +74,8 @@ def _side_by_side(base: nn.Module, runs: Sequence[Run], table: Table) -> Lanes:
 
 @pytest.mark.parametrize(("method", "rank"), [(LORA, 2), ("shared", 3), ("shared and cross", 2), (FULL, 0)])
 def test_a_lane_learns_what_it_learns_alone(base: nn.Module, splits: Splits, method: str, rank: int) -> None:
-    runs = [Run(method, rank, "sort pairs", rate, seed) for rate, seed in ((3e-3, 0), (3e-2, 1), (1e-3, 1))]
-    table = LEARNER.table("sort pairs", splits["train"])
+    runs = [Run(method, rank, "sort halves", rate, seed) for rate, seed in ((3e-3, 0), (3e-2, 1), (1e-3, 1))]
+    table = LEARNER.table("sort halves", splits["train"])
     lanes = _side_by_side(base, runs, table)
     for lane, run in enumerate(runs):
         alone = _alone(base, run, table, lane)
@@ -88,10 +88,10 @@ def test_a_lane_learns_what_it_learns_alone(base: nn.Module, splits: Splits, met
 def test_outcomes_do_not_depend_on_who_runs_beside(base: nn.Module, splits: Splits) -> None:
     """In float64 so few steps leave no room for rounding."""
     short = {split: [Example(one.prompt[:5], one.answer[:3]) for one in of][1:] for split, of in splits.items()}
-    data = {"sort pairs": splits, "short": short}
+    data = {"sort halves": splits, "short": short}
     runs = [
         Run(FULL, 0, task, rate, seed)
-        for task, rate, seed in (("sort pairs", 3e-3, 0), ("short", 3e-2, 1), ("sort pairs", 1e-2, 2))
+        for task, rate, seed in (("sort halves", 3e-3, 0), ("short", 3e-2, 1), ("sort halves", 1e-2, 2))
     ]
     recipe = Recipe(steps=8, batch=8)
     together = fine_tune(LEARNER, base, data, runs, recipe)
@@ -101,8 +101,8 @@ def test_outcomes_do_not_depend_on_who_runs_beside(base: nn.Module, splits: Spli
 
 @pytest.mark.parametrize("method", ["LoRA, gains", "shared, gains"])
 def test_a_gain_is_a_factor_of_b(base: nn.Module, splits: Splits, method: str) -> None:
-    table = LEARNER.table("sort pairs", splits["train"])
-    [run] = [Run(method, 2, "sort pairs", 1e-2, 0)]
+    table = LEARNER.table("sort halves", splits["train"])
+    [run] = [Run(method, 2, "sort halves", 1e-2, 0)]
     lanes = _side_by_side(base, [run], table)
     gains = {name: weight for name, weight in lanes.weights.items() if name.startswith("gain of ")}
     model: Any = adapted(copy.deepcopy(base), method, 2, LEARNER.task_type)
@@ -117,7 +117,7 @@ def test_a_gain_is_a_factor_of_b(base: nn.Module, splits: Splits, method: str) -
                 weight.copy_(lanes.weights[name][0] * gains.get(f"gain of {name}", torch.ones(1)))
         torch.testing.assert_close(found[0], LEARNER.loss(model, *rows))
     [one] = contestants(base, [method], [2])
-    assert begun(LEARNER, base, [Run(method, one.rank, "sort pairs", 1e-2, 0)], Recipe())[2] == one.parameters
+    assert begun(LEARNER, base, [Run(method, one.rank, "sort halves", 1e-2, 0)], Recipe())[2] == one.parameters
     assert one.parameters % 2 == 0
     assert gained(adapted(copy.deepcopy(base), LORA, 2, LEARNER.task_type), LORA) == []
 
