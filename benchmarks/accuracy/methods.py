@@ -124,7 +124,7 @@ VARIANTS: dict[str, _Method] = {
     "shared, orthogonal A, rank-stabilised": _ffba(
         {**_SHARED, "init": "orthogonal", "use_rslora": True, "alpha": _STABLE}
     ),
-    "shared, leading A": replace(_ffba(_SHARED), begin=leading),
+    "shared, leading A": _ffba({**_SHARED, "init": "svd"}),
     "shared, gains": replace(_ffba(_SHARED), gains=True),
     "shared, attention": _ffba({**_SHARED, "blocks": ["attention"]}),
     "shared, attention ×2": _ffba({**_SHARED, "blocks": ["attention"]}, {**_SHARED, "blocks": ["mlp"]}, times=(2, 1)),

@@ -17,7 +17,7 @@ ACTIVATIONS = ("relu", "silu", "gelu", "tanh")
 
 Placement = Literal["block", "shared", "cross"]
 Ends = Literal["both", "forward", "backward"]
-Init = Literal["lora", "gaussian", "orthogonal", "random"]
+Init = Literal["lora", "gaussian", "orthogonal", "svd", "random"]
 BLOCKS = ("attention", "mlp")
 
 
@@ -56,7 +56,8 @@ class FloraConfig(PeftConfig):
         layers: the indices of the layers to adapt; None for all.
         init: ``"lora"``: A Kaiming-uniform and B zero, as PEFT begins a LoRA; ``"gaussian"``: A normal with standard
             deviation 1/r and B zero; ``"orthogonal"``: rows of A orthonormal (columns, where r exceeds its width) and B
-            zero; ``"random"``: as ``"lora"``, and B random as well, which changes the model.
+            zero; ``"svd"``: rows of A the leading right singular vectors of the base's weights that read what A reads,
+            stacked, and B zero; ``"random"``: as ``"lora"``, and B random as well, which changes the model.
         dropout: probability, on what A reads.
         modules_to_save: other modules that train and are saved, such as a new classifier.
 
@@ -115,6 +116,11 @@ class FloraConfig(PeftConfig):
         listed = self.layers is None or _is_list(self.layers)
         if not listed or self.layers == [] or any(type(i) is not int or i < 0 for i in self.layers or ()):
             raise ValueError(f"FloraConfig.layers is {self.layers!r}; it must list indices of layers, or be None")
+        if self.init == "svd" and self.ends == "backward":
+            raise ValueError(
+                "FloraConfig(init='svd', ends='backward'): no weight reads what A reads there, before the norm; use "
+                "init='orthogonal'"
+            )
         if self.ends != "both" and self.placement != "block":
             raise ValueError(
                 f"FloraConfig(ends={self.ends!r}, placement={self.placement!r}): one end alone is defined for "

@@ -14,6 +14,7 @@ from flora_fx.errors import AdapterError
 
 from .blocks import Block, find_blocks
 from .config import FloraConfig
+from .directions import begin_with_directions
 from .layer import CANNOT_MERGE, FloraLayer
 from .link import Link
 from .registration import PREFIX
@@ -28,10 +29,12 @@ class Path:
     Attributes:
         reads: the module whose input is read.
         writes: the modules whose outputs are added to.
+        beside: the projections that read the same; none where a norm's input is read.
     """
 
     reads: str
     writes: tuple[str, ...]
+    beside: tuple[str, ...]
 
 
 def find_places(model: nn.Module, config: FloraConfig) -> list[Path]:
@@ -47,17 +50,17 @@ def find_places(model: nn.Module, config: FloraConfig) -> list[Path]:
     """
     blocks = find_blocks(model, config)
     if config.placement == "shared":
-        return [Path(block.first[0], (*block.first, block.last)) for block in blocks]
+        return [Path(block.first[0], (*block.first, block.last), block.first) for block in blocks]
     if config.placement == "cross":
         follows = [(a, b) for a, b in pairwise(blocks) if a.stack == b.stack]
         if not follows:
             raise AdapterError(f"placement 'cross' needs a block after another one; {type(model).__name__} has none")
-        return [Path(block.last, following.first) for block, following in follows]
+        return [Path(block.last, following.first, (block.last,)) for block, following in follows]
     if config.ends == "forward":
-        return [Path(block.first[0], block.first) for block in blocks]
+        return [Path(block.first[0], block.first, block.first) for block in blocks]
     if config.ends == "backward":
-        return [Path(_norm(block), (block.last,)) for block in blocks]
-    return [Path(block.first[0], (block.last,)) for block in blocks]
+        return [Path(_norm(block), (block.last,), ()) for block in blocks]
+    return [Path(block.first[0], (block.last,), block.first) for block in blocks]
 
 
 def _norm(block: Block) -> str:
@@ -84,6 +87,7 @@ class FloraModel(BaseTuner):
             _require_fitting(name, model.get_submodule(name), reads_norm=peft_config.ends == "backward")
         links = [(path, Link(path.reads, len(path.writes))) for path in paths]
         self._reads = {path.reads: link for path, link in links}
+        self._beside = {path.reads: [_base(model.get_submodule(name)) for name in path.beside] for path in paths}
         self._writes = {name: link for path, link in links for name in path.writes}
         peft_config.target_modules = frozenset((*self._reads, *self._writes))
 
@@ -110,6 +114,8 @@ class FloraModel(BaseTuner):
             None if reads is None else (reads, features_in),
             None if writes is None else (writes, features_out),
         )
+        if peft_config.init == "svd" and reads is not None and not peft_config.inference_mode:
+            begin_with_directions(layer.flora_A[adapter_name], self._beside[current_key], current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -138,6 +144,10 @@ class FloraModel(BaseTuner):
         raise AdapterError(CANNOT_MERGE)
 
 
+def _base(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, FloraLayer) else module
+
+
 def _features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a projection or a norm; zeros for anything else."""
     if _is_norm(module):
@@ -153,7 +163,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _require_fitting(name: str, module: nn.Module, *, reads_norm: bool) -> None:
-    base: Any = module.get_base_layer() if isinstance(module, FloraLayer) else module
+    base = _base(module)
     if isinstance(base, BaseTunerLayer):
         raise AdapterError(f"{name} carries an adapter of another kind ({type(base).__name__}); unload it first")
     if not (reads_norm and _is_norm(base)) and _get_in_out_features(base)[0] is None:

@@ -214,6 +214,8 @@ def test_rate_is_chosen_by_validation_and_the_test_is_never_looked_at(
         tasks=("sort halves",),
         budgets=(2,),
         rates=tuple(validation),
+        tuning_seeds=2,
+        seeds=5,
         pretraining=Pretraining(steps=1, hidden=128, batch=2),
     )
     result = measure(plan, tmp_path / "runs.jsonl")
@@ -413,7 +415,7 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
         (["--tasks", "sort"], "unknown task 'sort'; it must be one of reverse, running max"),
         (["--rates", ""], "--rates must be positive numbers"),
         (["--budgets", "0,2"], "--budgets must be positive numbers"),
-        (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 5"),
+        (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 4"),
         (["--steps", "0"], "--steps, --batch and --pretraining-steps must be at least 1"),
         (["--model", "somewhere"], "--model and --data go together"),
         (["--device", "abacus"], "unknown device 'abacus'; it must be one of cpu, cuda"),

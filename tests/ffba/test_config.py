@@ -40,7 +40,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"placement": "beside"}, "placement is 'beside'; it must be one of 'block', 'shared', 'cross'"),
     ({"placement": None}, "placement is None; it must be one of 'block', 'shared', 'cross'"),
     ({"ends": "none"}, "ends is 'none'; it must be one of 'both', 'forward', 'backward'"),
-    ({"init": True}, "init is True; it must be one of 'lora', 'gaussian', 'orthogonal', 'random'"),
+    ({"init": True}, "init is True; it must be one of 'lora', 'gaussian', 'orthogonal', 'svd', 'random'"),
     ({"activation": "sin"}, "activation is 'sin'; it must be one of None, 'relu', 'silu', 'gelu', 'tanh'"),
     ({"r": 0}, "r is 0; it must be a positive whole number"),
     ({"r": -2}, "r is -2; it must be a positive whole number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,7 +16,7 @@ from flora_fx.adapters import FloraConfig, parameter_groups, parameters_of
 from flora_fx.errors import AdapterError
 
 from .counted import gemms, ups_of
-from .reference import assert_close, assert_differ, attach, base_model, output, tokens, weights_of
+from .reference import PLACES, assert_close, assert_differ, attach, base_model, output, tokens, weights_of
 
 
 def downs(model: nn.Module) -> list[Tensor]:
@@ -67,6 +68,58 @@ def test_orthogonal_in_half_precision_and_without_memory() -> None:
     for weight in downs(model):
         rows = weight.float()
         torch.testing.assert_close(rows @ rows.T, torch.eye(5), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("place", ["block", "shared", "cross", "forward"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_of_an_svd_a_are_what_the_weights_beside_it_amplify_most(name: str, place: str) -> None:
+    base, inputs = base_model(name), tokens()
+    weights = {path: weight.detach().clone() for path, weight in base.named_parameters()}
+    plain = output(base, inputs)
+    model = peft.get_peft_model(base, FloraConfig(r=5, init="svd", **PLACES[place]))
+    first = {
+        "llama": {"attention": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], "last": ["mlp.down_proj"]},
+        "gpt2": {"attention": ["attn.c_attn"], "last": ["mlp.c_proj"]},
+    }[name]["last" if place == "cross" else "attention"]
+    layer = {"llama": "model.layers.0", "gpt2": "transformer.h.0"}[name]
+    matrices = [weights[f"{layer}.{path}.weight"] for path in first]
+    stacked = torch.cat([matrix.T if name == "gpt2" else matrix for matrix in matrices])
+    reader: Any = model.base_model.model.get_submodule(f"{layer}.{first[0]}")
+    directions = torch.linalg.svd(stacked).Vh[:5]
+    found = reader.flora_A.default.weight
+    # A singular vector is known but for its sign.
+    torch.testing.assert_close((found @ directions.T).abs(), torch.eye(5, dtype=found.dtype), atol=1e-6, rtol=0)
+    assert torch.equal(output(model, inputs), plain)
+
+
+def test_svd_is_no_work_where_weights_are_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached(base_model("llama"), r=5, init="svd")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("flora_fx.adapters.tuner.begin_with_directions", lambda *_: pytest.fail("computed"))
+    loaded = peft.PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    for weight, before in zip(downs(loaded), downs(model), strict=True):
+        assert torch.equal(weight, before)
+    assert loaded.peft_config["default"].init == "svd"
+
+
+def test_svd_in_half_precision_and_without_memory() -> None:
+    base = base_model("llama")
+    assert parameters_of(FloraConfig(r=5, init="svd"), base) == parameters_of(FloraConfig(r=5), base)
+    for weight in downs(attached(base.to(torch.bfloat16), r=5, init="svd")):
+        rows = weight.float()
+        torch.testing.assert_close(rows @ rows.T, torch.eye(5), atol=0.02, rtol=0)
+
+
+def test_svd_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"init='svd', ends='backward'.*use init='orthogonal'"):
+        FloraConfig(init="svd", ends="backward")
+    with pytest.raises(AdapterError, match=r"r=60, init='svd'.*q_proj reads 48 features.*lower r or use init='lora'"):
+        attached(base_model("llama"), r=60, init="svd")
+    base: Any = base_model("llama")
+    projection = base.model.layers[1].self_attn.k_proj
+    projection.weight = nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)  # packed codes
+    with pytest.raises(AdapterError, match=r"init='svd'.*layers\.1\.self_attn\.q_proj reads.*use init='orthogonal'"):
+        attached(base, r=3, init="svd")
 
 
 # --- how fast B learns ------------------------------------------------------------------------------------
@@ -131,8 +184,8 @@ def test_rates_that_make_no_sense(fields: dict[str, float], said: str) -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"init": "orthogonal"}, {"use_rslora": True}, {"dropout": 0.25}],
-    ids=lambda fields: next(iter(fields)),
+    [{"init": "orthogonal"}, {"init": "svd"}, {"use_rslora": True}, {"dropout": 0.25}],
+    ids=str,
 )
 def test_an_option_of_training_costs_no_gemm(fields: dict[str, Any]) -> None:
     inputs = tokens()
