@@ -82,9 +82,9 @@ def fine_tune(
     descent = Descent(lanes, rates)
     orders = zip(*(_batches(of, recipe.batch, run.seed) for run, of in zip(runs, own, strict=True)), strict=True)
     torch.manual_seed(runs[0].seed)
-    for index, order in enumerate(itertools.islice(orders, recipe.steps)):
+    for step, order in enumerate(itertools.islice(orders, recipe.steps)):
         losses = lanes.each(learner.loss, *table.rows(torch.stack(order)))
-        descent.step(losses, scheduled(index, recipe.steps))
+        descent.step(losses, scheduled(step, recipe.steps))
     lanes.model.eval()
     right = []
     for split in ("validation", "test"):
@@ -92,7 +92,7 @@ def fine_tune(
         index = pad_sequence([of[table.lengths[of].argsort()] for of in own], batch_first=True, padding_value=-1)
         right.append(percent_right(partial(lanes.each, learner.right), table, index).tolist())
     seconds = (time.process_time() - started) / len(runs)
-    return [Outcome(parameters, *percents, seconds) for percents in zip(*right, strict=True)]
+    return [Outcome(parameters, validation, test, seconds) for validation, test in zip(*right, strict=True)]
 
 
 def _data(
@@ -122,7 +122,7 @@ def begun(
             torch.manual_seed(seed)
             body = adapted(copy.deepcopy(base), method, rank, learner.task_type)
             model = learner.model(body, task)
-            trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            trained = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
             starts[seed, task] = trained
     names = {id(weight): name for name, weight in model.named_parameters()}
     inside = dict(body.named_parameters())

@@ -45,11 +45,13 @@ class Learner(Protocol):
     def table(self, task: str, examples: Sequence[Example]) -> Table:
         """Examples as tensors, on the CPU."""
 
-    def loss(self, model: Any, *rows: Tensor) -> Tensor:
-        """Of rows of a table; a scalar."""
+    @property
+    def loss(self) -> Callable[..., Tensor]:
+        """Of the model and rows of a table; a scalar."""
 
-    def right(self, model: Any, *rows: Tensor) -> Tensor:
-        """Which rows of a table it answers right [examples]."""
+    @property
+    def right(self) -> Callable[..., Tensor]:
+        """Which rows of a table the model answers right [examples]; of the model and those."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,8 @@ def _cost(settings: Mapping[str, Any]) -> str:
     if text := settings.get("text"):
         told += f" The text is that of {', '.join(f'{name} {version}' for name, version in text.items())}."
     if "cpu_seconds" in settings:
-        told += f" {settings['trainings']} trainings took {settings['cpu_seconds'] / 3600:.1f} hours of a CPU core."
+        hours = f" took {settings['cpu_seconds'] / 3600:.1f} hours of a CPU core"
+        told += f" {settings['trainings']} trainings{hours if settings['recipe']['device'] == 'cpu' else ''}."
     return told
 
 

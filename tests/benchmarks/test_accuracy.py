@@ -431,7 +431,7 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
         ),
         (["--suite", "image"], "invalid choice: 'image'"),
         (["--until", "-1"], "--until must be at least 0 points"),
-        (["--until", "1", "--most-seeds", "2"], "--most-seeds at least 5, the seeds"),
+        (["--until", "1", "--most-seeds", "2"], "--most-seeds at least 4, the seeds"),
     ],
 )
 def test_arguments_that_make_no_sense(
