@@ -103,9 +103,8 @@ def export_onnx(
         verify: how the result is compared with PyTorch. ``"full"``: it is loaded as it will be, and its logits and
             greedy tokens are compared. ``"quick"``: the graph runs part by part and the model layer by layer, so that
             neither has to stand in memory; logits are compared, no tokens are generated. That is for a causal LM on a
-            CPU, without slots, its base not quantized; of all others it is ``"full"``. ``"none"``: not at all. None:
-            ``"quick"`` for weights of more than 2 GiB, else ``"full"``. ``ExportResult.verified`` and the manifest say
-            which it was.
+            CPU, without slots; of all others it is ``"full"``. ``"none"``: not at all. None: ``"quick"`` for weights of
+            more than 2 GiB, else ``"full"``. ``ExportResult.verified`` and the manifest say which it was.
         base: what becomes of a quantized base. ``"keep"``: MatMulNBits, or MatMulBnb4 for codebooks (target
             ``"decoder"``). ``"dequantize"``: few bits in the file, and nodes that ONNX Runtime folds into plain weights
             as it loads. ``"float"``: plain weights in the file. None: kept where MatMulNBits holds the weights exactly,

@@ -192,6 +192,8 @@ class Parts:
         options.log_severity_level = 3
         options.enable_cpu_mem_arena = False  # which would keep what it once had
         options.enable_mem_pattern = False
+        # Present keys and values that nobody reads would be written in the place of past ones, which are shorter.
+        options.enable_mem_reuse = False
         return options
 
     def _kind(self, name: str) -> int:

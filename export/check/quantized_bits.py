@@ -156,12 +156,14 @@ def _dequantized(node: onnx_ir.Node) -> StoredWeight | None:
 
 
 def _folded(node: onnx_ir.Node, weight: onnx_ir.Value, inner: set[Any], constants: dict[str, Any]) -> _Array:
-    """What ONNX Runtime makes of nodes that read initializers alone."""
+    """What ONNX Runtime makes of nodes that read initializers alone; in float32, which holds all that there are."""
     ir, onnx, ort = (require(name, "onnx") for name in ("onnx_ir", "onnx", "onnxruntime"))
     graph = node.graph
     assert graph is not None
-    output = ir.serde.serialize_value(weight)
+    wide = f"{weight.name} in float32"
+    output = onnx.helper.make_tensor_value_info(wide, onnx.TensorProto.FLOAT, None)
     nodes = [ir.serde.serialize_node(one) for one in graph if one in inner]
+    nodes.append(onnx.helper.make_node("Cast", [weight.name], [wide], to=onnx.TensorProto.FLOAT))
     tensors = [
         onnx.numpy_helper.from_array(numpy.asarray(constant.numpy()), name) for name, constant in constants.items()
     ]

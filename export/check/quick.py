@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..directory.manifest import Manifest
 from ..run.kv_memory import PAST
 from .crossing import Signature, find_crossings, text_input
-from .decoder import run_model
+from .decoder import precision, run_model
 from .differences import Check, Differences
 from .layered import Layered, Run, in_float32
 from .parts import Parts
@@ -59,7 +59,7 @@ def check_quickly(path: Path, manifest: Manifest, model: nn.Module, providers: S
     texts += [_Text(1, total, 1) for total in crossings.totals]
     given = [partial(_input, signature, manifest, text) for text in texts]
     found = parts.run(given)
-    differences = Differences(manifest.dtype)
+    differences = Differences(precision(manifest))
     with in_float32(model, manifest.layers) as layered:
         expected = layered.run([_reference(layered, signature, manifest, text) for text in texts])
     for text, logits, wanted in zip(texts, found, expected, strict=True):

@@ -22,6 +22,7 @@ import flora_fx.export.check.quantized as checking
 from flora_fx.errors import ExportError
 from flora_fx.export import export_onnx, load
 from flora_fx.export.check.quantized_bits import stored_weights
+from flora_fx.export.directory.manifest import read_manifest
 from flora_fx.export.trace.model import private_copy, unwrap
 from flora_fx.export.trace.quantized_base import QuantizedBase
 from tests.export.exported_models import Exported
@@ -69,6 +70,23 @@ def test_every_format_as_it_is_exported_where_nothing_is_asked_for(quantized: Ge
     assert made.result.greedy_tokens_equal
     assert len(made.result.report.fused) == 7 * LAYERS
     assert torch.equal(made.decoder.generate(PROMPT, max_new_tokens=64), greedy(made.model, PROMPT, 64))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "options", "least"),
+    [
+        ("4 bits", torch.float16, {}, 1e-5),
+        ("4 bits", torch.float32, {"activations": "int8"}, 1e-2),
+        ("NF4", torch.bfloat16, {}, 1e-4),
+    ],
+    ids=["half precision", "int8", "dequantized"],
+)
+def test_checked_by_parts(name: str, dtype: torch.dtype, options: dict[str, Any], least: float, tmp_path: Path) -> None:
+    """As a large one is: keys and values that nobody reads take no other's place; errors are those of what is asked."""
+    made = export_onnx(build(name, layers=2), tmp_path / "out", dtype=dtype, verify="quick", **options)
+    assert made.verified == "quick"
+    assert least < made.max_rel_error
+    assert read_manifest(made.directory).base["bit_equal"] == 14
 
 
 def test_bitsandbytes_own_operator(quantized: Get) -> None:
