@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
-from flora_fx import cli
+from flora_fx import cli, demo
+from flora_fx.demo import quantized
 from flora_fx.demo.step import CachedStep
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import Recipe, build_tokenizer, train_base
 
 from .conftest import llama
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside other tests' processes, two threads wait for each other for longer than they work."""
+    monkeypatch.setattr(demo, "THREADS", 1)
+    monkeypatch.setattr(quantized, "_THREADS", 1)
 
 
 def test_fast_demo(tmp_path: Path) -> None:
