@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import re
 import time
 from collections.abc import Callable
@@ -33,12 +34,21 @@ from tests.ecosystem.lora_training import (
 LIMIT_S = 900
 STEPS = 3
 
+IMPORTED = [
+    *("peft", "transformers.models.llama.modeling_llama", "torch._dynamo", "torch._functorch.aot_autograd"),
+    *("flora_fx.backend", "flora_fx.passes.pipeline", "tests.ecosystem.test_distributed"),
+]
+"""It takes as long as what the workers do, and four of them would import it."""
+
 Worker = Callable[[int], None]
 
 
 def run(worker: Worker, tmp_path: Path) -> None:
     """Run a worker in two processes that know each other; what one of them raises is raised here."""
-    context = mp.spawn(_start, (worker, str(tmp_path / "meeting")), nprocs=2, join=False)
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    context = mp.start_processes(
+        _start, (worker, str(tmp_path / "meeting")), nprocs=2, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + LIMIT_S
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
