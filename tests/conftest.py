@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -45,6 +46,24 @@ def _seed() -> Iterator[None]:
         gc.freeze()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_in_onnxruntime() -> Iterator[None]:
+    """Sessions that are not told how many threads to have: others would go round in circles until the next run."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        yield
+        return
+    import onnxruntime
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self) -> None:
+            super().__init__()
+            self.intra_op_num_threads = 1
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", Options)
+        yield
 
 
 @pytest.fixture(scope="session")
