@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from flora_fx.errors import require
@@ -84,7 +84,8 @@ def staged_work(count: int) -> Iterator[Stages]:
     """
     console = require("rich.console", "cli").Console(stderr=True)
     rich = require("rich.progress", "cli")
-    with rich.Progress(*columns(), console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = rich.Progress(*columns(), console=console, transient=True, disable=not console.is_terminal)
+    with progress if console.is_terminal else nullcontext():  # rich 14.0 ends one that shows nothing with an empty line
         stages = Stages(progress, count)
         yield stages
         stages.end()

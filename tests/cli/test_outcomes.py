@@ -179,3 +179,15 @@ def test_a_terminal_has_a_bar_of_all_stages_and_the_time_of_this_one() -> None:
     for line in ("load 0/3", "capture 1/3", "fuse 2/3", "0:00:00"):
         assert line in re.sub(r"[━╸╺ ]+", " ", plain)
     assert all(len(line) <= 60 for line in plain.replace("\r", "\n").splitlines())
+
+
+def test_where_no_terminal_is_no_bar_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """rich 14.0 ends one that shows nothing with an empty line."""
+    begun: list[Progress] = []
+    monkeypatch.setattr(Progress, "start", begun.append)
+    with staged_work(1) as stages:
+        stages.begin("load")
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["load"]
+    assert begun == []

@@ -88,6 +88,12 @@ DIFFERENCES = (
         for case in ("dtype0-*-fp4", "dtype[12]-*")
     ),
     Difference(
+        "tests/variants/test_variants.py::test_a_variant_is_fused_or_declined_as_the_table_says_and_never_wrong"
+        "[[]bitsandbytes 4 bits captured]",
+        ("bitsandbytes<0.49",),
+        "bitsandbytes dequantizes on a CPU by a table of fewer digits, so its outputs are further from what is fused",
+    ),
+    Difference(
         "tests/quantized/test_live.py::test_codes_that_the_cpu_kernel_has_reordered_come_back",
         ("bitsandbytes<0.49",),
         "bitsandbytes has no kernel that reorders the codes of a layer",
