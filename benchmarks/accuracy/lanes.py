@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .descent import CLIP
-
 __all__ = ["Lanes"]
 
 
@@ -55,48 +53,6 @@ class Lanes:
 
         found: Tensor = vmap(one, randomness="different")(self.weights, *rows)
         return found
-
-
-class Descent:
-    """AdamW without weight decay, where every lane has a learning rate of its own.
-
-    AdamW proposes a step of rate one; of that each lane goes its part.
-
-    Args:
-        lanes: that learn.
-        rates: by the name of a weight a learning rate for each lane [lanes].
-    """
-
-    def __init__(self, lanes: Lanes, rates: Mapping[str, Tensor]) -> None:
-        self._weights = list(lanes.weights.values())
-        self._rates = [
-            rates[name].to(weight).view(-1, *[1] * (weight.dim() - 1)) for name, weight in lanes.weights.items()
-        ]
-        self._optimizer = torch.optim.AdamW(self._weights, lr=1.0, weight_decay=0.0)
-
-    def step(self, losses: Tensor, part: float) -> None:
-        """One step of every lane.
-
-        Args:
-            losses: [lanes].
-            part: of the learning rates.
-        """
-        losses.sum().backward()  # a lane's loss knows no other lane's weights
-        self._clip()
-        before = [weight.detach().clone() for weight in self._weights]
-        self._optimizer.step()
-        with torch.no_grad():
-            for weight, start, rate in zip(self._weights, before, self._rates, strict=True):
-                weight.copy_(torch.lerp(start, weight, part * rate))
-        self._optimizer.zero_grad(set_to_none=True)
-
-    def _clip(self) -> None:
-        """As `torch.nn.utils.clip_grad_norm_`, lane by lane."""
-        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
-        squares = torch.stack([gradient.reshape(len(gradient), -1).square().sum(1) for gradient in gradients]).sum(0)
-        factor = (CLIP / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
 
 
 class _Called(nn.Module):

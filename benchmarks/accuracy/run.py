@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .data import Splits
-from .descent import scheduled
-from .lanes import Descent, Lanes
+from .descent import Descent, scheduled
+from .lanes import Lanes
 from .methods import adapted, gained, rate_ratio
 from .recipe import Recipe
 from .suite import Learner
@@ -79,7 +79,7 @@ def fine_tune(
     started = time.process_time()
     lanes, rates, parameters = begun(learner, base, runs, recipe)
     table, own = _data(learner, tasks, runs, "train", recipe.device)
-    descent = Descent(lanes, rates)
+    descent = Descent(lanes.weights, rates)
     orders = zip(*(_batches(of, recipe.batch, run.seed) for run, of in zip(runs, own, strict=True)), strict=True)
     torch.manual_seed(runs[0].seed)
     for step, order in enumerate(itertools.islice(orders, recipe.steps)):

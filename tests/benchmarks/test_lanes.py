@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import tasks
 from benchmarks.accuracy.data import Example, Splits
-from benchmarks.accuracy.descent import CLIP, scheduled
+from benchmarks.accuracy.descent import CLIP, Descent, scheduled
 from benchmarks.accuracy.generation import Generation
 from benchmarks.accuracy.journal import Journal
-from benchmarks.accuracy.lanes import Descent, Lanes
+from benchmarks.accuracy.lanes import Lanes
 from benchmarks.accuracy.methods import FULL, LORA, adapted, contestants, gained
 from benchmarks.accuracy.pool import Pool
 from benchmarks.accuracy.recipe import Recipe
@@ -33,10 +33,11 @@ def base() -> nn.Module:
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model: nn.Module = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **shape)
-    )
-    return model.eval().double()
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=64, **shape)
+    model: Any = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # as learners load it
+    found: nn.Module = model.eval().double()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def _alone(base: nn.Module, run: Run, table: Table, lane: int) -> dict[str, Tens
 
 def _side_by_side(base: nn.Module, runs: Sequence[Run], table: Table) -> Lanes:
     lanes, rates, _ = begun(LEARNER, base, runs, Recipe())
-    descent = Descent(lanes, rates)
+    descent = Descent(lanes.weights, rates)
     for step in range(STEPS):
         index = torch.stack([_index(step, lane) for lane in range(len(runs))])
         descent.step(lanes.each(LEARNER.loss, *table.rows(index)), scheduled(step, STEPS))
