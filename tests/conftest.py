@@ -38,15 +38,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _seed(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.manual_seed(1234)
     torch.set_num_threads(1)  # threads that wait for each other cost such models more than they bring
     # Whatever our own lines cause to be warned of is an error. (An ini option cannot name all modules of a package.)
     warnings.filterwarnings("error", module=r"(flora_fx|passes|export|benchmarks)(\.|$)")
-    if not gc.get_freeze_count():  # the test before this one has measured memory
-        gc.freeze()
     yield
     torch._dynamo.reset()
+    if hasattr(request.module, "live_bytes"):  # which has let go of what was frozen; to ask how much is takes long
+        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,7 +55,11 @@ CASES: dict[str, tuple[Callable[[], Any], torch.dtype, torch.dtype, dict[str, An
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# They go ways that other models go, and take as long as all others together.
+SLOW = ("experts", "an encoder")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_the_files_are_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, stored, dtype, options = CASES[name]
     model = make().to(stored)
