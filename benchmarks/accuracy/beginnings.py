@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["leading", "orthonormal"]
 
 
 def orthonormal(model: Any) -> None:
     """Orthonormal rows, as ``FloraConfig(init="orthogonal")`` has them."""
-    _begin(model, lambda down, _: nn.init.orthogonal_(down))
+    for _, _, down in _downs(model):
+        nn.init.orthogonal_(down.weight)
 
 
 def leading(model: Any) -> None:
     """The leading right singular vectors of the weight beside it, as ``FloraConfig(init="svd")`` has them."""
-    _begin(model, lambda down, weight: torch.linalg.svd(weight, full_matrices=False)[2][: len(down)])
+    from flora_fx.adapters.directions import begin_with_directions
+
+    for name, module, down in _downs(model):
+        begin_with_directions(down, [module.base_layer], name)
 
 
-@torch.no_grad()
-def _begin(model: Any, of: Callable[[Tensor, Tensor], Tensor]) -> None:
-    for module in model.modules():
+def _downs(model: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The name of every layer with LoRAs, the layer, and each A."""
+    for name, module in model.named_modules():
         for down in getattr(module, "lora_A", {}).values():
-            down.weight.copy_(of(down.weight, module.base_layer.weight))
+            yield name, module, down

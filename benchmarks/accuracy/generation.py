@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flora_fx.checkpoint import load_model
-
+from .base import load_base
 from .data import Example
 from .table import Table
 
@@ -34,12 +33,7 @@ class Generation:
     head_rate: float = 0.0
 
     def load(self) -> nn.Module:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        model: Any = load_model(self.directory, dtype=torch.float32, task="causal-lm")
-        model.set_attn_implementation("eager")  # of which `vmap` knows every operator
-        found: nn.Module = model
+        found: nn.Module = load_base(self.directory, "causal-lm")
         return found
 
     def model(self, adapted: nn.Module, task: str) -> nn.Module:

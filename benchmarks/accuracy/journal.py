@@ -116,7 +116,10 @@ def weights_digest(model: nn.Module) -> str:
 def _code(method: str, learner: tuple[Path, ...]) -> str:
     """A hash of the code that decides what a run of the method does."""
     here = Path(__file__).parent
-    files = [*(here / f"{name}.py" for name in ("run", "lanes", "descent", "table", "methods", "beginnings")), *learner]
+    files = [
+        *(here / f"{name}.py" for name in ("run", "lanes", "descent", "table", "base", "methods", "beginnings")),
+        *learner,
+    ]
     if family(method) == "FFBA":
         from flora_fx import adapters
 

@@ -122,8 +122,7 @@ def begun(
             torch.manual_seed(seed)
             body = adapted(copy.deepcopy(base), method, rank, learner.task_type)
             model = learner.model(body, task)
-            trained = {name: weight.data for name, weight in model.named_parameters() if weight.requires_grad}
-            starts[seed, task] = trained
+            starts[seed, task] = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     names = {id(weight): name for name, weight in model.named_parameters()}
     inside = dict(body.named_parameters())
     multiplied = [names[id(inside[name])] for name in gained(body, runs[0].method)]
@@ -131,7 +130,7 @@ def begun(
     lanes = Lanes(model.to(recipe.device).train(), each, multiplied)
     own = torch.tensor([run.rate for run in runs], dtype=torch.float64)
     rates = dict.fromkeys(lanes.weights, own)  # of gains
-    for name in trained:
+    for name in each[0]:
         rates[name] = torch.full_like(own, learner.head_rate)
     for weight, factor in _factors(body, rate_ratio(runs[0].method)):
         rates[names[id(weight)]] = factor * own

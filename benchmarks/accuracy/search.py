@@ -15,7 +15,7 @@ from .plan import Plan
 from .registered import PLAIN, REGISTERED, rule
 from .summary import TARGET, bootstrap
 
-__all__ = ["best", "differences", "search"]
+__all__ = ["best", "differences", "judged", "search"]
 
 Result = Mapping[str, Any]
 
@@ -70,15 +70,26 @@ def best(choice: Result, budget: int) -> dict[str, tuple[str, float]]:
 
 def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
     (ours, _), (theirs, _) = winners["FFBA"], winners[LORA]
-    pairs = differences(report, budget, ours, theirs)
-    difference = asdict(bootstrap(pairs))
     return {
         "budget": budget,
         "chosen": {of: method for of, (method, _) in winners.items()},
         "validation": {of: mean for of, (_, mean) in winners.items()},
+        **judged(differences(report, budget, ours, theirs), differences(report, budget, ours, LORA)),
+    }
+
+
+def judged(chosen: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What is published of the chosen FFBA, and whether it is the target.
+
+    Args:
+        chosen: its differences to the chosen LoRA, by task and seed.
+        plain: those to plain LoRA.
+    """
+    difference = asdict(bootstrap(chosen))
+    return {
         "difference": difference,
-        "over_tasks": asdict(bootstrap(pairs, over_tasks=True)),
-        "to_plain": asdict(bootstrap(differences(report, budget, ours, LORA))),
+        "over_tasks": asdict(bootstrap(chosen, over_tasks=True)),
+        "to_plain": asdict(bootstrap(plain)),
         "target": TARGET,
         "reached": difference["mean"] >= TARGET and difference["low"] > 0,
     }

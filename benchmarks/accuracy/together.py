@@ -8,8 +8,8 @@ from typing import Any
 
 from .methods import LORA
 from .registered import PLAIN
-from .search import differences
-from .summary import TARGET, bootstrap
+from .search import differences, judged
+from .summary import bootstrap
 
 __all__ = ["together"]
 
@@ -63,15 +63,12 @@ def _verdict(budget: int, searches: Mapping[str, Result], chosen: Mapping[str, M
         reports = {name: one["report"] for name, one in searches.items()}
         return [pairs for name, report in reports.items() for pairs in differences(report, budget, *methods[name])]
 
-    pairs = of({name: (found["FFBA"], found[LORA]) for name, found in chosen.items()})
-    difference = asdict(bootstrap(pairs))
     return {
         "budget": budget,
         "chosen": chosen,
-        "difference": difference,
-        "over_tasks": asdict(bootstrap(pairs, over_tasks=True)),
-        "to_plain": asdict(bootstrap(of({name: (found["FFBA"], LORA) for name, found in chosen.items()}))),
+        **judged(
+            of({name: (found["FFBA"], found[LORA]) for name, found in chosen.items()}),
+            of({name: (found["FFBA"], LORA) for name, found in chosen.items()}),
+        ),
         "plain": asdict(bootstrap(of(dict.fromkeys(chosen, (PLAIN[1], PLAIN[0]))))),
-        "target": TARGET,
-        "reached": difference["mean"] >= TARGET and difference["low"] > 0,
     }

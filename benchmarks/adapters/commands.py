@@ -7,7 +7,7 @@ import argparse
 from flora_fx.progress import Bar
 
 from ..asking.command import Command, Result
-from ..asking.options import Options, add_model, add_prompt, at_least, some_numbers
+from ..asking.options import Options, add_model, add_prompt, add_rounds, some_numbers
 from ..contenders.settings import Settings
 from . import adapters
 
@@ -20,7 +20,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", type=some_numbers, default=adapters.BATCHES, help="rows, with commas (1,4,8,16)")
     parser.add_argument("--grid", action="store_true", help="all pairs, not each with 8 of the other")
     add_prompt(parser, 32)
-    parser.add_argument("--rounds", type=at_least(1, int), default=30, help="tokens of each (%(default)s)")
+    add_rounds(parser, 30, "tokens of each")
 
 
 def _measure(settings: Settings, options: Options, bar: Bar) -> Result:

@@ -16,6 +16,7 @@ __all__ = [
     "add_output",
     "add_passes",
     "add_prompt",
+    "add_rounds",
     "at_least",
     "known",
     "names",
@@ -79,6 +80,17 @@ def add_prompt(parser: argparse.ArgumentParser, length: int = 128) -> None:
     parser.add_argument("--prompts", type=some_numbers, default=[length], help=f"prompt length ({length})")
 
 
+def add_rounds(parser: argparse.ArgumentParser, rounds: int, of: str) -> None:
+    """How often something is measured.
+
+    Args:
+        parser: of a suite.
+        rounds: by default.
+        of: what they are.
+    """
+    parser.add_argument("--rounds", type=at_least(1, int), default=rounds, help=f"{of} (%(default)s)")
+
+
 def add_passes(parser: argparse.ArgumentParser, *, prompts: list[int], new: int, rounds: int, processes: int) -> None:
     """What is generated, and how often.
 
@@ -90,7 +102,7 @@ def add_passes(parser: argparse.ArgumentParser, *, prompts: list[int], new: int,
     few = at_least(1, int)
     parser.add_argument("--prompts", type=some_numbers, default=prompts, help=f"prompt lengths ({lengths})")
     parser.add_argument("--new", type=few, default=new, help="tokens after the prompt (%(default)s)")
-    parser.add_argument("--rounds", type=few, default=rounds, help="generations by each contender (%(default)s)")
+    add_rounds(parser, rounds, "generations by each contender")
     parser.add_argument("--processes", type=few, default=processes, help="spread over so many processes (%(default)s)")
 
 

@@ -9,7 +9,7 @@ from flora_fx.progress import Bar
 from ..accuracy.model import Pretraining
 from ..accuracy.recipe import Recipe
 from ..asking.command import Command, Result
-from ..asking.options import Options, add_model, add_prompt, at_least
+from ..asking.options import Options, add_model, add_prompt, add_rounds
 from ..contenders.settings import Settings
 from . import quantized, view
 
@@ -21,7 +21,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=600, help="of training the adapter (%(default)s)")
     parser.add_argument("--pretraining-steps", type=int, default=1500, help="of the small model (%(default)s)")
     add_prompt(parser)
-    parser.add_argument("--rounds", type=at_least(1, int), default=80, help="tokens that are timed (%(default)s)")
+    add_rounds(parser, 80, "tokens that are timed")
 
 
 def _measure(settings: Settings, options: Options, bar: Bar) -> Result:

@@ -31,7 +31,7 @@ from ..accuracy.methods import LORA, adapted
 from ..accuracy.model import Pretraining, pretrained
 from ..accuracy.recipe import Recipe
 from ..accuracy.run import percent_right
-from ..accuracy.tasks import splits
+from ..accuracy.tasks import SIZES, splits
 from ..measure.isolated import Progress
 
 __all__ = ["FORMATS", "TASK", "measure"]
@@ -40,7 +40,7 @@ FORMATS: dict[str, tuple[Kind, int]] = {"4 bits": ("affine", 32), "NF4": ("nf4",
 """The kind of weights, and how many share a scale, by what the table calls them."""
 
 TASK = "sort descending"
-_SIZES = {"train": 2048, "validation": 256, "test": 512}
+_SIZES = {**SIZES, "train": 2048}
 _RATE, _RANK = 2e-3, 8
 _COUNT = 5 * len(FORMATS) + 1
 _EXAMPLES = 64

@@ -7,17 +7,13 @@ import argparse
 from flora_fx.progress import Bar
 
 from ..asking.command import Command, Result
-from ..asking.options import Options, add_model, add_prompt, at_least, known, numbers, some_numbers
+from ..asking.options import Options, add_model, add_prompt, add_rounds, at_least, known, numbers, some_numbers
 from ..asking.options import settings as settings_of
 from ..contenders.settings import Settings
 from ..contenders.torch_contenders import RUNNERS
 from . import exporting, forms, fusing, large, scaling
 
 __all__ = ["EXPORT", "FORMS", "LARGE", "SCALING"]
-
-
-def _add_rounds(parser: argparse.ArgumentParser, rounds: int, of: str) -> None:
-    parser.add_argument("--rounds", type=at_least(1, int), default=rounds, help=f"{of} (%(default)s)")
 
 
 def _add_scaling(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +25,7 @@ def _add_scaling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--depths", type=numbers, default=axes["layers"], help="likewise")
     add_prompt(parser)
     parser.add_argument("--new", type=at_least(1, int), default=16, help="tokens after the prompt (%(default)s)")
-    _add_rounds(parser, 6, "generations by each contender")
+    add_rounds(parser, 6, "generations by each contender")
 
 
 def _asked_scaling(options: Options) -> Settings:
@@ -68,7 +64,7 @@ def _add_forms(parser: argparse.ArgumentParser) -> None:
     add_model(parser, layers=4)
     parser.add_argument("--ranks", type=some_numbers, default=forms.RANKS, help="with commas (8,16,32,64)")
     parser.add_argument("--tokens", type=some_numbers, default=forms.TOKENS, help="of a forward (1,128,512)")
-    _add_rounds(parser, 20, "forwards by each contender")
+    add_rounds(parser, 20, "forwards by each contender")
     parser.add_argument(
         "--sequence", type=at_least(0, int), default=128, help="of a training step; 0: none (%(default)s)"
     )
@@ -99,7 +95,7 @@ FORMS = Command(
 
 def _add_large(parser: argparse.ArgumentParser) -> None:
     add_model(parser, shape="llama-3.1-70b", dtype="bfloat16")
-    _add_rounds(parser, 3, "fuses")
+    add_rounds(parser, 3, "fuses")
 
 
 def _measure_large(settings: Settings, options: Options, bar: Bar) -> Result:
@@ -120,7 +116,7 @@ LARGE = Command(
 def _add_export(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--depths", type=numbers, default=[], help="in layers, with commas (a third of all, and all)")
-    _add_rounds(parser, 3, "exports by each, at each depth")
+    add_rounds(parser, 3, "exports by each, at each depth")
 
 
 def _measure_export(settings: Settings, options: Options, bar: Bar) -> Result:

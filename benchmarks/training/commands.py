@@ -7,7 +7,7 @@ import argparse
 from flora_fx.progress import Bar
 
 from ..asking.command import Command, Result
-from ..asking.options import Options, add_model, at_least
+from ..asking.options import Options, add_model, add_rounds, at_least
 from ..asking.options import settings as settings_of
 from ..contenders.settings import Settings
 from . import training
@@ -16,10 +16,9 @@ __all__ = ["TRAINING"]
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
-    few = at_least(1, int)
     add_model(parser)
-    parser.add_argument("--sequence", type=few, default=128, help="tokens per sequence (%(default)s)")
-    parser.add_argument("--rounds", type=few, default=30, help="steps by each contender (%(default)s)")
+    parser.add_argument("--sequence", type=at_least(1, int), default=128, help="tokens per sequence (%(default)s)")
+    add_rounds(parser, 30, "steps by each contender")
 
 
 def _asked(options: Options) -> Settings:

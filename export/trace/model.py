@@ -112,7 +112,7 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         raise ExportError(f"{type(model).__name__} cannot be exported: its {copied.told()}")
     model = copied.model
     saved = set(model.state_dict())
-    scales = {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    cast = saved - {f"{name}.scales" for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     memo: dict[int, Any] = {}
     large = dtype is not None and is_large(model, dtype)
     for name, tensor in itertools.chain(
@@ -121,7 +121,7 @@ def private_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Modul
         value = tensor.detach()
         if name not in saved and not isinstance(tensor, nn.Parameter):
             value = value.clone()
-        if dtype is not None and value.is_floating_point() and name in saved - scales:
+        if dtype is not None and value.is_floating_point() and name in cast:
             value = cast_later(value, dtype) if large and isinstance(tensor, nn.Parameter) else value.to(dtype)
         memo.setdefault(id(tensor), _like(tensor, value))
     private = copy.deepcopy(model, memo).eval()

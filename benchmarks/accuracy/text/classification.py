@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from flora_fx.checkpoint import load_model
-
+from ..base import load_base
 from ..data import Example
 from ..table import Table
 from .upper import divided, read
@@ -115,12 +114,8 @@ class Classification:
 
     def encoder(self) -> nn.Module:
         """The whole encoder in float32."""
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        encoder: Any = load_model(self.directory, dtype=torch.float32, task="encoder")
+        encoder = load_base(self.directory, "encoder")
         encoder.pooler = None  # nobody reads what it makes of the first token
-        encoder.set_attn_implementation("eager")  # of which `vmap` knows every operator
         found: nn.Module = encoder
         return found
 
