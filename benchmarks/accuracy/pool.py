@@ -15,6 +15,7 @@ import torch
 from ..measure.isolated import Progress
 from .data import Splits
 from .journal import Journal
+from .onednn import use_onednn
 from .recipe import Recipe
 from .run import Outcome, Run, fine_tune
 from .suite import Learner
@@ -86,7 +87,7 @@ def _begin(learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe) -> Non
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # deprecations inside transformers; ours are errors in the tests
-    _here.update(learner=learner, base=learner.load(), tasks=tasks, recipe=recipe)
+    _here.update(products=use_onednn(), learner=learner, base=learner.load(), tasks=tasks, recipe=recipe)
 
 
 def _end_with_parent() -> None:
