@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Table:
     def to(self, device: str) -> Table:
         """The same on a device."""
         sequences, whole = (tuple(one.to(device) for one in many) for many in (self.sequences, self.whole))
-        return Table(sequences, whole, self.lengths)
+        return replace(self, sequences=sequences, whole=whole)
 
     def rows(self, index: Tensor) -> tuple[Tensor, ...]:
         """Some examples, no longer than the longest of them: sequences [..., length, ...], then what has no length.
@@ -51,7 +51,7 @@ class Table:
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """The examples of several tables, one table after the other.
+    """The examples of several tables of one kind, one table after the other.
 
     >>> one, two = (Table((torch.ones(1, length),), (), torch.tensor([length])) for length in (1, 2))
     >>> joined([one, two]).sequences
@@ -61,10 +61,11 @@ def joined(tables: Sequence[Table]) -> Table:
     longest = max(int(table.lengths.max()) for table in tables)
     sequences = zip(*(table.sequences for table in tables), strict=True)
     whole = zip(*(table.whole for table in tables), strict=True)
-    return Table(
-        tuple(torch.cat([_padded(one, longest) for one in same]) for same in sequences),
-        tuple(torch.cat(same) for same in whole),
-        torch.cat([table.lengths for table in tables]),
+    return replace(
+        tables[0],
+        sequences=tuple(torch.cat([_padded(one, longest) for one in same]) for same in sequences),
+        whole=tuple(torch.cat(same) for same in whole),
+        lengths=torch.cat([table.lengths for table in tables]),
     )
 
 

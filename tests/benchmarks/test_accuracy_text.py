@@ -27,6 +27,7 @@ from benchmarks.accuracy.suite import Baseline, Prepared
 from benchmarks.accuracy.text import suite as text_suite
 from benchmarks.accuracy.text.classification import Classification, features, table
 from benchmarks.accuracy.text.frozen import fitted, regression
+from benchmarks.accuracy.text.packed import PackedTable, placed
 from benchmarks.accuracy.text.phrases import (
     Described,
     Message,
@@ -288,18 +289,48 @@ def learner(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> Classificatio
 
 
 def test_upper_layers_on_kept_states_are_the_whole_encoder(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
-    texts = SPLITTED["test"][:6]
+    texts = [Example(example.prompt[: 3 + index], (0,)) for index, example in enumerate(SPLITTED["test"][:12])]
     assert len({len(example.prompt) for example in texts}) > 1
     lower, upper = (copy.deepcopy(part).double() for part in parts)
     whole = _bert(layers=3).double()
     states = states_of(lower, texts)
     with torch.no_grad():
-        padded, within = table([states[example.prompt] for example in texts], [0] * len(texts)).sequences
-        found = features(upper, padded, within)
+        packed, owner, _ = table([states[example.prompt] for example in texts], [0] * 12).rows(torch.arange(12))
+        assert len(packed) < 12
+        found = features(upper, packed, owner, 12)
         for index, example in enumerate(texts):
             alone = whole(input_ids=torch.tensor([example.prompt])).last_hidden_state[0]
             mean = alone.mean(0)
             torch.testing.assert_close(found[index], mean / mean.norm() * 32**0.5, rtol=1e-12, atol=1e-12)
+
+
+def test_a_text_is_whole_in_one_row_and_rows_are_few() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 9, (3, 16))
+    lengths[1] = 8  # which share no row
+    owner, place = placed(lengths)
+    assert owner.shape == place.shape == (3, 16, 8)
+    for lane in (0, 1, 2):
+        for text, length in enumerate(lengths[lane].tolist()):
+            rows, places = (owner[lane] == text).nonzero(as_tuple=True)
+            assert len(set(rows.tolist())) == 1
+            assert places.tolist() == list(range(places[0], places[0] + length))
+            assert place[lane, rows, places].tolist() == list(range(length))
+        assert (owner[lane] >= 0).sum() == lengths[lane].sum()
+    assert placed(lengths[::2])[0].shape[1] <= -(-lengths[::2].sum(1).max() // 8) + 1
+
+
+def test_lanes_of_packed_texts_are_what_each_is_alone() -> None:
+    torch.manual_seed(0)
+    lengths = torch.tensor([2, 5, 1, 3, 4])
+    states, labels = torch.randn(5, 5, 3), torch.arange(5)
+    texts = PackedTable((states,), (labels,), lengths)
+    index = torch.tensor([[4, 0, 3], [2, 2, 1]])
+    packed, owner, own = texts.rows(index)
+    assert torch.equal(own, index)
+    for lane, those in enumerate(index.tolist()):
+        for text, example in enumerate(those):
+            assert torch.equal(packed[lane][owner[lane] == text], states[example, : lengths[example]])
 
 
 def test_states_are_computed_once(parts: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..base import load_base
 from ..data import Example
-from ..table import Table
+from .packed import PackedTable
 from .upper import divided, read
 
 __all__ = ["Classification", "Classifier", "Head", "features", "table"]
@@ -41,23 +41,26 @@ class Head:
     bias: Tensor
 
 
-def features(encoder: Any, states: Tensor, within: Tensor) -> Tensor:
-    """What a head reads [batch, hidden]: the mean state of each text, of length √hidden.
+def features(encoder: Any, states: Tensor, owner: Tensor, texts: int) -> Tensor:
+    """What a head reads [texts, hidden]: the mean state of each text, of length √hidden.
 
     Args:
         encoder: upper layers, with or without adapters.
-        states: [batch, length, hidden] that these begin with, padded at the end.
-        within: [batch, length], whether there is a token.
+        states: [rows, length, hidden] that these begin with.
+        owner: whose each of them is [rows, length]; see `packed`.
+        texts: how many there are.
     """
-    # A mask [batch, 1, 1, length] goes to the attention as it is.
-    found = encoder(inputs_embeds=states, attention_mask=_mask(within, states.dtype)).last_hidden_state
+    # A mask [rows, 1, length, length] goes to the attention as it is.
+    found = encoder(inputs_embeds=states, attention_mask=_mask(owner, states.dtype)).last_hidden_state
+    of = owner.flatten() == torch.arange(texts, device=owner.device).unsqueeze(1)
     # The mean's length is taken out, so a sum will do.
-    total = (found * within.unsqueeze(-1)).sum(1)
+    total = of.to(states.dtype) @ found.flatten(0, 1)
     return F.normalize(total, dim=-1) * math.sqrt(total.shape[-1])
 
 
-def _mask(within: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(within, dtype=dtype).masked_fill(~within, torch.finfo(dtype).min)[:, None, None]
+def _mask(owner: Tensor, dtype: torch.dtype) -> Tensor:
+    apart = owner[:, :, None] != owner[:, None]
+    return torch.zeros_like(apart, dtype=dtype).masked_fill(apart, torch.finfo(dtype).min)[:, None]
 
 
 class Classifier(nn.Module):
@@ -80,9 +83,9 @@ class Classifier(nn.Module):
             self.head.weight[:known] = head.weight
             self.head.bias[:known] = head.bias
 
-    def forward(self, states: Tensor, within: Tensor) -> Tensor:
-        """Logits [batch, labels]; see `features`."""
-        logits: Tensor = self.head(features(self.encoder, states, within))
+    def forward(self, states: Tensor, owner: Tensor, texts: int) -> Tensor:
+        """Logits [texts, labels]; see `features`."""
+        logits: Tensor = self.head(features(self.encoder, states, owner, texts))
         return logits
 
 
@@ -108,6 +111,7 @@ class Classification:
     code: tuple[Path, ...] = (
         Path(__file__),
         Path(__file__).with_name("frozen.py"),
+        Path(__file__).with_name("packed.py"),
         Path(__file__).with_name("upper.py"),
     )
     head_rate: float = 1e-3
@@ -126,22 +130,22 @@ class Classification:
     def model(self, adapted: nn.Module, task: str) -> nn.Module:
         return Classifier(adapted, self.heads[task], max(len(head.bias) for head in self.heads.values()))
 
-    def table(self, task: str, examples: Sequence[Example]) -> Table:
-        """The states that a text begins with, where it has tokens, and its label."""
+    def table(self, task: str, examples: Sequence[Example]) -> PackedTable:
+        """The states that a text begins with, and its label."""
         states = _read(self.states[task])
         return table([states[example.prompt] for example in examples], [example.answer[0] for example in examples])
 
-    def loss(self, model: Any, states: Tensor, within: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, model: Any, states: Tensor, owner: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of the labels."""
-        return F.cross_entropy(model(states, within), labels)
+        return F.cross_entropy(model(states, owner, len(labels)), labels)
 
-    def right(self, model: Any, states: Tensor, within: Tensor, labels: Tensor) -> Tensor:
+    def right(self, model: Any, states: Tensor, owner: Tensor, labels: Tensor) -> Tensor:
         """Whether a text has its label as the likeliest one."""
-        found: Tensor = model(states, within).argmax(-1) == labels
+        found: Tensor = model(states, owner, len(labels)).argmax(-1) == labels
         return found
 
 
-def table(states: Sequence[Tensor], labels: Sequence[int]) -> Table:
+def table(states: Sequence[Tensor], labels: Sequence[int]) -> PackedTable:
     """A table of texts.
 
     Args:
@@ -149,9 +153,7 @@ def table(states: Sequence[Tensor], labels: Sequence[int]) -> Table:
         labels: of each.
     """
     lengths = torch.tensor([len(text) for text in states])
-    padded = pad_sequence(list(states), batch_first=True)
-    within = torch.arange(padded.shape[1]) < lengths.unsqueeze(1)
-    return Table((padded, within), (torch.tensor(labels),), lengths)
+    return PackedTable((pad_sequence(list(states), batch_first=True),), (torch.tensor(labels),), lengths)
 
 
 _read = cache(read)

@@ -17,8 +17,8 @@ from flora_fx.measuring.method import pinned
 from ..data import SPLITS, Splits
 from ..journal import digest
 from ..suite import Baseline
-from ..table import Table
 from .classification import Head, features, table
+from .packed import PackedTable
 from .upper import States
 
 __all__ = ["fitted", "regression"]
@@ -95,7 +95,10 @@ def _percent(head: Head, features: Tensor, labels: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _features(encoder: nn.Module, texts: Table) -> Tensor:
+def _features(encoder: nn.Module, texts: PackedTable) -> Tensor:
     encoder.eval()
-    batches = (texts.rows(index)[:2] for index in torch.arange(len(texts)).split(_BATCH))
-    return torch.cat([features(encoder, states, within) for states, within in batches])
+    found = []
+    for index in torch.arange(len(texts)).split(_BATCH):
+        states, owner, _ = texts.rows(index)
+        found.append(features(encoder, states, owner, len(index)))
+    return torch.cat(found)
