@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class Pool:
 
     def __init__(self, workers: int, learner: Learner, tasks: Mapping[str, Splits], recipe: Recipe, lanes: int) -> None:
         self._lanes = lanes
+        self._sizes = {task: _tokens(splits) for task, splits in tasks.items()}
         self._processes = ProcessPoolExecutor(
             workers,
             mp_context=multiprocessing.get_context("spawn"),
@@ -59,7 +61,7 @@ class Pool:
         """
         wanted = list(dict.fromkeys(runs))
         missing = [run for run in wanted if run not in journal]
-        running = {self._processes.submit(_work, group): group for group in _groups(missing, self._lanes)}
+        running = {self._processes.submit(_work, group): group for group in self._groups(missing)}
         done = len(wanted) - len(missing)
         progress(done, len(wanted))
         for future in as_completed(running):
@@ -68,15 +70,22 @@ class Pool:
                 done += 1
             progress(done, len(wanted))
 
+    def _groups(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
+        """Runs that one process does at once: of one method and rank, on tasks with examples of about one length.
 
-def _groups(runs: Sequence[Run], lanes: int) -> Iterator[list[Run]]:
-    """Runs that one process does at once."""
-    alike: dict[tuple[str, int], list[Run]] = {}
-    for run in runs:
-        alike.setdefault((run.method, run.rank), []).append(run)
-    for group in alike.values():
-        for start in range(0, len(group), lanes):
-            yield group[start : start + lanes]
+        A lane's batch is as long as the longest of its group.
+        """
+        alike: dict[tuple[str, int], list[Run]] = {}
+        for run in sorted(runs, key=lambda run: self._sizes[run.task]):
+            alike.setdefault((run.method, run.rank), []).append(run)
+        for group in alike.values():
+            for start in range(0, len(group), self._lanes):
+                yield group[start : start + self._lanes]
+
+
+def _tokens(splits: Splits) -> float:
+    """Of an example, in the mean."""
+    return fmean(len(example.prompt) + len(example.answer) for examples in splits.values() for example in examples)
 
 
 _here: dict[str, Any] = {}

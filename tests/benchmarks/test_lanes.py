@@ -171,14 +171,21 @@ def test_a_pool_gives_a_process_runs_that_are_alike(
 
     monkeypatch.setattr("benchmarks.accuracy.pool.ProcessPoolExecutor", Processes)
     monkeypatch.setattr("benchmarks.accuracy.pool.as_completed", lambda futures: list(futures)[::-1])
-    journal = Journal(tmp_path / "j.jsonl", LEARNER, base, {"a": splits, "b": splits}, Recipe())
+    data = {
+        "a": splits,
+        "b": {split: [Example(one.prompt[:5], one.answer) for one in of] for split, of in splits.items()},
+    }
+    journal = Journal(tmp_path / "j.jsonl", LEARNER, base, data, Recipe())
     runs = [Run(method, 2, task, 0.5, seed) for seed in range(5) for method in (LORA, "block") for task in ("a", "b")]
     journal.add(runs[0], Outcome(1, 7.0, 7.0))
     told: list[tuple[int, int]] = []
-    with Pool(1, LEARNER, {}, Recipe(), lanes=3) as pool:
+    with Pool(1, LEARNER, data, Recipe(), lanes=3) as pool:
         pool.finish([*runs, *runs], journal, lambda *done: told.append(done))
     assert [len(group) for group in given] == [3, 3, 3, 3, 3, 3, 1]
     assert all(len({(run.method, run.rank) for run in group}) == 1 for group in given)
+    # Short ones first: a batch is as large as the largest of its lanes.
+    of_lora = ["".join(run.task for run in group) for group in given if group[0].method == LORA]
+    assert of_lora == ["bbb", "bba", "aaa"]
     assert [journal[run].test for run in runs] == [7, *[run.seed for run in runs[1:]]]
     assert told[0] == (1, 20)
     assert told[-1] == (20, 20)
