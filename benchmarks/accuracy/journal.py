@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from .data import Splits
-from .methods import family
 from .recipe import Recipe
 from .run import Outcome, Run
 from .suite import Learner
@@ -74,7 +73,7 @@ class Journal:
         self._found[key] = outcome
 
     def _key(self, run: Run) -> str:
-        return digest([self._shared, _code(run.method, self._learner.code), self._tasks[run.task], asdict(run)])
+        return digest([self._shared, _code(self._learner.code), self._tasks[run.task], asdict(run)])
 
 
 def digest(value: object) -> str:
@@ -113,17 +112,16 @@ def weights_digest(model: nn.Module) -> str:
 
 
 @cache
-def _code(method: str, learner: tuple[Path, ...]) -> str:
-    """A hash of the code that decides what a run of the method does."""
+def _code(learner: tuple[Path, ...]) -> str:
+    """A hash of the code that decides what a run does."""
+    from flora_fx import adapters  # LoRA's learning rates, and where its A begins, are of this folder, too
+
     here = Path(__file__).parent
     files = [
         *(here / f"{name}.py" for name in ("run", "lanes", "descent", "table", "base", "methods", "beginnings")),
         *learner,
+        *sorted(file for folder in adapters.__path__ for file in Path(folder).glob("*.py")),
     ]
-    if family(method) == "FFBA":
-        from flora_fx import adapters
-
-        files += sorted(file for folder in adapters.__path__ for file in Path(folder).glob("*.py"))
     return digest([ast.dump(_Bare().visit(ast.parse(file.read_text(encoding="utf-8")))) for file in files])
 
 
