@@ -100,4 +100,4 @@ TEXT = Suite(
     tuning_seeds=1,
     recipe=Recipe(steps=120, batch=16),
 )
-"""A training takes seven seconds of a core, so that the default has few of them."""
+"""A training takes ten seconds of a core, so that the default has few of them."""
