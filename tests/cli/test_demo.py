@@ -51,6 +51,7 @@ def test_fast_demo(tmp_path: Path) -> None:
         assert set(phases["TTFT"]) == set(phases["TPOT"])
 
 
+@pytest.mark.slow
 def test_fast_demo_over_a_base_in_few_bits(tmp_path: Path) -> None:
     """Without ``--json``, so that what is told to people is told."""
     result = CliRunner().invoke(cli.build_app(), ["demo", "--output", str(tmp_path), "--fast", "--quantized"])

@@ -1,7 +1,7 @@
 """Search for a program that is fused wrongly: hypothesis draws it, `checking` says what is wrong, and it is shrunk.
 
-The environment variable FLORA_PROFILE names how long: "ci" (2,000 graphs), "nightly" (100 times as many), or "brief" (a
-tenth, and what is found is not made smaller: for `tests/mutations.py`).
+The environment variable FLORA_PROFILE names how long: "ci" (1,300 graphs), "nightly" (200,000), or "brief" (200, and
+what is found is not made smaller: for `tests/mutations.py`).
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .strategies import configs, programs
 
 __all__ = ["PARTS", "PROFILE", "Counterexample", "assert_met", "chunks", "search", "search_all"]
 
-CI = 2000
+GRAPHS = {"brief": 200, "ci": 1300, "nightly": 200_000}
 PARTS = {"quick": 0.96, "exported": 0.03, "compiled": 0.01}
 """The parts of a search, with their share of its graphs: what torch captures costs 10 to 20 times as much."""
 QUICK = ("written",) * 75 + ("shaped",) * 3 + ("decomposed", "traced")
 CHUNK = 500
 
-for name, times in {"brief": 0.1, "ci": 1, "nightly": 100}.items():
+for name, graphs in GRAPHS.items():
     settings.register_profile(
         f"flora-{name}",
-        max_examples=round(CI * times),
+        max_examples=graphs,
         phases=[Phase.generate, *([] if name == "brief" else [Phase.shrink])],
         deadline=None,
         database=None,
@@ -47,7 +47,7 @@ class Counterexample(AssertionError):  # noqa: N818 - not an error of ours
 
 def factor() -> float:
     """How many times as long as in CI."""
-    return PROFILE.max_examples / CI
+    return PROFILE.max_examples / GRAPHS["ci"]
 
 
 def seed_of_the_day() -> int:
