@@ -1,8 +1,10 @@
 """From single runs to what is published: the chosen learning rates, means, paired differences and their intervals.
 
 All intervals are 95% bootstrap intervals over seeds: for a mean over tasks, seeds are drawn anew within each task, and
-tasks stay as they are. So they say how far another draw of seeds would move a figure, not another choice of tasks or of
-test examples. Five seeds are few: such intervals are somewhat too narrow.
+tasks stay as they are. So they say how far another draw of seeds would move a figure, not another choice of tasks,
+test examples or learning rates. Where few seeds choose the learning rate, that can move a difference by more than the
+interval: two searches by one rule differed by 4.6 points where their intervals were ±1. Five seeds are few: such
+intervals are somewhat too narrow.
 """
 
 from __future__ import annotations

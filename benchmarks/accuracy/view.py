@@ -156,7 +156,8 @@ def _means(result: Result, budget: int) -> Sheet:
     notes += [_sentence(verdict) for verdict in result["verdicts"] if verdict["budget"] == budget]
     notes.append(
         "Means over tasks and seeds; differences are of pairs (task, seed). The 95% intervals are a bootstrap of seeds "
-        "within tasks: they speak of another draw of seeds, not of other tasks or test examples."
+        "within tasks: they speak of another draw of seeds, not of other tasks, test examples or learning rates. Chosen "
+        "by few seeds, another learning rate can move a difference by more."
     )
     return Sheet(f"Test split, {_label(result, budget)}", header, body, notes)
 
