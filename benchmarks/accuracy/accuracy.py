@@ -94,8 +94,9 @@ def _tuning(plan: Plan, pairs: Sequence[Pair]) -> Iterator[Run]:
 
 
 def _tried(plan: Plan, pair: Pair, book: Journal) -> Tried:
-    validation = [[book[_run(pair, rate, seed)].validation for seed in range(plan.tuning_seeds)] for rate in plan.rates]
-    return Tried(validation, chosen(validation))
+    outcomes = [[book[_run(pair, rate, seed)] for seed in range(plan.tuning_seeds)] for rate in plan.rates]
+    validation, test = ([[getattr(one, split) for one in row] for row in outcomes] for split in ("validation", "test"))
+    return Tried(validation, chosen(validation), test)
 
 
 def _screened(

@@ -53,8 +53,8 @@ def _verdicts(result: Result) -> Sheet:
         target = f"the target of +{one['target']} points with the whole interval above 0"
         notes.append(f"Budget of a LoRA of rank {one['budget']}: {target} is {found}.")
     notes.append(
-        "Intervals are of another draw of seeds within tasks; in the middle one, of tasks as well. They know nothing of "
-        "another choice of variants and learning rates: chosen by few seeds, these can move a difference by more."
+        "Intervals are of another draw of seeds within tasks; in the middle one, of tasks as well. They know nothing "
+        "of another choice of variants and learning rates: chosen by few seeds, these can move a difference by more."
     )
     header = ["LoRA's rank", "FFBA chosen", "LoRA chosen", "− LoRA chosen", "with tasks drawn", f"− {LORA}"]
     return Sheet("What was chosen on the first half, on the test splits of the second", header, body, notes)

@@ -5,6 +5,8 @@ tasks stay as they are. So they say how far another draw of seeds would move a f
 test examples or learning rates. Where few seeds choose the learning rate, that can move a difference by more than the
 interval: two searches by one rule differed by 4.6 points where their intervals were ±1. Five seeds are few: such
 intervals are somewhat too narrow.
+
+Where every seed was run at every rate there is a second interval, in which each draw of seeds chooses its rates anew.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from flora_fx.measuring.method import interval
 
 from .methods import FULL, LORA, Contestant, family
 
-__all__ = ["TARGET", "Interval", "Pair", "Tried", "bootstrap", "chosen", "compared", "summary", "widest"]
+__all__ = ["TARGET", "Interval", "Pair", "Tried", "bootstrap", "chosen", "compared", "over_rates", "summary", "widest"]
 
 TARGET = 2.1
 """Points above LoRA that FFBA's best variant is to reach, as a mean over tasks."""
@@ -41,10 +43,12 @@ class Tried:
     Attributes:
         validation: what is right on the validation split, by rate and seed.
         chosen: the index of the best rate.
+        test: what is right on the test split, by rate and seed.
     """
 
     validation: Sequence[Sequence[float]]
     chosen: int
+    test: Sequence[Sequence[float]] = ()
 
     @property
     def at_end(self) -> bool:
@@ -88,6 +92,31 @@ def bootstrap(values: Sequence[Sequence[float]], *, over_tasks: bool = False, dr
     if over_tasks:
         means = means.gather(1, torch.randint(len(tables), (draws, len(tables)), generator=tasks))
     return Interval(torch.stack([row.mean() for row in tables]).mean().item(), *interval(means.mean(1)))
+
+
+def over_rates(pairs: Sequence[tuple[Tried, Tried]], draws: int = 10_000) -> Interval:
+    """The mean difference over tasks; each draw of seeds within a task chooses both learning rates by its validation.
+
+    Args:
+        pairs: by task, what is compared and what it is compared to; each with as many seeds, run at all rates.
+        draws: that the interval comes from.
+    """
+    generator = torch.Generator().manual_seed(0)
+    drawn, means = [], []
+    for one, other in pairs:
+        seeds = len(one.test[0])
+        index = torch.randint(seeds, (draws, seeds), generator=generator)
+        drawn.append(_tuned(one, index) - _tuned(other, index))
+        means.append(_mean(one.test[one.chosen]) - _mean(other.test[other.chosen]))
+    return Interval(_mean(means), *interval(torch.stack(drawn, 1).mean(1)))
+
+
+def _tuned(tried: Tried, index: torch.Tensor) -> torch.Tensor:
+    """What is right on the test split at the rate that some seeds choose [draws]; the seeds are [draws, seeds]."""
+    validation, test = (
+        torch.tensor(values, dtype=torch.float64)[:, index].mean(-1) for values in (tried.validation, tried.test)
+    )
+    return test.gather(0, validation.argmax(0, keepdim=True))[0]
 
 
 def compared(
@@ -139,10 +168,10 @@ def summary(
         ``contestants``: method, budget, rank, parameters, or why not; ``cells``, one per contestant and task: the
         chosen ``rate``, whether it is ``at_end`` of the grid, ``validation`` by rate and seed, ``test`` by seed, its
         ``mean`` and ``spread`` (standard deviation over seeds) and the paired ``difference`` to LoRA at the same
-        budget; ``means``, one per contestant: ``test`` and ``difference``, over tasks; ``grid``, one per contestant and
-        rate: ``validation`` with that rate for all tasks, and its ``difference`` to LoRA's with the same rate;
-        ``verdicts``, one per budget: FFBA's ``best`` variant by validation, its ``difference`` on the test split, and
-        whether it is the target.
+        budget; ``means``, one per contestant: ``test`` and ``difference``, over tasks, and where tuning ran every seed
+        ``over_rates``, the difference with rates chosen anew; ``grid``, one per contestant and rate: ``validation``
+        with that rate for all tasks, and its ``difference`` to LoRA's with the same rate; ``verdicts``, one per budget:
+        FFBA's ``best`` variant by validation, its ``difference`` on the test split, and whether it is the target.
     """
     competing = [contestant for contestant in contestants if not contestant.unavailable]
     rival = {contestant.budget: contestant for contestant in competing if contestant.method == LORA}
@@ -160,6 +189,10 @@ def summary(
             cells.append(cell | _compared(another, [difference]))
         mean = named | {"test": asdict(bootstrap([tests[one, task] for task in tasks]))}
         means.append(mean | _compared(another, differences))
+        if another and all(
+            _tuned_whole(tried[method, task], tests[method, task]) for method in (one, lora) for task in tasks
+        ):
+            means[-1]["over_rates"] = asdict(over_rates([(tried[one, task], tried[lora, task]) for task in tasks]))
         for index, rate in enumerate(rates):
             own, other = ([tried[method, task].validation[index] for task in tasks] for method in (one, lora))
             pairs = [_minus(*pair) for pair in zip(own, other, strict=True)]
@@ -196,6 +229,11 @@ def _verdict(
         "target": TARGET,
         "reached": difference["mean"] >= TARGET,
     }
+
+
+def _tuned_whole(tried: Tried, tests: Sequence[float]) -> bool:
+    """Whether tuning ran every seed, and more than one."""
+    return bool(tried.test) and len(tried.test[0]) == len(tests) > 1
 
 
 def _compared(another: bool, differences: Sequence[Sequence[float]]) -> dict[str, Any]:

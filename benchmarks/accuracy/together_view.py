@@ -38,8 +38,8 @@ def sheets(result: Result) -> list[Sheet]:
             f"with the whole interval above 0 is {found}."
         )
     notes.append(
-        "Means over all tasks. Intervals are of another draw of seeds within tasks; in the second column, of tasks. They "
-        "know nothing of another choice of variants and learning rates."
+        "Means over all tasks. Intervals are of another draw of seeds within tasks; in the second column, of tasks. "
+        "They know nothing of another choice of variants and learning rates."
     )
     header = [
         "LoRA's rank",

@@ -143,6 +143,7 @@ def signed(interval: Mapping[str, float]) -> str:
 
 def _means(result: Result, budget: int) -> Sheet:
     body, notes = [], []
+    tuned = any("over_rates" in mean for mean in result["means"])
     for one in _entered(result, budget):
         if one["unavailable"]:
             body.append([one["method"], "not available"])
@@ -151,13 +152,15 @@ def _means(result: Result, budget: int) -> Sheet:
         mean = _mean(result, one)
         against = signed(mean["difference"]) if "difference" in mean else ""
         exact = f"{mean['test']['mean']:.1f} ({mean['test']['low']:.1f}…{mean['test']['high']:.1f})"
-        body.append([one["method"], str(one["rank"] or ""), str(one["parameters"]), exact, against])
+        anew = [signed(mean["over_rates"]) if "over_rates" in mean else ""] if tuned else []
+        body.append([one["method"], str(one["rank"] or ""), str(one["parameters"]), exact, against, *anew])
     header = ["", "rank", "parameters", f"{_measured(result)}, %", f"− {LORA}"]
+    if tuned:
+        header.append("with rates chosen anew")
     notes += [_sentence(verdict) for verdict in result["verdicts"] if verdict["budget"] == budget]
     notes.append(
         "Means over tasks and seeds; differences are of pairs (task, seed). The 95% intervals are a bootstrap of seeds "
-        "within tasks: they speak of another draw of seeds, not of other tasks, test examples or learning rates. Chosen "
-        "by few seeds, another learning rate can move a difference by more."
+        "within tasks: they speak of another draw of seeds, not of other tasks, test examples or learning rates."
     )
     return Sheet(f"Test split, {_label(result, budget)}", header, body, notes)
 

@@ -26,7 +26,7 @@ from benchmarks.accuracy.model import Pretraining, pretrained
 from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.recipe import Recipe
 from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
-from benchmarks.accuracy.summary import Tried, bootstrap, chosen, summary
+from benchmarks.accuracy.summary import Tried, bootstrap, chosen, over_rates, summary
 from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
 from benchmarks.commands import main
 from benchmarks.show.page import write_page
@@ -245,6 +245,29 @@ def test_interval_is_of_seeds_within_tasks() -> None:
     assert 5 < noisy.low < 12 < 28 < noisy.high < 35
     many = bootstrap([[0.0, 10.0, 20.0, 30.0, 40.0]] * 16)
     assert noisy.high - noisy.low == pytest.approx(4 * (many.high - many.low), rel=0.1)
+
+
+def test_each_draw_of_seeds_chooses_its_rates() -> None:
+    """By validation: one method's rates are as good as each other there, and 20 points apart on the test split."""
+    seeds = 12
+    clear = Tried([[10.0] * seeds, [60.0] * seeds], 1, [[5.0] * seeds, [50.0] * seeds])
+    even = [float(seed % 2) for seed in range(seeds)]
+    torn = Tried([[30 + x for x in even], [31 - x for x in even]], 0, [[40.0] * seeds, [60.0] * seeds])
+    found = over_rates([(torn, clear)])
+    assert (found.mean, found.low, found.high) == (-10, -10, 10)
+    assert over_rates([(clear, torn)]).high == 10
+    same = over_rates([(clear, clear)])
+    assert (same.mean, same.low, same.high) == (0, 0, 0)
+
+    lora, shared = (Contestant(2, method, 2, 100) for method in (LORA, "shared"))
+    tests = {(lora, "t"): [50.0] * seeds, (shared, "t"): [40.0] * seeds}
+    tried = {(lora, "t"): clear, (shared, "t"): torn}
+    own, mean = summary([lora, shared], ["t"], [1e-3, 1e-2], tried, tests)["means"]
+    assert "over_rates" not in own
+    assert mean["difference"] == {"mean": -10, "low": -10, "high": -10}
+    assert mean["over_rates"] == {"mean": -10, "low": -10, "high": 10}
+    more = {pair: [*of, 0.0] for pair, of in tests.items()}  # a seed that was not tuned
+    assert "over_rates" not in summary([lora, shared], ["t"], [1e-3, 1e-2], tried, more)["means"][1]
 
 
 def test_best_variant_is_chosen_by_validation() -> None:
