@@ -63,13 +63,15 @@ def placed(lengths: Tensor) -> tuple[Tensor, Tensor]:
     length = int(lengths.max())
     lanes = [_fitted(own, length) for own in lengths.tolist()]
     rows = max(map(len, lanes))
-    padded = [[*lane, *[[]] * (rows - len(lane))] for lane in lanes]
-    owner, place = ([[_long(row, part, length) for row in lane] for lane in padded] for part in (0, 1))
-    return torch.tensor(owner), torch.tensor(place)
+    whole = [[row + [_EMPTY] * (length - len(row)) for row in [*lane, *[[]] * (rows - len(lane))]] for lane in lanes]
+    owner, place = torch.tensor(whole).unbind(-1)
+    return owner, place
 
 
 Filled = list[tuple[int, int]]
 """A row's places from its beginning: whose each is, and which of its owner's."""
+
+_EMPTY = (-1, 0)
 
 
 def _fitted(lengths: list[int], length: int) -> list[Filled]:
@@ -80,8 +82,3 @@ def _fitted(lengths: list[int], length: int) -> list[Filled]:
             rows.append(row := [])
         row += ((text, place) for place in range(lengths[text]))
     return rows
-
-
-def _long(row: Filled, part: int, length: int) -> list[int]:
-    empty = (-1, 0)[part]
-    return [*(one[part] for one in row), *[empty] * (length - len(row))]
