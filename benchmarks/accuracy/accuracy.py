@@ -1,9 +1,9 @@
 """Accuracy of LoRA, of FFBA adapters and of full fine-tuning at equal budgets of trainable parameters.
 
 Every method gets the largest rank that the budget buys, the same training and the same learning rates to choose from:
-per task, the one that does best on the validation split over the tuning seeds. What is reported is the test split at
-that rate, over all seeds (those that tuning has run are not run again). Seeds differ in the adapter's first weights and
-in the order of the examples.
+per task, the one that does best on the validation split over the tuning seeds, which may be all. What is reported is
+the test split at that rate, over all seeds (those that tuning has run are not run again). Seeds differ in the adapter's
+first weights and in the order of the examples.
 
 Where a suite has candidates for tasks, LoRA at the smallest budget is tuned first, and those that it solves or does not
 learn are left out: no other method is asked.
@@ -19,13 +19,14 @@ from typing import Any
 
 from flora_fx.progress import Bar
 
+from .intervals import Tried, settled
 from .journal import Journal
 from .methods import LORA, Contestant, contestants
 from .plan import Plan
 from .pool import Pool
 from .run import Outcome, Run
 from .suite import Prepared
-from .summary import Pair, Tried, chosen, summary, widest
+from .summary import Pair, summary, widest
 
 __all__ = ["measure"]
 
@@ -52,35 +53,42 @@ def measure(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda d
         RuntimeError: a method trained other parameters than were counted for it.
     """
     prepared = plan.suite.prepare(plan, journal.parent, progress)
-    entered = contestants(prepared.base, plan.methods, plan.budgets)
+    entered = [one for one in contestants(prepared.base, plan.methods, plan.budgets) if plan.enters(one)]
     competing = [contestant for contestant in entered if not contestant.unavailable]
     book = Journal(journal, prepared.learner, prepared.base, prepared.tasks, plan.recipe, prepared.below)
     with Pool(plan.processes, prepared.learner, prepared.tasks, plan.recipe, plan.side_by_side) as pool:
         told = _screened(plan, prepared, entered, pool, book, progress)
         tasks = [task for task, why in told.items() if not why]
         pairs = list(itertools.product(competing, tasks))
-        pool.finish(_tuning(plan, pairs), book, progress("tune"))
-        tried = {pair: _tried(plan, pair, book) for pair in pairs}
         seeds = plan.seeds
         while True:
-            final = {
+            tuning = plan.tuning_seeds or seeds
+            tuned = list(_tuning(plan, pairs, tuning))
+            pool.finish(tuned, book, progress(f"tune, {_count(tuning)}"))
+            tried = {pair: _tried(plan, pair, book, tuning) for pair in pairs}
+            chosen = {
                 pair: [_run(pair, plan.rates[tried[pair].chosen], seed) for seed in range(seeds)] for pair in pairs
             }
-            pool.finish(itertools.chain(*final.values()), book, progress(f"train, {seeds} seeds"))
-            found = {pair: [book[run] for run in runs] for pair, runs in final.items()}
-            tests = {pair: [outcome.test for outcome in outcomes] for pair, outcomes in found.items()}
-            if not plan.until or seeds >= plan.most_seeds or widest(competing, tasks, tests) <= plan.until:
+            pool.finish(itertools.chain(*chosen.values()), book, progress(f"train, {_count(seeds)}"))
+            found = {pair: [book[run] for run in runs] for pair, runs in chosen.items()}
+            final = {pair: tried[pair] if tuning == seeds else _settled(outcomes) for pair, outcomes in found.items()}
+            if not plan.until or seeds >= plan.most_seeds or widest(competing, tasks, final) <= plan.until:
                 break
             seeds = min(plan.most_seeds, seeds + max(1, seeds // 2))
     _check_budgets(found)
-    runs = {*_tuning(plan, pairs), *itertools.chain(*final.values())}
+    runs = {*tuned, *itertools.chain(*chosen.values())}
     settings = _settings(plan, prepared, tasks) | {
         "seeds": seeds,
+        "tuning_seeds": tuning,
         "trainings": len(runs),
         "cpu_seconds": round(sum(book[run].seconds for run in runs)),
     }
     described = [_described(prepared, task, why) for task, why in told.items()]
-    return {"settings": settings, "tasks": described, **summary(entered, tasks, plan.rates, tried, tests)}
+    return {"settings": settings, "tasks": described, **summary(entered, tasks, plan.rates, tried, final)}
+
+
+def _count(seeds: int) -> str:
+    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def _run(pair: Pair, rate: float, seed: int) -> Run:
@@ -88,15 +96,19 @@ def _run(pair: Pair, rate: float, seed: int) -> Run:
     return Run(contestant.method, contestant.rank, task, rate, seed)
 
 
-def _tuning(plan: Plan, pairs: Sequence[Pair]) -> Iterator[Run]:
-    for pair, rate, seed in itertools.product(pairs, plan.rates, range(plan.tuning_seeds)):
+def _tuning(plan: Plan, pairs: Sequence[Pair], seeds: int) -> Iterator[Run]:
+    for pair, rate, seed in itertools.product(pairs, plan.rates, range(seeds)):
         yield _run(pair, rate, seed)
 
 
-def _tried(plan: Plan, pair: Pair, book: Journal) -> Tried:
-    outcomes = [[book[_run(pair, rate, seed)] for seed in range(plan.tuning_seeds)] for rate in plan.rates]
+def _tried(plan: Plan, pair: Pair, book: Journal, seeds: int) -> Tried:
+    outcomes = [[book[_run(pair, rate, seed)] for seed in range(seeds)] for rate in plan.rates]
     validation, test = ([[getattr(one, split) for one in row] for row in outcomes] for split in ("validation", "test"))
-    return Tried(validation, chosen(validation), test)
+    return Tried(validation, test)
+
+
+def _settled(outcomes: Sequence[Outcome]) -> Tried:
+    return settled([outcome.test for outcome in outcomes])
 
 
 def _screened(
@@ -107,11 +119,11 @@ def _screened(
     if plan.suite.admitted is None or not plan.screened:
         return told
     lora = next(one for one in entered if (one.method, one.budget) == (LORA, min(plan.budgets)))
-    pairs = [(lora, task) for task in told]
-    pool.finish(_tuning(plan, pairs), book, progress("LoRA alone"))
+    pairs, seeds = [(lora, task) for task in told], plan.tuning_seeds or plan.seeds
+    pool.finish(_tuning(plan, pairs, seeds), book, progress("LoRA alone"))
     for pair in pairs:
         frozen = prepared.baselines[pair[1]].validation
-        told[pair[1]] = plan.suite.admitted(frozen, _tried(plan, pair, book).best)
+        told[pair[1]] = plan.suite.admitted(frozen, _tried(plan, pair, book, seeds).best)
     if all(told.values()):
         raise ValueError(f"no task is left: {'; '.join(f'{task}: {why}' for task, why in told.items())}")
     return told
@@ -141,7 +153,6 @@ def _settings(plan: Plan, prepared: Prepared, tasks: Sequence[str]) -> dict[str,
         "parameters": sum(weight.numel() for weight in prepared.base.parameters()),
         "recipe": asdict(plan.recipe),
         "rates": list(plan.rates),
-        "tuning_seeds": plan.tuning_seeds,
         "until": plan.until,
         "tasks": sizes,
         "text": dict(prepared.text),

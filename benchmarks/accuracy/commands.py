@@ -55,7 +55,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         "--until", type=float, default=0.0, help="add seeds until every 95%% interval is within ± so many points"
     )
     parser.add_argument("--most-seeds", type=int, default=Plan.most_seeds, help="that there may be then (%(default)s)")
-    parser.add_argument("--tuning-seeds", type=int, help=f"per rate ({_defaults('tuning_seeds')})")
+    parser.add_argument("--tuning-seeds", type=int, help=f"per rate; 0: all ({_defaults('tuning_seeds')})")
     parser.add_argument("--steps", type=int, help="of fine-tuning (the suite's)")
     parser.add_argument("--batch", type=int, help="examples of a step (the suite's)")
     parser.add_argument(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .data import Row
-from .methods import FULL, LORA, METHODS, VARIANTS
+from .methods import FULL, LORA, METHODS, VARIANTS, Contestant
 from .model import Pretraining
 from .recipe import Recipe
 from .sequence import SEQUENCE
@@ -32,7 +32,8 @@ class Plan:
         until: points; seeds are added until the 95% interval of each difference to LoRA, a mean over tasks, is no wider
             than plus or minus that. 0: none are added.
         most_seeds: that there may be then.
-        tuning_seeds: how many of the seeds tuning looks at.
+        tuning_seeds: how many of the seeds tuning looks at; 0 for all.
+        only: budgets and methods that are entered; empty for every method at every budget.
         recipe: the training.
         pretraining: of the small model.
         model: directory or Hub id of a causal language model, instead of the small one.
@@ -54,6 +55,7 @@ class Plan:
     until: float = 0.0
     most_seeds: int = 60
     tuning_seeds: int = SEQUENCE.tuning_seeds
+    only: frozenset[tuple[int, str]] = frozenset()
     recipe: Recipe = SEQUENCE.recipe
     pretraining: Pretraining = field(default_factory=Pretraining)
     model: str | None = None
@@ -80,8 +82,10 @@ class Plan:
         for name in ("budgets", "rates"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"--{name} must be positive numbers, with commas")
-        if not 1 <= self.tuning_seeds <= self.seeds:
-            raise ValueError(f"--tuning-seeds is {self.tuning_seeds}; it must be 1 to {self.seeds}, the seeds")
+        if self.seeds < 1 or not 0 <= self.tuning_seeds <= self.seeds:
+            raise ValueError(
+                f"--tuning-seeds is {self.tuning_seeds}; it must be 1 to {self.seeds}, the seeds, or 0 for all of them"
+            )
         if self.until < 0 or (self.until and self.most_seeds < self.seeds):
             raise ValueError(f"--until must be at least 0 points, --most-seeds at least {self.seeds}, the seeds")
         if min(self.recipe.steps, self.recipe.batch, self.pretraining.steps) < 1:
@@ -97,6 +101,10 @@ class Plan:
     def task_names(self) -> tuple[str, ...]:
         """Those that are run, in order."""
         return self.tasks or self._known_tasks
+
+    def enters(self, one: Contestant) -> bool:
+        """Whether a method takes part at a budget."""
+        return not self.only or (one.budget, one.method) in self.only
 
     @property
     def processes(self) -> int:

@@ -2,10 +2,10 @@
 
 The rule. A suite's tasks are two halves: the first, third, … are for the choice, the others for the report. On the
 first half every method below is tuned at every budget, and of each family the one with the best mean on the validation
-splits is chosen, per budget. On the second half those chosen, plain LoRA and plain `shared` are tuned anew and run on
-the test splits. Published are two differences: of the chosen FFBA to the chosen LoRA, which had the same freedom, and
-to plain LoRA. Tasks that are left out of a suite are left out of their half. Nothing is chosen on the second half but
-learning rates, and by its validation splits.
+splits is chosen, per budget. On the second half those chosen, plain LoRA and plain `shared` run every seed at every
+learning rate, are tuned anew by all of them, and reported on the test splits. Published are two differences: of the
+chosen FFBA to the chosen LoRA, which had the same freedom, and to plain LoRA. Tasks that are left out of a suite are
+left out of their half. Nothing is chosen on the second half but learning rates, and by its validation splits.
 """
 
 from __future__ import annotations

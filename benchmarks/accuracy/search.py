@@ -10,12 +10,13 @@ from typing import Any
 from flora_fx.progress import Bar
 
 from .accuracy import measure
+from .intervals import Tried, bootstrap, mean, settled
 from .methods import FULL, LORA, family
 from .plan import Plan
 from .registered import PLAIN, REGISTERED, rule
-from .summary import TARGET, bootstrap
+from .summary import TARGET
 
-__all__ = ["best", "differences", "judged", "search"]
+__all__ = ["best", "judged", "reported", "search"]
 
 Result = Mapping[str, Any]
 
@@ -24,7 +25,8 @@ def search(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda do
     """Choose on one half of a suite's tasks, report on the other.
 
     Args:
-        plan: suite, budgets, learning rates, seeds. Its methods are those that are registered, its tasks the suite's.
+        plan: suite, budgets, learning rates, seeds; tuning seeds are those of the first half. Its methods are those
+            that are registered, its tasks the suite's.
         journal: as for `accuracy.measure`.
         progress: makes a progress callback from a label.
 
@@ -37,12 +39,18 @@ def search(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda do
     Raises:
         ValueError: every task of a half is left out, or as for `accuracy.measure`.
     """
-    shared = replace(plan, until=0.0, seeds=plan.tuning_seeds)
+    shared = replace(plan, until=0.0, seeds=plan.tuning_seeds or plan.seeds)
     choice = measure(replace(shared, methods=REGISTERED, tasks=plan.suite.choice), journal, progress=progress)
     chosen = {budget: best(choice, budget) for budget in plan.budgets}
-    named = [method for winners in chosen.values() for method, _ in winners.values()]
-    wanted = replace(plan, methods=tuple(dict.fromkeys((*PLAIN, *named))), tasks=plan.suite.report)
-    report = measure(wanted, journal, progress=progress) | {"verdicts": []}
+    wanted = {budget: {*PLAIN, *(method for method, _ in winners.values())} for budget, winners in chosen.items()}
+    entered = replace(
+        plan,
+        methods=tuple(method for method in REGISTERED if any(method in methods for methods in wanted.values())),
+        only=frozenset((budget, method) for budget, methods in wanted.items() for method in methods),
+        tasks=plan.suite.report,
+        tuning_seeds=0,
+    )
+    report = measure(entered, journal, progress=progress) | {"verdicts": []}
     return {
         "rule": rule(),
         "registered": list(REGISTERED),
@@ -62,47 +70,42 @@ def best(choice: Result, budget: int) -> dict[str, tuple[str, float]]:
     found: dict[str, tuple[str, float]] = {}
     for method in dict.fromkeys(cell["method"] for cell in choice["cells"] if cell["method"] != FULL):
         cells = [cell for cell in choice["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
-        means = [max(map(_mean, cell["validation"])) for cell in cells]
-        if means and _mean(means) > found.get(family(method), ("", -1.0))[1]:
-            found[family(method)] = (method, _mean(means))
+        means = [max(map(mean, cell["validation"])) for cell in cells]
+        if means and mean(means) > found.get(family(method), ("", -1.0))[1]:
+            found[family(method)] = (method, mean(means))
     return found
 
 
 def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
-    (ours, _), (theirs, _) = winners["FFBA"], winners[LORA]
+    names = {of: method for of, (method, _) in winners.items()}
+    ours, theirs, plain = (reported(report, budget, method) for method in (names["FFBA"], names[LORA], LORA))
     return {
         "budget": budget,
-        "chosen": {of: method for of, (method, _) in winners.items()},
-        "validation": {of: mean for of, (_, mean) in winners.items()},
-        **judged(differences(report, budget, ours, theirs), differences(report, budget, ours, LORA)),
+        "chosen": names,
+        "validation": {of: reached for of, (_, reached) in winners.items()},
+        **judged(ours, theirs, plain),
     }
 
 
-def judged(chosen: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> dict[str, Any]:
+def judged(ours: Sequence[Tried], theirs: Sequence[Tried], plain: Sequence[Tried]) -> dict[str, Any]:
     """What is published of the chosen FFBA, and whether it is the target.
 
     Args:
-        chosen: its differences to the chosen LoRA, by task and seed.
-        plain: those to plain LoRA.
+        ours: the chosen FFBA, by task.
+        theirs: the chosen LoRA.
+        plain: LoRA without a variation.
     """
-    difference = asdict(bootstrap(chosen))
+    difference = asdict(bootstrap(ours, theirs))
     return {
         "difference": difference,
-        "over_tasks": asdict(bootstrap(chosen, over_tasks=True)),
-        "to_plain": asdict(bootstrap(plain)),
+        "over_tasks": asdict(bootstrap(ours, theirs, over_tasks=True)),
+        "to_plain": asdict(bootstrap(ours, plain)),
         "target": TARGET,
         "reached": difference["mean"] >= TARGET and difference["low"] > 0,
     }
 
 
-def differences(report: Result, budget: int, one: str, other: str) -> list[list[float]]:
-    """Between two methods at a budget on the test splits, by task and seed."""
-    tests = [
-        {cell["task"]: cell["test"] for cell in report["cells"] if (cell["budget"], cell["method"]) == (budget, method)}
-        for method in (one, other)
-    ]
-    return [[a - b for a, b in zip(mine, tests[1][task], strict=True)] for task, mine in tests[0].items()]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def reported(report: Result, budget: int, method: str) -> list[Tried]:
+    """What a method gets right at a budget, by task: at all rates if tuning ran all seeds, at the chosen one else."""
+    cells = [cell for cell in report["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
+    return [Tried(cell["validation"], cell["tests"]) if "tests" in cell else settled(cell["test"]) for cell in cells]

@@ -52,9 +52,10 @@ def _verdicts(result: Result) -> Sheet:
         found = "reached" if one["reached"] else "missed"
         target = f"the target of +{one['target']} points with the whole interval above 0"
         notes.append(f"Budget of a LoRA of rank {one['budget']}: {target} is {found}.")
+    known = view.intervals(result["report"])
     notes.append(
-        "Intervals are of another draw of seeds within tasks; in the middle one, of tasks as well. They know nothing "
-        "of another choice of variants and learning rates: chosen by few seeds, these can move a difference by more."
+        f"{known} In the middle one tasks are drawn, too. Nor do they know of another choice of variants, which few "
+        "seeds make on the first half."
     )
     header = ["LoRA's rank", "FFBA chosen", "LoRA chosen", "− LoRA chosen", "with tasks drawn", f"− {LORA}"]
     return Sheet("What was chosen on the first half, on the test splits of the second", header, body, notes)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from .intervals import Tried, bootstrap
 from .methods import LORA
 from .registered import PLAIN
-from .search import differences, judged
-from .summary import bootstrap
+from .search import judged, reported
 
 __all__ = ["together"]
 
@@ -23,9 +23,10 @@ def together(searches: Mapping[str, Result]) -> dict[str, Any]:
         searches: what `search.search` returned, by the name of its record.
 
     Returns:
-        ``searches``: per record its suite, its tasks, and its seeds; ``verdicts``, per budget: ``chosen`` by record and
-        family; as in `search.search`, of the tasks of all, ``difference``, ``over_tasks`` and ``to_plain``; ``plain``,
-        the difference of `shared` to LoRA without a variation; and whether the target is reached.
+        ``searches``: per record its suite, its tasks, its seeds, and how many of them tuning looked at; ``verdicts``,
+        per budget: ``chosen`` by record and family; as in `search.search`, of the tasks of all, ``difference``,
+        ``over_tasks`` and ``to_plain``; ``plain``, the difference of `shared` to LoRA without a variation; and whether
+        the target is reached.
 
     Raises:
         ValueError: fewer than two, one that is no search, or no budget that all have.
@@ -47,6 +48,7 @@ def together(searches: Mapping[str, Result]) -> dict[str, Any]:
             "suite": one["report"]["settings"]["suite"],
             "tasks": list(one["report"]["settings"]["tasks"]),
             "seeds": one["report"]["settings"]["seeds"],
+            "tuning_seeds": one["report"]["settings"]["tuning_seeds"],
         }
         for name, one in searches.items()
     }
@@ -59,16 +61,14 @@ def together(searches: Mapping[str, Result]) -> dict[str, Any]:
 
 
 def _verdict(budget: int, searches: Mapping[str, Result], chosen: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    def of(methods: Mapping[str, tuple[str, str]]) -> list[list[float]]:
-        reports = {name: one["report"] for name, one in searches.items()}
-        return [pairs for name, report in reports.items() for pairs in differences(report, budget, *methods[name])]
+    def of(methods: Mapping[str, str]) -> list[Tried]:
+        return [tried for name, one in searches.items() for tried in reported(one["report"], budget, methods[name])]
 
+    plain, shared = (of(dict.fromkeys(chosen, method)) for method in PLAIN)
+    ours, theirs = (of({name: found[family] for name, found in chosen.items()}) for family in ("FFBA", LORA))
     return {
         "budget": budget,
         "chosen": chosen,
-        **judged(
-            of({name: (found["FFBA"], found[LORA]) for name, found in chosen.items()}),
-            of({name: (found["FFBA"], LORA) for name, found in chosen.items()}),
-        ),
-        "plain": asdict(bootstrap(of(dict.fromkeys(chosen, (PLAIN[1], PLAIN[0]))))),
+        **judged(ours, theirs, plain),
+        "plain": asdict(bootstrap(shared, plain)),
     }

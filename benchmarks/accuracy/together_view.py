@@ -18,7 +18,10 @@ Result = Mapping[str, Any]
 
 def setup(result: Result) -> str:
     """What was put together, in sentences for the page."""
-    told = [f"{one['suite']}: {', '.join(one['tasks'])}, {one['seeds']} seeds" for one in result["searches"].values()]
+    told = [
+        f"{one['suite']}: {', '.join(one['tasks'])}, {one['seeds']} seeds, {one['tuning_seeds']} of them for tuning"
+        for one in result["searches"].values()
+    ]
     return f"The second halves of the searches {', '.join(result['searches'])}. Tasks of {'; of '.join(told)}."
 
 
@@ -38,8 +41,9 @@ def sheets(result: Result) -> list[Sheet]:
             f"with the whole interval above 0 is {found}."
         )
     notes.append(
-        "Means over all tasks. Intervals are of another draw of seeds within tasks; in the second column, of tasks. "
-        "They know nothing of another choice of variants and learning rates."
+        "Means over all tasks. Intervals are of another draw of seeds within tasks, which choose their learning rates "
+        "anew where tuning looked at all seeds; in the second column, of tasks as well. They know nothing of another "
+        "choice of variants."
     )
     header = [
         "LoRA's rank",

@@ -11,7 +11,7 @@ from flora_fx.measuring.bars import INK, PALE, STYLE, require_figures, write
 from ..show.sheet import Sheet
 from .methods import FULL, LORA, family
 
-__all__ = ["draw", "setup", "sheets", "signed"]
+__all__ = ["draw", "intervals", "setup", "sheets", "signed"]
 
 Result = Mapping[str, Any]
 
@@ -41,8 +41,13 @@ def setup(result: Result) -> str:
         f"seen{examples}; {recipe['steps']} steps of AdamW with {recipe['batch']} examples, float32, on "
         f"{recipe['device']}. Learning rates tried by every method on every task: "
         f"{', '.join(f'{rate:g}' for rate in settings['rates'])}, chosen by the validation split over "
-        f"{settings['tuning_seeds']} seeds; then {settings['seeds']} seeds on the test split.{_cost(settings)}"
+        f"{_seeds(settings)} on the test split.{_cost(settings)}"
     )
+
+
+def _seeds(settings: Mapping[str, Any]) -> str:
+    tuning, seeds = settings["tuning_seeds"], settings["seeds"]
+    return f"{tuning} seeds; then {seeds} seeds" if tuning < seeds else f"all {seeds} seeds, and reported"
 
 
 def _count(tasks: Mapping[str, Any]) -> str:
@@ -141,9 +146,16 @@ def signed(interval: Mapping[str, float]) -> str:
     return f"{_points(interval['mean'])} ({_points(interval['low'])}…{_points(interval['high'])})"
 
 
+def intervals(result: Result) -> str:
+    """What the intervals of a record know, in sentences."""
+    told = "The 95% intervals are a bootstrap of seeds within tasks"
+    if any("tests" in cell for cell in result["cells"]):
+        return f"{told}, which choose their learning rates anew: they speak of other seeds, not of other tasks."
+    return f"{told}: they speak of other seeds at the rates chosen, not of other tasks or learning rates."
+
+
 def _means(result: Result, budget: int) -> Sheet:
     body, notes = [], []
-    tuned = any("over_rates" in mean for mean in result["means"])
     for one in _entered(result, budget):
         if one["unavailable"]:
             body.append([one["method"], "not available"])
@@ -152,16 +164,10 @@ def _means(result: Result, budget: int) -> Sheet:
         mean = _mean(result, one)
         against = signed(mean["difference"]) if "difference" in mean else ""
         exact = f"{mean['test']['mean']:.1f} ({mean['test']['low']:.1f}…{mean['test']['high']:.1f})"
-        anew = [signed(mean["over_rates"]) if "over_rates" in mean else ""] if tuned else []
-        body.append([one["method"], str(one["rank"] or ""), str(one["parameters"]), exact, against, *anew])
+        body.append([one["method"], str(one["rank"] or ""), str(one["parameters"]), exact, against])
     header = ["", "rank", "parameters", f"{_measured(result)}, %", f"− {LORA}"]
-    if tuned:
-        header.append("with rates chosen anew")
     notes += [_sentence(verdict) for verdict in result["verdicts"] if verdict["budget"] == budget]
-    notes.append(
-        "Means over tasks and seeds; differences are of pairs (task, seed). The 95% intervals are a bootstrap of seeds "
-        "within tasks: they speak of another draw of seeds, not of other tasks, test examples or learning rates."
-    )
+    notes.append(f"Means over tasks and seeds; differences are of pairs (task, seed). {intervals(result)}")
     return Sheet(f"Test split, {_label(result, budget)}", header, body, notes)
 
 

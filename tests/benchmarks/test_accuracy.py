@@ -15,18 +15,14 @@ import torch
 from torch import nn
 
 from benchmarks.accuracy import tasks as accuracy_tasks
-from benchmarks.accuracy import view as accuracy_view
-from benchmarks.accuracy.accuracy import measure
 from benchmarks.accuracy.data import SPLITS, Example, Splits, encode, read
 from benchmarks.accuracy.descent import step
 from benchmarks.accuracy.generation import Generation, batch_of
 from benchmarks.accuracy.journal import Journal
-from benchmarks.accuracy.methods import FULL, LORA, METHODS, Contestant, adapted, contestants
+from benchmarks.accuracy.methods import FULL, LORA, METHODS, adapted, contestants
 from benchmarks.accuracy.model import Pretraining, pretrained
-from benchmarks.accuracy.plan import Plan
 from benchmarks.accuracy.recipe import Recipe
 from benchmarks.accuracy.run import Outcome, Run, fine_tune, percent_right
-from benchmarks.accuracy.summary import Tried, bootstrap, chosen, over_rates, summary
 from benchmarks.accuracy.tasks import PRETRAINING, SYMBOLS, UNSEEN, VOCABULARY
 from benchmarks.commands import main
 from benchmarks.show.page import write_page
@@ -194,90 +190,6 @@ def test_exact_match_is_that_of_greedy_generation() -> None:
     assert _percent_right(model, examples) == pytest.approx(100 * greedy / 3)
 
 
-# --- tuning and summary -----------------------------------------------------------------------------------
-
-
-def test_rate_is_chosen_by_validation_and_the_test_is_never_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The rate that is worst on validation is best on the test split; nobody may notice."""
-    validation = {1e-3: 10.0, 2e-3: 60.0, 3e-3: 30.0}
-
-    def outcome(pool: Any, runs: Sequence[Run], journal: Journal, progress: Any) -> None:
-        for run in runs:
-            right = validation[run.rate] + run.seed
-            journal.add(run, Outcome(12288, right, 100 - right + (5 if run.method == "block" else 0)))
-
-    monkeypatch.setattr("benchmarks.accuracy.accuracy.Pool.finish", outcome)
-    plan = Plan(
-        methods=(LORA, "block"),
-        tasks=("sort halves",),
-        budgets=(2,),
-        rates=tuple(validation),
-        tuning_seeds=2,
-        seeds=5,
-        pretraining=Pretraining(steps=1, hidden=128, batch=2),
-    )
-    result = measure(plan, tmp_path / "runs.jsonl")
-    lora, block = result["cells"]
-    assert (lora["rate"], lora["at_end"]) == (2e-3, False)
-    assert lora["validation"] == [[10, 11], [60, 61], [30, 31]]
-    assert lora["test"] == [40, 39, 38, 37, 36]
-    assert block["difference"] == {"mean": 5, "low": 5, "high": 5}  # paired: seeds move both alike
-    assert result["verdicts"] == [
-        {"budget": 2, "best": "block", "difference": block["difference"], "target": 2.1, "reached": True}
-    ]
-    assert [row["validation"] for row in result["grid"]] == 2 * [10.5, 60.5, 30.5]
-
-
-def test_of_equal_rates_the_smallest_is_chosen_and_ends_are_told() -> None:
-    assert chosen([[0, 0], [50, 50], [40, 60]]) == 1
-    assert not Tried([[0], [1], [0]], 1).at_end
-    assert Tried([[0], [1]], 1).at_end
-    assert Tried([[2], [1]], 0).at_end
-
-
-def test_interval_is_of_seeds_within_tasks() -> None:
-    apart = bootstrap([[0.0] * 5, [100.0] * 5])
-    assert (apart.mean, apart.low, apart.high) == (50, 50, 50)  # another choice of tasks is not in it
-    noisy = bootstrap([[0.0, 10.0, 20.0, 30.0, 40.0]])
-    assert noisy.mean == 20
-    assert 5 < noisy.low < 12 < 28 < noisy.high < 35
-    many = bootstrap([[0.0, 10.0, 20.0, 30.0, 40.0]] * 16)
-    assert noisy.high - noisy.low == pytest.approx(4 * (many.high - many.low), rel=0.1)
-
-
-def test_each_draw_of_seeds_chooses_its_rates() -> None:
-    """By validation: one method's rates are as good as each other there, and 20 points apart on the test split."""
-    seeds = 12
-    clear = Tried([[10.0] * seeds, [60.0] * seeds], 1, [[5.0] * seeds, [50.0] * seeds])
-    even = [float(seed % 2) for seed in range(seeds)]
-    torn = Tried([[30 + x for x in even], [31 - x for x in even]], 0, [[40.0] * seeds, [60.0] * seeds])
-    found = over_rates([(torn, clear)])
-    assert (found.mean, found.low, found.high) == (-10, -10, 10)
-    assert over_rates([(clear, torn)]).high == 10
-    same = over_rates([(clear, clear)])
-    assert (same.mean, same.low, same.high) == (0, 0, 0)
-
-    lora, shared = (Contestant(2, method, 2, 100) for method in (LORA, "shared"))
-    tests = {(lora, "t"): [50.0] * seeds, (shared, "t"): [40.0] * seeds}
-    tried = {(lora, "t"): clear, (shared, "t"): torn}
-    own, mean = summary([lora, shared], ["t"], [1e-3, 1e-2], tried, tests)["means"]
-    assert "over_rates" not in own
-    assert mean["difference"] == {"mean": -10, "low": -10, "high": -10}
-    assert mean["over_rates"] == {"mean": -10, "low": -10, "high": 10}
-    more = {pair: [*of, 0.0] for pair, of in tests.items()}  # a seed that was not tuned
-    assert "over_rates" not in summary([lora, shared], ["t"], [1e-3, 1e-2], tried, more)["means"][1]
-
-
-def test_best_variant_is_chosen_by_validation() -> None:
-    entered = [Contestant(2, method, 2, 100) for method in (LORA, "block", "shared")]
-    tried = {(one, "t"): Tried([[right]], 0) for one, right in zip(entered, (50.0, 70.0, 60.0), strict=True)}
-    tests = {(one, "t"): [right, right] for one, right in zip(entered, (50.0, 51.0, 90.0), strict=True)}
-    [verdict] = summary(entered, ["t"], [1e-3], tried, tests)["verdicts"]
-    assert (verdict["best"], verdict["difference"]["mean"], verdict["reached"]) == ("block", 1, False)
-
-
 # --- journal ----------------------------------------------------------------------------------------------
 
 
@@ -438,7 +350,7 @@ def test_two_methods_through_the_command_line_and_again_from_the_journal(
         (["--tasks", "sort"], "unknown task 'sort'; it must be one of reverse, running max"),
         (["--rates", ""], "--rates must be positive numbers"),
         (["--budgets", "0,2"], "--budgets must be positive numbers"),
-        (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 4"),
+        (["--tuning-seeds", "6"], "--tuning-seeds is 6; it must be 1 to 4, the seeds, or 0 for all of them"),
         (["--steps", "0"], "--steps, --batch and --pretraining-steps must be at least 1"),
         (["--model", "somewhere"], "--model and --data go together"),
         (["--device", "abacus"], "unknown device 'abacus'; it must be one of cpu, cuda"),
@@ -465,52 +377,6 @@ def test_arguments_that_make_no_sense(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_sheets_and_pictures_of_a_method_that_is_not_available(tmp_path: Path) -> None:
-    entered = [
-        Contestant(0, FULL, 0, 1000),
-        Contestant(1, LORA, 1, 40),
-        Contestant(1, "cross", 0, 0, "40 parameters are too few"),
-        Contestant(1, "block", 3, 36),
-    ]
-    tasks, competing = ["a", "b"], [one for one in entered if not one.unavailable]
-    tried = {(one, task): Tried([[1.0], [2.0], [1.0]], 1) for one in competing for task in tasks}
-    tests = {(one, task): [10.0 + one.rank, 20.0 + one.rank] for one in competing for task in tasks}
-    settings = {
-        "model": "some/model",
-        "parameters": 1000,
-        "recipe": {"steps": 3, "batch": 4, "device": "cpu"},
-        "rates": [1e-3, 2e-3, 4e-3],
-        "seeds": 2,
-        "tuning_seeds": 1,
-        "tasks": {"a": dict.fromkeys(SPLITS, 5), "b": dict.fromkeys(SPLITS, 6)},
-    }
-    result = {"settings": settings, **summary(entered, tasks, settings["rates"], tried, tests)}
-    means, by_task, differences, rates, grid = accuracy_view.sheets(result)
-    assert means.title == "Test split, at most 40 parameters (4.0%, LoRA of rank 1)"
-    assert means.rows == [
-        ["full", "", "1000", "15.0 (10.0…20.0)", ""],
-        ["LoRA", "1", "40", "16.0 (11.0…21.0)", ""],
-        ["cross", "not available"],
-        ["block", "3", "36", "18.0 (13.0…23.0)", "+2.0 (+2.0…+2.0)"],
-    ]
-    assert means.notes[0] == "cross is not available: 40 parameters are too few."
-    assert "the target of +2.1 is missed" in means.notes[1]
-    assert by_task.rows[1] == ["LoRA", "16.0 ± 7.1", "16.0 ± 7.1"]
-    assert differences.rows == [["block", "+2.0 (+2.0…+2.0)", "+2.0 (+2.0…+2.0)"]]
-    assert [row[1:] for row in rates.rows] == 3 * [["0.002", "0.002"]]
-    assert rates.notes == []
-    assert grid.rows[-1] == ["block", "1.0; 0.0 (0.0…0.0)", "2.0; 0.0 (0.0…0.0)", "1.0; 0.0 (0.0…0.0)"]
-    assert "The base is `some/model` (1000 parameters); 2 tasks" in accuracy_view.setup(result)
-    files = accuracy_view.draw(result, tmp_path / "accuracy")
-    assert [file.name for file in files] == [
-        "accuracy.svg",
-        "accuracy.png",
-        "accuracy-tasks.svg",
-        "accuracy-tasks.png",
-    ]
-    assert all(file.stat().st_size for file in files)
 
 
 def test_symbols_are_used_alike() -> None:

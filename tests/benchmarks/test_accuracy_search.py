@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from benchmarks.accuracy import search_view
 from benchmarks.accuracy.accuracy import measure
+from benchmarks.accuracy.intervals import bootstrap, settled
 from benchmarks.accuracy.methods import FULL, LORA, METHODS, VARIANTS, Contestant, contestants, family
 from benchmarks.accuracy.model import Pretraining
 from benchmarks.accuracy.plan import Plan
@@ -19,7 +22,7 @@ from benchmarks.accuracy.registered import PLAIN, REGISTERED, rule
 from benchmarks.accuracy.run import Outcome, Run
 from benchmarks.accuracy.search import search
 from benchmarks.accuracy.sequence import SEQUENCE
-from benchmarks.accuracy.summary import bootstrap, widest
+from benchmarks.accuracy.summary import widest
 from benchmarks.accuracy.text.suite import TEXT
 from benchmarks.commands import main
 from benchmarks.show.page import write_page
@@ -101,9 +104,9 @@ def test_what_is_chosen_on_one_half_is_reported_on_the_other(told: Any, tmp_path
     asked = told(_right)
     result = search(replace(PLAN, tasks=(), methods=SEQUENCE.methods), tmp_path / "runs.jsonl")
     assert {run.method for run in asked if run.task in SEQUENCE.choice} == set(REGISTERED)
-    assert {run.method for run in asked if run.task in SEQUENCE.report} == {*PLAIN, "shared, tanh", "LoRA, MLP"}
     assert {run.seed for run in asked if run.task in SEQUENCE.choice} == {0, 1}
-    assert {run.seed for run in asked if run.task in SEQUENCE.report} == {0, 1, 2, 3}
+    reported = Counter((run.method, run.rate) for run in asked if run.task in SEQUENCE.report)
+    assert reported == dict.fromkeys(itertools.product((*PLAIN, "shared, tanh", "LoRA, MLP"), PLAN.rates), 4 * 4)
     assert list(result["choice"]["settings"]["tasks"]) == list(SEQUENCE.choice)
     assert list(result["report"]["settings"]["tasks"]) == list(SEQUENCE.report)
     [verdict] = result["verdicts"]
@@ -158,7 +161,7 @@ def test_seeds_are_added_until_intervals_are_narrow(told: Any, tmp_path: Path) -
     seeds = result["settings"]["seeds"]
     assert 4 < seeds < 60
     for count, narrow in ((seeds, True), (4, False)):
-        found = bootstrap([[(seed % 2) * 6.0 for seed in range(count)]])
+        found = bootstrap([settled([(seed % 2) * 6.0 for seed in range(count)])])
         assert ((found.high - found.low) / 2 <= 1.5) is narrow
     [lora, shared] = result["cells"]
     assert len(lora["test"]) == len(shared["test"]) == seeds
@@ -169,15 +172,30 @@ def test_seeds_are_added_until_intervals_are_narrow(told: Any, tmp_path: Path) -
     assert measure(PLAN, tmp_path / "runs.jsonl")["settings"]["seeds"] == 4
 
 
+def test_tuning_looks_at_added_seeds_too(told: Any, tmp_path: Path) -> None:
+    def right(run: Run) -> tuple[float, float]:
+        return 50.0 + (run.seed > 5) * (run.rate > 2e-3), 50.0 + (run.seed % 2) * 6.0 * (run.method == "shared")
+
+    asked = told(right)
+    result = measure(replace(PLAN, tuning_seeds=0, until=1e-3, most_seeds=7), tmp_path / "runs.jsonl")
+    assert Counter((run.method, run.rate) for run in asked) == dict.fromkeys(
+        itertools.product(PLAN.methods, PLAN.rates), 7
+    )
+    assert (result["settings"]["seeds"], result["settings"]["tuning_seeds"]) == (7, 7)
+    assert {cell["rate"] for cell in result["cells"]} == {3e-3}  # which only the seventh seed prefers
+    assert [len(tests) for tests in result["cells"][1]["tests"]] == [7, 7]
+
+
 def test_the_widest_interval_decides() -> None:
     lora, still, restless = (Contestant(2, method, 2, 100) for method in (LORA, "shared", "cross"))
-    tests = {(one, "t"): [50.0] * 4 for one in (lora, still)} | {(restless, "t"): [50.0, 60.0, 50.0, 60.0]}
-    assert widest([lora, still], ["t"], tests) == 0
-    assert widest([lora, restless], ["t"], tests) == widest([lora, still, restless], ["t"], tests) == 5
+    final = {(one, "t"): settled([50.0] * 4) for one in (lora, still)}
+    final[restless, "t"] = settled([50.0, 60.0, 50.0, 60.0])
+    assert widest([lora, still], ["t"], final) == 0
+    assert widest([lora, restless], ["t"], final) == widest([lora, still, restless], ["t"], final) == 5
 
 
 def test_an_interval_over_tasks_is_wider() -> None:
-    apart = [[0.0] * 5, [100.0] * 5]
+    apart = [settled([0.0] * 5), settled([100.0] * 5)]
     within, over = bootstrap(apart), bootstrap(apart, over_tasks=True)
     assert (within.low, within.high) == (50, 50)
     assert (over.mean, over.low, over.high) == (50, 0, 100)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy import together_view
-from benchmarks.accuracy.summary import bootstrap
+from benchmarks.accuracy.intervals import bootstrap, settled
 from benchmarks.accuracy.together import together
 from benchmarks.commands import main
 from benchmarks.show.page import write_page
@@ -27,7 +27,7 @@ def _search(suite: str, ours: str, theirs: str, tests: dict[str, dict[str, list[
     tasks = {task: {} for by_task in tests.values() for task in by_task}
     seeds = len(next(iter(next(iter(tests.values())).values())))
     verdicts = [{"budget": budget, "chosen": {"FFBA": ours, "LoRA": theirs}} for budget in (2, 8)]
-    settings = {"suite": suite, "tasks": tasks, "seeds": seeds}
+    settings = {"suite": suite, "tasks": tasks, "seeds": seeds, "tuning_seeds": 1}
     return {"choice": {}, "report": {"settings": settings, "cells": cells}, "verdicts": verdicts}
 
 
@@ -79,7 +79,7 @@ def test_a_target_is_missed_by_the_mean_or_by_the_interval(shared: list[float], 
 
 
 def test_tasks_may_have_different_numbers_of_seeds() -> None:
-    found = bootstrap([[1.0], [3.0, 3.0], [5.0, 5.0, 5.0]])
+    found = bootstrap([settled(values) for values in ([1.0], [3.0, 3.0], [5.0, 5.0, 5.0])])
     assert (found.mean, found.low, found.high) == (3.0, 3.0, 3.0)
 
 
@@ -112,4 +112,4 @@ def test_through_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     page = write_page(chapters(both), record=both, page=tmp_path / "docs" / "benchmarks.md").read_text()
     assert "## Accuracy at equal budgets: both" in page
     assert "| 2 | +4.7 (" in page
-    assert "sequence: sort, 2 seeds; of text: kind, type, 4 seeds" in page
+    assert "sequence: sort, 2 seeds, 1 of them for tuning; of text: kind, type, 4 seeds, 1 of them for tuning" in page
