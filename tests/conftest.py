@@ -15,8 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests begin
 
 import pytest
 import torch
+import torch._inductor.config
 
 from tests.compatibility.differences import DIFFERENCES, expect
+
+# Inductor's loops without vectors: they compute the same, and a C++ compiler needs half the time for them.
+torch._inductor.config.cpp.simdlen = 1
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,15 +42,13 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seed(request: pytest.FixtureRequest) -> Iterator[None]:
+def _seed() -> Iterator[None]:
     torch.manual_seed(1234)
     torch.set_num_threads(1)  # threads that wait for each other cost such models more than they bring
     # Whatever our own lines cause to be warned of is an error. (An ini option cannot name all modules of a package.)
     warnings.filterwarnings("error", module=r"(flora_fx|passes|export|benchmarks)(\.|$)")
     yield
     torch._dynamo.reset()
-    if hasattr(request.module, "live_bytes"):  # which has let go of what was frozen; to ask how much is takes long
-        gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .trace import trace
 
-__all__ = ["live_bytes", "peak_bytes", "resident_bytes", "tracked"]
+__all__ = ["added_bytes", "live_bytes", "resident_bytes", "tracked"]
 
 
 def live_bytes(device: str) -> int:
@@ -31,17 +31,29 @@ def live_bytes(device: str) -> int:
     >>> live_bytes("cpu") - before
     12000
     """
-    gc.unfreeze()  # what is frozen is not among `gc.get_objects()`
-    for _ in range(3):  # what a finaliser lets go of is found the next time
-        if not gc.collect():
-            break
-    if device == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-    tensors = (found for found in gc.get_objects() if issubclass(type(found), Tensor) and found.layout is torch.strided)
-    return sum(
-        {_address(held): held.nbytes() for held in map(Tensor.untyped_storage, tensors) if _address(held)}.values()
-    )
+    with _thawed():
+        for _ in range(3):  # what a finaliser lets go of is found the next time
+            if not gc.collect():
+                break
+        if device == "cuda":
+            torch.cuda.synchronize()
+            return torch.cuda.memory_allocated()
+        found = (one for one in gc.get_objects() if issubclass(type(one), Tensor) and one.layout is torch.strided)
+        return sum(
+            {_address(held): held.nbytes() for held in map(Tensor.untyped_storage, found) if _address(held)}.values()
+        )
+
+
+@contextmanager
+def _thawed() -> Iterator[None]:
+    """Nothing is frozen: what is, is not among `gc.get_objects()`."""
+    frozen = gc.get_freeze_count()
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        if frozen:
+            gc.freeze()
 
 
 def _address(storage: torch.UntypedStorage) -> int:
@@ -52,8 +64,8 @@ def _address(storage: torch.UntypedStorage) -> int:
         return 0
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """The most bytes of tensors that are alive at any moment of a call, with those that were before it.
+def added_bytes(call: Callable[[], object], device: str) -> int:
+    """The most bytes of tensors that are alive at any moment of a call, above those that were before it.
 
     Args:
         call: run once; warm it up first, if compiling or lazy states are not what is asked for.
@@ -66,28 +78,31 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
     ...     first = torch.empty(1000)
     ...     del first
     ...     second, third = torch.empty(2000), torch.empty(500)
-    >>> peak_bytes(call, "cpu") - live_bytes("cpu")
+    >>> added_bytes(call, "cpu")
     10000
     """
-    before = live_bytes(device)
     if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before
     with _old_garbage_stays():
         events = [event for event in trace(call, device, memory=True) if event["name"] == "[memory]"]
     changes = (int(event["args"]["Bytes"]) for event in sorted(events, key=lambda event: float(event["ts"])))
-    return before + max(accumulate(changes, initial=0))
+    return max(accumulate(changes, initial=0))
 
 
 @contextmanager
 def _old_garbage_stays() -> Iterator[None]:
+    frozen = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not frozen:
+            gc.unfreeze()
 
 
 def resident_bytes() -> int:
@@ -113,8 +128,8 @@ def tracked() -> Iterator[None]:
     >>> def replace():
     ...     old[:] = []
     ...     old[:] = [torch.empty(1500)]
-    >>> peak_bytes(replace, "cpu") - live_bytes("cpu")
-    0
+    >>> added_bytes(replace, "cpu")
+    2000
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
         yield

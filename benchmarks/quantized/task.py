@@ -42,7 +42,6 @@ FORMATS: dict[str, tuple[Kind, int]] = {"4 bits": ("affine", 32), "NF4": ("nf4",
 TASK = "sort descending"
 _SIZES = {**SIZES, "train": 2048}
 _RATE, _RANK = 2e-3, 8
-_COUNT = 5 * len(FORMATS) + 1
 _EXAMPLES = 64
 """Whose logits are compared."""
 
@@ -84,7 +83,7 @@ def measure(pretraining: Pretraining, recipe: Recipe, place: Path, progress: Pro
                         "accuracy": percent_right(partial(learner.right, runner), exam, torch.arange(len(exam))).item(),
                     }
                 )
-            progress(len(rows), _COUNT)
+            progress(len(rows), 5 * len(FORMATS) + 1)
     return rows
 
 

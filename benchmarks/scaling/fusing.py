@@ -16,7 +16,7 @@ from ..contenders.models import make_model
 from ..contenders.settings import Settings
 from ..contenders.step import CachedStep, empty_cache
 from ..measure.isolated import Progress
-from ..measure.memory import live_bytes, peak_bytes, tracked
+from ..measure.memory import added_bytes, tracked
 from ..show.sheet import Sheet
 
 __all__ = ["measure", "sheets"]
@@ -63,12 +63,11 @@ def _fuse(settings: Settings, rounds: int) -> dict[str, Any]:
         del fused
     with tracked():  # the parameters' old storages are released while the packs are made
         graph = _captured(settings)
-    before = live_bytes(settings.device)
     return {
         "nodes": len(graph.graph.nodes),
         **fastest,
         "model_bytes": sum(weight.nbytes for weight in graph.parameters()),
-        "peak_bytes": peak_bytes(lambda: flora_fx.fuse(graph), settings.device) - before,
+        "peak_bytes": added_bytes(lambda: flora_fx.fuse(graph), settings.device),
     }
 
 

@@ -28,7 +28,7 @@ from ..latency.view import cell
 from ..measure.compiled import compilations, was_compiled
 from ..measure.isolated import Progress, isolated
 from ..measure.kept import once
-from ..measure.memory import live_bytes, peak_bytes
+from ..measure.memory import added_bytes, live_bytes
 from ..show.sheet import Sheet
 
 __all__ = [
@@ -323,7 +323,8 @@ def _build(
         why = "a profile shows that it did not run compiled"
     if why is not None:
         return {"refused": why}, None
-    peak = peak_bytes(training.step, settings.device) - before
+    held = live_bytes(settings.device) - before
+    peak = held + added_bytes(training.step, settings.device)
     return {"peak_bytes": peak, **ffba_of(settings, form.adapted)}, training
 
 

@@ -160,8 +160,11 @@ def test_contenders_are_made_in_an_order_of_the_process(monkeypatch: pytest.Monk
     assert set(orders[0]) == set(RUNNERS["eager"].values())
 
 
-def test_compiled_forms_agree_and_run_compiled() -> None:
-    forms = {name: RUNNERS["inductor"][name] for name in ("PEFT", "fused", "FFBA block (fused)")}
+@pytest.mark.parametrize(
+    "names", [("PEFT", "fused"), pytest.param(("FFBA block (fused)",), marks=pytest.mark.slow)], ids=["LoRA", "FFBA"]
+)
+def test_compiled_forms_agree_and_run_compiled(names: tuple[str, ...]) -> None:
+    forms = {name: RUNNERS["inductor"][name] for name in names}
     contenders = {name: make_contender(form, TINY, PROMPT, 12) for name, form in forms.items()}
     following: list[Tensor] = [PROMPT[:, i : i + 1] for i in range(3)]
     assert latency._disagreements(contenders, _job("inductor"), PROMPT, following) == {}

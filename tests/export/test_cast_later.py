@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure.memory import live_bytes, peak_bytes
+from benchmarks.measure.memory import added_bytes
 from flora_fx.export import ExportResult, export_onnx
 from flora_fx.export.check import decoder
 from flora_fx.export.check.layered import Run, in_float32
@@ -128,11 +128,6 @@ def test_a_model_that_takes_no_such_weights(tmp_path: Path, large: None) -> None
 # In how much memory
 
 
-def taken(call: Any) -> int:
-    """Bytes of tensors that a call makes, at its peak."""
-    return peak_bytes(call, "cpu") - live_bytes("cpu")
-
-
 @pytest.mark.parametrize("make", ["new_empty", "new_zeros", "new_ones"])
 def test_who_asks_for_its_dtype_reads_nothing(make: str) -> None:
     later = cast_later(torch.ones(300, 500), HALF)
@@ -142,7 +137,7 @@ def test_who_asks_for_its_dtype_reads_nothing(make: str) -> None:
         return made
 
     assert (call().shape, call().dtype, is_cast_later(call())) == (torch.Size([2, 7]), HALF, False)
-    assert taken(call) < later.nbytes <= taken(lambda: later * 1)
+    assert added_bytes(call, "cpu") < later.nbytes <= added_bytes(lambda: later * 1, "cpu")
     assert torch.equal(later.new_full((2,), 3.0), torch.full((2,), 3.0, dtype=HALF))
 
 
@@ -155,7 +150,7 @@ def test_a_run_without_numbers_reads_nothing() -> None:
 
     assert all(isinstance(made, FakeTensor) for made in call())
     assert [made.shape for made in call()] == [torch.Size(size) for size in ((2, 300), (500, 300), (300, 500))]
-    assert taken(call) < later.nbytes
+    assert added_bytes(call, "cpu") < later.nbytes
 
 
 def test_no_more_than_a_pack_is_cast_at_a_time(tmp_path: Path, large: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +162,4 @@ def test_no_more_than_a_pack_is_cast_at_a_time(tmp_path: Path, large: None, monk
         export_onnx(model, tmp_path / "out", dtype=SINGLE, verify="quick")
 
     cast = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert taken(export) < cast / 3
+    assert added_bytes(export, "cpu") < cast / 3
