@@ -81,14 +81,14 @@ def added_bytes(call: Callable[[], object], device: str) -> int:
     >>> added_bytes(call, "cpu")
     10000
     """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
     with _old_garbage_stays():
+        if device == "cuda":
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            call()
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
         events = [event for event in trace(call, device, memory=True) if event["name"] == "[memory]"]
     changes = (int(event["args"]["Bytes"]) for event in sorted(events, key=lambda event: float(event["ts"])))
     return max(accumulate(changes, initial=0))
