@@ -64,14 +64,16 @@ def measure(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda d
         while True:
             tuning = plan.tuning_seeds or seeds
             tuned = list(_tuning(plan, pairs, tuning))
-            pool.finish(tuned, book, progress(f"tune, {_count(tuning)}"))
+            pool.finish(tuned, book, progress("tune"))
             tried = {pair: _tried(plan, pair, book, tuning) for pair in pairs}
             chosen = {
                 pair: [_run(pair, plan.rates[tried[pair].chosen], seed) for seed in range(seeds)] for pair in pairs
             }
-            pool.finish(itertools.chain(*chosen.values()), book, progress(f"train, {_count(seeds)}"))
+            pool.finish(itertools.chain(*chosen.values()), book, progress(f"train, {seeds} seeds"))
             found = {pair: [book[run] for run in runs] for pair, runs in chosen.items()}
-            final = {pair: tried[pair] if tuning == seeds else _settled(outcomes) for pair, outcomes in found.items()}
+            final = tried
+            if tuning < seeds:
+                final = {pair: settled([one.test for one in outcomes]) for pair, outcomes in found.items()}
             if not plan.until or seeds >= plan.most_seeds or widest(competing, tasks, final) <= plan.until:
                 break
             seeds = min(plan.most_seeds, seeds + max(1, seeds // 2))
@@ -85,10 +87,6 @@ def measure(plan: Plan, journal: Path, *, progress: Bar = lambda label: lambda d
     }
     described = [_described(prepared, task, why) for task, why in told.items()]
     return {"settings": settings, "tasks": described, **summary(entered, tasks, plan.rates, tried, final)}
-
-
-def _count(seeds: int) -> str:
-    return f"{seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def _run(pair: Pair, rate: float, seed: int) -> Run:
@@ -105,10 +103,6 @@ def _tried(plan: Plan, pair: Pair, book: Journal, seeds: int) -> Tried:
     outcomes = [[book[_run(pair, rate, seed)] for seed in range(seeds)] for rate in plan.rates]
     validation, test = ([[getattr(one, split) for one in row] for row in outcomes] for split in ("validation", "test"))
     return Tried(validation, test)
-
-
-def _settled(outcomes: Sequence[Outcome]) -> Tried:
-    return settled([outcome.test for outcome in outcomes])
 
 
 def _screened(

@@ -14,9 +14,9 @@ from .intervals import Tried, bootstrap, mean, settled
 from .methods import FULL, LORA, family
 from .plan import Plan
 from .registered import PLAIN, REGISTERED, rule
-from .summary import TARGET
+from .summary import TARGET, cells_of
 
-__all__ = ["best", "judged", "reported", "search"]
+__all__ = ["best", "judged", "reached", "reported", "search"]
 
 Result = Mapping[str, Any]
 
@@ -69,11 +69,15 @@ def best(choice: Result, budget: int) -> dict[str, tuple[str, float]]:
     """
     found: dict[str, tuple[str, float]] = {}
     for method in dict.fromkeys(cell["method"] for cell in choice["cells"] if cell["method"] != FULL):
-        cells = [cell for cell in choice["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
-        means = [max(map(mean, cell["validation"])) for cell in cells]
+        means = reached(choice, budget, method)
         if means and mean(means) > found.get(family(method), ("", -1.0))[1]:
             found[family(method)] = (method, mean(means))
     return found
+
+
+def reached(choice: Result, budget: int, method: str) -> list[float]:
+    """What is right on the validation splits at a method's best rates, by task; none if it took no part."""
+    return [Tried(cell["validation"]).best for cell in cells_of(choice, budget, method)]
 
 
 def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float]]) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def _verdict(report: Result, budget: int, winners: Mapping[str, tuple[str, float
     return {
         "budget": budget,
         "chosen": names,
-        "validation": {of: reached for of, (_, reached) in winners.items()},
+        "validation": {of: validation for of, (_, validation) in winners.items()},
         **judged(ours, theirs, plain),
     }
 
@@ -107,5 +111,7 @@ def judged(ours: Sequence[Tried], theirs: Sequence[Tried], plain: Sequence[Tried
 
 def reported(report: Result, budget: int, method: str) -> list[Tried]:
     """What a method gets right at a budget, by task: at all rates if tuning ran all seeds, at the chosen one else."""
-    cells = [cell for cell in report["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
-    return [Tried(cell["validation"], cell["tests"]) if "tests" in cell else settled(cell["test"]) for cell in cells]
+    return [
+        Tried(cell["validation"], cell["tests"]) if "tests" in cell else settled(cell["test"])
+        for cell in cells_of(report, budget, method)
+    ]

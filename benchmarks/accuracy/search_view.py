@@ -8,7 +8,9 @@ from typing import Any
 
 from ..show.sheet import Sheet
 from . import view
+from .intervals import mean
 from .methods import LORA
+from .search import reached
 
 __all__ = ["draw", "setup", "sheets"]
 
@@ -66,13 +68,12 @@ def _tried(result: Result, verdict: Mapping[str, Any]) -> Sheet:
     tasks = list(choice["settings"]["tasks"])
     body = []
     for method in result["registered"]:
-        cells = [cell for cell in choice["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
-        if not cells:
+        values = reached(choice, budget, method)
+        if not values:
             body.append([method, "not available"])
             continue
-        means = [max(sum(values) / len(values) for values in cell["validation"]) for cell in cells]
         mark = " *" if method in verdict["chosen"].values() else ""
-        body.append([f"{method}{mark}", f"{sum(means) / len(means):.1f}", *(f"{mean:.1f}" for mean in means)])
+        body.append([f"{method}{mark}", *(f"{value:.1f}" for value in (mean(values), *values))])
     return Sheet(
         f"First half: validation splits at the best learning rate, %, budget of a LoRA of rank {budget}",
         ["", "mean", *tasks],

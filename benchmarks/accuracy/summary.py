@@ -11,7 +11,7 @@ import torch
 from .intervals import Interval, Tried, bootstrap, mean, settled
 from .methods import FULL, LORA, Contestant, family
 
-__all__ = ["TARGET", "Pair", "compared", "summary", "widest"]
+__all__ = ["TARGET", "Pair", "cells_of", "compared", "summary", "widest"]
 
 TARGET = 2.1
 """Points above LoRA that FFBA's best variant is to reach, as a mean over tasks."""
@@ -98,6 +98,17 @@ def summary(
         "grid": grid,
         "verdicts": [verdict for verdict in verdicts if verdict],
     }
+
+
+def cells_of(result: Mapping[str, Any], budget: int, method: str) -> list[Mapping[str, Any]]:
+    """The cells of a method at a budget, in the order of the tasks; none if it took no part.
+
+    Args:
+        result: what `summary` returned.
+        budget: a rank of LoRA; 0 where there is none.
+        method: its name.
+    """
+    return [cell for cell in result["cells"] if (cell["budget"], cell["method"]) == (budget, method)]
 
 
 def _verdict(

@@ -10,6 +10,7 @@ from flora_fx.measuring.bars import INK, PALE, STYLE, require_figures, write
 
 from ..show.sheet import Sheet
 from .methods import FULL, LORA, family
+from .summary import cells_of
 
 __all__ = ["draw", "intervals", "setup", "sheets", "signed"]
 
@@ -113,7 +114,7 @@ def _competing(result: Result, budget: int) -> list[Mapping[str, Any]]:
 
 def _cells(result: Result, one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """A contestant's, in the order of the tasks."""
-    return [cell for cell in result["cells"] if (cell["budget"], cell["method"]) == (one["budget"], one["method"])]
+    return cells_of(result, one["budget"], one["method"])
 
 
 def _mean(result: Result, one: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -31,7 +31,7 @@ def live_bytes(device: str) -> int:
     >>> live_bytes("cpu") - before
     12000
     """
-    with _thawed():
+    with _frozen(False):  # what is frozen is not among `gc.get_objects()`
         for _ in range(3):  # what a finaliser lets go of is found the next time
             if not gc.collect():
                 break
@@ -45,15 +45,15 @@ def live_bytes(device: str) -> int:
 
 
 @contextmanager
-def _thawed() -> Iterator[None]:
-    """Nothing is frozen: what is, is not among `gc.get_objects()`."""
-    frozen = gc.get_freeze_count()
-    gc.unfreeze()
+def _frozen(meanwhile: bool) -> Iterator[None]:
+    """All that there is is frozen, or nothing is; then again as before."""
+    before = gc.get_freeze_count() > 0
+    (gc.freeze if meanwhile else gc.unfreeze)()
     try:
         yield
     finally:
-        if frozen:
-            gc.freeze()
+        if before != meanwhile:
+            (gc.freeze if before else gc.unfreeze)()
 
 
 def _address(storage: torch.UntypedStorage) -> int:
@@ -81,7 +81,7 @@ def added_bytes(call: Callable[[], object], device: str) -> int:
     >>> added_bytes(call, "cpu")
     10000
     """
-    with _old_garbage_stays():
+    with _frozen(True):  # old garbage stays
         if device == "cuda":
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()
@@ -92,17 +92,6 @@ def added_bytes(call: Callable[[], object], device: str) -> int:
         events = [event for event in trace(call, device, memory=True) if event["name"] == "[memory]"]
     changes = (int(event["args"]["Bytes"]) for event in sorted(events, key=lambda event: float(event["ts"])))
     return max(accumulate(changes, initial=0))
-
-
-@contextmanager
-def _old_garbage_stays() -> Iterator[None]:
-    frozen = gc.get_freeze_count()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if not frozen:
-            gc.unfreeze()
 
 
 def resident_bytes() -> int:
