@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from flora_fx.export import export_onnx, load
+from flora_fx.export import ExportResult, export_onnx, load
 from flora_fx.export.targets import TargetName
 from tests.export.exported_models import Export, Exported, build
 from tests.export.genai_models import Built, build_by_genai
@@ -25,19 +25,30 @@ Shared = Callable[..., Exported]
 
 
 @pytest.fixture(scope="session")
-def shared(run_folder: Path) -> Shared:
-    """Exports by name, each made when it is first asked for; the model is built anew in each process."""
+def shared(run_folder: Path) -> Iterator[Shared]:
+    """Exports by name, each made when it is first asked for; the model is built anew in each process.
+
+    Other processes read the same directories: a test that writes takes a copy.
+    """
     known: dict[str, Exported] = {}
+    changed: dict[Path, int] = {}
 
     def get(name: str, make: Callable[[], nn.Module], **options: Any) -> Exported:
         if name not in known:
             model = make()
+
+            def export(place: Path) -> tuple[ExportResult, int]:
+                result = export_onnx(model, place, **options)
+                return result, place.stat().st_mtime_ns
+
             place = run_folder / "exports" / name / "out"  # alone: what an export leaves beside itself is seen
-            result = made_once(place, lambda place: export_onnx(model, place, **options))
+            result, changed[place] = made_once(place, export)
             known[name] = Exported(model, result, load(result.directory))
         return known[name]
 
-    return get
+    yield get
+    written = [str(place) for place, when in changed.items() if place.stat().st_mtime_ns != when]
+    assert not written, f"a test wrote into {', '.join(written)}, which other processes read"
 
 
 @pytest.fixture(scope="session")

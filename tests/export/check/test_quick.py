@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,10 +28,24 @@ from flora_fx.export.check.layered import Run, _Weights, in_float32
 from flora_fx.export.check.parts import Parts
 from flora_fx.export.check.quick import check_quickly
 from flora_fx.export.directory.manifest import read_manifest
+from flora_fx.export.targets import TargetName
 from flora_fx.export.trace.model import private_copy, unwrap
 from tests.export.exported_models import Export, Exported, build
 
 CPU = ["CPUExecutionProvider"]
+
+
+@pytest.fixture
+def exported(exported: Export, tmp_path: Path) -> Export:
+    """Copies: parts of a graph are written beside it."""
+
+    def get(name: str, target: TargetName | None = None) -> Exported:
+        found = exported(name, target)
+        place = tmp_path / found.directory.parent.name
+        shutil.copytree(found.directory, place)
+        return replace(found, result=replace(found.result, directory=place))
+
+    return get
 
 
 def quick(export: Exported, model: nn.Module | None = None, **changes: Any) -> Any:
