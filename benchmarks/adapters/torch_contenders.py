@@ -19,8 +19,8 @@ from flora_fx import MixedAdapters
 
 from ..contenders.models import make_model, targets_of
 from ..contenders.settings import Settings
-from ..contenders.step import CachedStep, empty_cache
-from ..contenders.torch_contenders import RUNNERS, Form, TorchContender, built
+from ..contenders.step import CachedStep
+from ..contenders.torch_contenders import RUNNERS, Form, TorchContender, available, built, cache_of
 
 __all__ = ["FORMS", "PEFT", "adapted", "rows_of", "torch_contenders"]
 
@@ -34,8 +34,11 @@ FORMS: dict[str, Form] = {
     "base (inductor)": RUNNERS["inductor"]["base"],
     "stacked (inductor)": RUNNERS["inductor"]["fused"],
     "backend (inductor)": RUNNERS["inductor"]["fused (flora backend)"],
+    "base (CUDA graph)": RUNNERS["reduce-overhead"]["base"],
+    "stacked (CUDA graph)": RUNNERS["reduce-overhead"]["fused"],
+    "backend (CUDA graph)": RUNNERS["reduce-overhead"]["fused (flora backend)"],
 }
-"""What takes turns. PEFT compiles its loop anew for each mix of adapters, so it stays eager."""
+"""What takes turns where the device has it. PEFT compiles its loop anew for each mix of adapters, so it stays eager."""
 
 
 def adapted(settings: Settings, count: int) -> tuple[nn.Module, Any, list[str]]:
@@ -83,9 +86,11 @@ def torch_contenders(
     rows = rows_of(settings, names)
     found = {}
     for name, form in FORMS.items():
+        if not available(form, settings.device):
+            continue
         own = copy.deepcopy(base if name.startswith("base") else model)  # what is fused moves its weights
         module = own if name.startswith("base") else _Named(own, rows) if name == PEFT else _Mixed(own, names, rows)
-        step, cache = CachedStep(module).eval(), empty_cache(settings, prompt.shape[1] + room)
+        step, cache = CachedStep(module).eval(), cache_of(form, settings, prompt.shape[1] + room)
         position = torch.zeros((), dtype=torch.int64, device=prompt.device)
         with torch.no_grad():
             decode = built(form, step, prompt[:, :1], position, *cache)

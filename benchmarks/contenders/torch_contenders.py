@@ -24,7 +24,7 @@ from .models import PLACEMENTS, Adapted, make_model
 from .settings import Settings
 from .step import CachedStep, empty_cache
 
-__all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "make_contender"]
+__all__ = ["LIVE", "RUNNERS", "Form", "TorchContender", "available", "built", "cache_of", "make_contender"]
 
 Way = Literal["eager", "inductor", "freezing", "reduce-overhead", "flora", "flora, reduce-overhead", "aot-inductor"]
 
@@ -187,10 +187,7 @@ def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int
         torch._dynamo.exc.Unsupported: the model does not compile as one graph.
     """
     step = CachedStep(make_model(settings, form.adapted)).eval()
-    cache = empty_cache(settings, capacity)
-    if form.way in _CUDA_GRAPHS:
-        for tensor in cache:  # written in place; a CUDA graph wants them where they were
-            torch._dynamo.mark_static_address(tensor)
+    cache = cache_of(form, settings, capacity)
     token = prompt[:, :1]
     position = torch.zeros((), dtype=torch.int64, device=prompt.device)
     with torch.no_grad():
@@ -201,6 +198,15 @@ def make_contender(form: Form, settings: Settings, prompt: Tensor, capacity: int
         contender.prefill(prompt)
         contender.decode(token)
     return contender
+
+
+def cache_of(form: Form, settings: Settings, capacity: int) -> list[Tensor]:
+    """What `empty_cache` gives; it stays where it is, if a CUDA graph writes in it."""
+    cache = empty_cache(settings, capacity)
+    if form.way in _CUDA_GRAPHS:
+        for tensor in cache:
+            torch._dynamo.mark_static_address(tensor)
+    return cache
 
 
 def built(form: Form, module: nn.Module, *inputs: Tensor) -> Callable[..., Tensor]:

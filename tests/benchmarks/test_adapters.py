@@ -13,8 +13,10 @@ from benchmarks.adapters.onnx_contenders import NAMES
 from benchmarks.adapters.torch_contenders import FORMS, PEFT
 from benchmarks.contenders import torch_contenders
 from benchmarks.contenders.settings import Settings
+from benchmarks.contenders.torch_contenders import available
 
-ALL = [*FORMS, *(name + adapters.RUNNER for name in NAMES)]
+HERE = [name for name, form in FORMS.items() if available(form, "cpu")]
+ALL = [*HERE, *(name + adapters.RUNNER for name in NAMES)]
 TINY = Settings("tiny", layers=1, rank=4, threads=1, batch=3)
 
 
@@ -41,6 +43,12 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     assert [path.exists() for path in adapters.draw(result, tmp_path / "adapters")] == [True, True]
 
 
+def test_cuda_graphs_are_timed_where_there_are_any() -> None:
+    assert [name for name in FORMS if name not in HERE] == [
+        f"{name} (CUDA graph)" for name in ("base", "stacked", "backend")
+    ]
+
+
 def test_operators_that_are_not_built_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLORA_ORT_LIBRARY", str(tmp_path / "nowhere.so"))
     assert onnx_contenders.available("cpu") == NAMES[:5]
@@ -57,5 +65,5 @@ def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(adapters, "available", lambda device: ())  # their exports have been written once
     monkeypatch.setattr(adapters, "write_exports", lambda *given: None)
     rows = {row["variant"]: row for row in adapters.sample(TINY, 2, 4, 1, tmp_path / "exports", lambda *at: None)}
-    assert {name for name, row in rows.items() if "refused" in row} == {n for n in FORMS if "inductor" in n}
+    assert {name for name, row in rows.items() if "refused" in row} == {n for n in HERE if "inductor" in n}
     assert "off float64" in rows["base (inductor)"]["refused"]
