@@ -21,12 +21,13 @@ from flora_fx.measuring.method import compare, difference
 
 from ..contenders.contender import Contender
 from ..contenders.settings import Settings
+from ..contenders.torch_contenders import available
 from ..measure.isolated import Progress, isolated
 from ..show.sheet import Sheet
-from .onnx_contenders import OF_ONE, SESSIONS, available, onnx_contenders, write_exports
-from .torch_contenders import PEFT, adapted, rows_of, torch_contenders
+from .onnx_contenders import NAMES, OF_ONE, SESSIONS, onnx_contenders, writable, write_exports
+from .torch_contenders import FORMS, PEFT, adapted, rows_of, torch_contenders
 
-__all__ = ["ADAPTERS", "BATCHES", "MIDDLE", "RUNNER", "draw", "measure", "points", "sample", "sheets"]
+__all__ = ["ADAPTERS", "BATCHES", "MIDDLE", "RUNNER", "draw", "everyone", "measure", "points", "sample", "sheets"]
 
 ADAPTERS = (1, 2, 4, 8, 16, 32)
 BATCHES = (1, 4, 8, 16)
@@ -41,6 +42,12 @@ SESSIONS_UP_TO = 8
 
 FACTOR, FLOOR = 4.0, 1e-6
 """How many times as far from float64 as PEFT's own model in the same dtype, or how far, a contender may be."""
+
+
+def everyone(device: str) -> tuple[str, ...]:
+    """The names of all contenders that there are on a device of this machine, in order."""
+    forms = (name for name, form in FORMS.items() if available(form, device))
+    return (*forms, *(name + RUNNER for name in writable(device)))
 
 
 def points(adapters: Sequence[int], batches: Sequence[int], *, grid: bool) -> list[tuple[int, int]]:
@@ -62,6 +69,7 @@ def measure(
     grid: bool = False,
     prompt: int = 32,
     rounds: int = 30,
+    contenders: Sequence[str] = (),
     progress: Any = lambda label: lambda done, total: None,
 ) -> dict[str, Any]:
     """Time a token at each point.
@@ -72,6 +80,7 @@ def measure(
         grid: all pairs of them.
         prompt: tokens before those that are timed.
         rounds: tokens of each contender.
+        contenders: of `everyone`, PEFT's among them; empty for all.
         progress: makes a progress callback from a label.
 
     Returns:
@@ -79,9 +88,10 @@ def measure(
         ``milliseconds``, ``ratio``, ``low``, ``high`` (to PEFT's), ``tokens_per_second``, or ``refused``, the reason.
     """
     rows: list[dict[str, Any]] = []
+    wanted = tuple(contenders) or everyone(settings.device)
     with tempfile.TemporaryDirectory(prefix="flora-adapters-") as place:
         for count, batch in points(adapters, batches, grid=grid):
-            asked = (replace(settings, batch=batch), count, prompt, rounds, Path(place, str(count)))
+            asked = (replace(settings, batch=batch), count, prompt, rounds, wanted, Path(place, str(count)))
             label = f"{count} adapters, {batch} rows"
             rows += isolated(sample, *asked, threads=settings.threads, progress=progress(label))
     setup = asdict(settings) | {"layers": settings.depth}
@@ -90,7 +100,7 @@ def measure(
 
 @torch.no_grad()
 def sample(
-    settings: Settings, count: int, prompt: int, rounds: int, place: Path, progress: Progress
+    settings: Settings, count: int, prompt: int, rounds: int, wanted: Sequence[str], place: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """The rows of one point, measured in this process; the exports in `place` are written if they are not there."""
     base, model, names = adapted(settings, count)
@@ -98,11 +108,11 @@ def sample(
     tokens = torch.randint(settings.vocabulary, (settings.batch, prompt + 1), generator=drawn).to(settings.device)
     given, token = tokens[:, :-1], tokens[:, -1:]
     room = 2 * rounds + 16
-    found: dict[str, Contender] = dict(torch_contenders(settings, base, model, names, given, room))
+    found: dict[str, Contender] = dict(torch_contenders(settings, base, model, names, given, room, wanted))
+    graphs = [name for name in NAMES if name + RUNNER in wanted and (name != SESSIONS or count <= SESSIONS_UP_TO)]
     if not place.exists():
-        write_exports(settings, base, model, names, place)
-    wanted = [name for name in available(settings.device) if name != SESSIONS or count <= SESSIONS_UP_TO]
-    exported = onnx_contenders(settings, model, rows_of(settings, names), place, room, wanted)
+        write_exports(settings, base, model, names, place, graphs)
+    exported = onnx_contenders(settings, model, rows_of(settings, names), place, room, graphs)
     found |= {name + RUNNER: contender for name, contender in exported.items()}
     refused = _refused(settings, found, base, model, names, given, token)
     for contender in found.values():

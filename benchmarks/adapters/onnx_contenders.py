@@ -26,7 +26,7 @@ from ..contenders.onnx_contenders import session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 
-__all__ = ["NAMES", "OF_ONE", "SESSIONS", "available", "onnx_contenders", "write_exports"]
+__all__ = ["NAMES", "OF_ONE", "SESSIONS", "onnx_contenders", "writable", "write_exports"]
 
 BASE, ONE, STACKED, SLOTS, SESSIONS = _PLAIN = (
     "base",
@@ -46,14 +46,11 @@ NAMES = (*_PLAIN, *_OPS)
 OF_ONE = (ONE, _ONE_OPS)
 """Whose rows all have the first adapter."""
 
-_EXPORTS: dict[str, dict[str, Any]] = {
-    **{ONE: {}, STACKED: {}, SLOTS: {"hot_swap": True}, SESSIONS: {"hot_swap": True}},
-    **{_ONE_OPS: {}, _STACKED_OPS: {}, _SLOTS_OPS: {"hot_swap": True}},
-}
+_SWAPPED = (SLOTS, SESSIONS, _SLOTS_OPS)
 _WITH_ALL = (STACKED, SLOTS, _STACKED_OPS, _SLOTS_OPS)
 
 
-def available(device: str) -> tuple[str, ...]:
+def writable(device: str) -> tuple[str, ...]:
     """Those that can be written here; nobody needs a compiler for the others.
 
     Args:
@@ -66,8 +63,10 @@ def available(device: str) -> tuple[str, ...]:
     return NAMES
 
 
-def write_exports(settings: Settings, base: nn.Module, model: Any, adapters: Sequence[str], place: Path) -> None:
-    """Export a model in all forms, a folder each.
+def write_exports(
+    settings: Settings, base: nn.Module, model: Any, adapters: Sequence[str], place: Path, wanted: Sequence[str]
+) -> None:
+    """Export a model, a folder for each form.
 
     Args:
         settings: for the device.
@@ -75,15 +74,15 @@ def write_exports(settings: Settings, base: nn.Module, model: Any, adapters: Seq
         model: of PEFT, with all of them.
         adapters: their names; the first has the highest rank, and is on all layers that any of them is on.
         place: gets the folders.
+        wanted: which of `NAMES`.
     """
     providers = [*dict.fromkeys((PROVIDERS[settings.device], PROVIDERS["cpu"]))]
-    export_onnx(base, place / BASE, providers=providers, custom_ops=False)
     model.set_adapter(adapters[0])
-    for name in available(settings.device):
-        if name in _EXPORTS:
-            several = {"adapters": adapters} if name in _WITH_ALL else {}
-            options = {**_EXPORTS[name], **several, "custom_ops": name in _OPS}
-            export_onnx(model, place / name, providers=providers, **options)
+    for name in wanted:
+        several = {"adapters": adapters} if name in _WITH_ALL else {}
+        swapped = {"hot_swap": True} if name in _SWAPPED else {}
+        options = {**several, **swapped, "custom_ops": name in _OPS}
+        export_onnx(base if name == BASE else model, place / name, providers=providers, **options)
 
 
 def onnx_contenders(

@@ -9,7 +9,7 @@ backend           `flora_fx.MixedAdapters` under ``torch.compile(backend="flora"
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from flora_fx import MixedAdapters
 from ..contenders.models import make_model, targets_of
 from ..contenders.settings import Settings
 from ..contenders.step import CachedStep
-from ..contenders.torch_contenders import RUNNERS, Form, TorchContender, available, built, cache_of
+from ..contenders.torch_contenders import RUNNERS, Form, TorchContender, built, cache_of
 
 __all__ = ["FORMS", "PEFT", "adapted", "rows_of", "torch_contenders"]
 
@@ -73,20 +73,27 @@ def rows_of(settings: Settings, names: Sequence[str]) -> list[str]:
 
 
 def torch_contenders(
-    settings: Settings, base: nn.Module, model: Any, names: Sequence[str], prompt: Tensor, room: int
+    settings: Settings,
+    base: nn.Module,
+    model: Any,
+    names: Sequence[str],
+    prompt: Tensor,
+    room: int,
+    wanted: Collection[str],
 ) -> Mapping[str, TorchContender]:
-    """All forms of a batch in which the adapters take turns.
+    """Forms of a batch in which the adapters take turns.
 
     Args:
         settings: its batch is the number of rows.
         base, model, names: as `adapted` gives them.
         prompt: [batch, tokens].
         room: tokens behind it.
+        wanted: which of `FORMS`.
     """
     rows = rows_of(settings, names)
     found = {}
     for name, form in FORMS.items():
-        if not available(form, settings.device):
+        if name not in wanted:
             continue
         own = copy.deepcopy(base if name.startswith("base") else model)  # what is fused moves its weights
         module = own if name.startswith("base") else _Named(own, rows) if name == PEFT else _Mixed(own, names, rows)

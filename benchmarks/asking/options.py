@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,12 +12,14 @@ from ..show.results import RECORD
 
 __all__ = [
     "Options",
+    "add_contenders",
     "add_model",
     "add_output",
     "add_passes",
     "add_prompt",
     "add_rounds",
     "at_least",
+    "compared",
     "known",
     "names",
     "numbers",
@@ -106,6 +108,13 @@ def add_passes(parser: argparse.ArgumentParser, *, prompts: list[int], new: int,
     parser.add_argument("--processes", type=few, default=processes, help="spread over so many processes (%(default)s)")
 
 
+def add_contenders(parser: argparse.ArgumentParser) -> None:
+    """Who takes part."""
+    parser.add_argument(
+        "--contenders", nargs="+", default=(), metavar="NAME", help="only these, the reference among them"
+    )
+
+
 def at_least(least: Number, number: Callable[[str], Number]) -> Callable[[str], Number]:
     """How a number that may not be small is read.
 
@@ -171,3 +180,19 @@ def known(kind: str, asked: Iterable[str], names: Collection[str]) -> None:
     for name in asked:
         if name not in names:
             raise ValueError(f"unknown {kind} {name!r}; it must be one of {', '.join(names)}")
+
+
+def compared(contenders: Sequence[str], reference: str, names: Collection[str]) -> None:
+    """Refuse contenders that cannot be compared.
+
+    Args:
+        contenders: what was typed; none for all.
+        reference: what ratios are taken to.
+        names: of all that there are.
+
+    Raises:
+        ValueError: a name is unknown, or the reference is not among them.
+    """
+    known("contender", (*contenders, reference), names)
+    if contenders and reference not in contenders:
+        raise ValueError(f"--contenders must have {reference} among them: ratios are taken to it")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from flora_fx.progress import Bar
 
 from ..asking.command import Command, Result
-from ..asking.options import Options, add_model, add_passes, known, settings, some_names
+from ..asking.options import Options, add_contenders, add_model, add_passes, compared, known, settings, some_names
 from ..contenders.onnx_exports import GRAPHS
 from ..contenders.settings import Settings
 from ..contenders.torch_contenders import LIVE, RUNNERS
@@ -21,19 +21,13 @@ _ONNX = "onnxruntime"
 _KNOWN = (*RUNNERS, _ONNX)
 
 
-def _add_contenders(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--contenders", nargs="+", default=(), metavar="NAME", help="only these, the reference among them"
-    )
-
-
 def _add_reference(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--reference", default=default, help="contender that ratios are taken to (%(default)s)")
 
 
 def _add_runners(parser: argparse.ArgumentParser, default: list[str]) -> None:
     add_model(parser)
-    _add_contenders(parser)
+    add_contenders(parser)
     parser.add_argument("--runners", type=some_names, default=default, help=f"with commas, of: {', '.join(_KNOWN)}")
     _add_reference(parser, "base")
     add_passes(parser, prompts=[128, 1024], new=64, rounds=30, processes=3)
@@ -47,9 +41,7 @@ def _asked(options: Options, runners: Sequence[str]) -> Settings:
     """
     found, contenders, reference = settings(options), options.contenders, options.reference
     known("runner", runners, _KNOWN)
-    known("contender", (*contenders, reference), sorted({*GRAPHS, *LIVE, *itertools.chain(*RUNNERS.values())}))
-    if contenders and reference not in contenders:
-        raise ValueError(f"--contenders must have {reference} among them: ratios are taken to it")
+    compared(contenders, reference, sorted({*GRAPHS, *LIVE, *itertools.chain(*RUNNERS.values())}))
     if reference in LIVE and not contenders:
         raise ValueError(f"--reference is {reference}, which takes part only if --contenders names it")
     for runner in runners:
@@ -98,7 +90,7 @@ LAYOUTS = Command(
 
 def _add_decoder(parser: argparse.ArgumentParser) -> None:
     add_model(parser, layers=4)
-    _add_contenders(parser)
+    add_contenders(parser)
     _add_reference(parser, "base (genai)")
     add_passes(parser, prompts=[128], new=16, rounds=80, processes=8)
 

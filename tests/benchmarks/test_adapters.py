@@ -25,7 +25,7 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     """Op by op here: what Inductor makes of them has tests of its own."""
     monkeypatch.setattr(torch_contenders, "_compiled", lambda step, way, options=None: step)
     done: list[tuple[int, int]] = []
-    rows = adapters.sample(TINY, 2, 4, 2, tmp_path / "exports", lambda *at: done.append(at))
+    rows = adapters.sample(TINY, 2, 4, 2, ALL, tmp_path / "exports", lambda *at: done.append(at))
     assert [row["variant"] for row in rows] == ALL
     assert not [row["refused"] for row in rows if "refused" in row]
     assert done == [(1, 2), (2, 2)]
@@ -51,7 +51,7 @@ def test_cuda_graphs_are_timed_where_there_are_any() -> None:
 
 def test_operators_that_are_not_built_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLORA_ORT_LIBRARY", str(tmp_path / "nowhere.so"))
-    assert onnx_contenders.available("cpu") == NAMES[:5]
+    assert onnx_contenders.writable("cpu") == NAMES[:5]
 
 
 def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_what_is_wrong_has_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         return step if way == "eager" else call
 
     monkeypatch.setattr(torch_contenders, "_compiled", wrong)
-    monkeypatch.setattr(adapters, "available", lambda device: ())  # their exports have been written once
-    monkeypatch.setattr(adapters, "write_exports", lambda *given: None)
-    rows = {row["variant"]: row for row in adapters.sample(TINY, 2, 4, 1, tmp_path / "exports", lambda *at: None)}
+    sampled = adapters.sample(TINY, 2, 4, 1, HERE, tmp_path / "exports", lambda *at: None)
+    rows = {row["variant"]: row for row in sampled}
+    assert not [*(tmp_path / "exports").glob("*")]
     assert {name for name, row in rows.items() if "refused" in row} == {n for n in HERE if "inductor" in n}
     assert "off float64" in rows["base (inductor)"]["refused"]

@@ -35,7 +35,7 @@ def test_they_compute_what_the_model_does(tmp_path: Path) -> None:
         expected[None] = model(both).logits[:, -2:]
     assert not torch.allclose(expected["other"], expected["third"], atol=1e-2)
 
-    write_exports(SETTINGS, make_model(SETTINGS, "base"), model, ["default", "other", "third"], tmp_path)
+    write_exports(SETTINGS, make_model(SETTINGS, "base"), model, ["default", "other", "third"], tmp_path, NAMES)
     wanted = {"base": [None] * 4, "one adapter": ["default"] * 4, "one adapter (custom ops)": ["default"] * 4}
     for name, contender in onnx_contenders(SETTINGS, model, ROWS, tmp_path, 2, NAMES).items():
         found = torch.stack([contender.prefill(prompt).clone(), contender.decode(token).clone()], 1)

@@ -88,6 +88,8 @@ def test_no_record_names_a_place_of_who_measured_it() -> None:
         (["decoder", "--reference", "vLLM"], "unknown contender 'vLLM'"),
         (["latency", "--reference", "base (genai)"], "--reference is base (genai), and eager has none"),
         (["latency", "--runners", "onnxruntime", "--reference", "base (eager)"], "only if --contenders names it"),
+        (["adapters", "--contenders", "stacked (eager)"], "--contenders must have PEFT adapter_names (eager) among"),
+        (["adapters", "--contenders", "base (CUDA graph)"], "unknown contender 'base (CUDA graph)'; it must be one of"),
         (["generation", "--swaps", "0"], "argument --swaps: it is 0, and must be at least 1"),
         (["gpu", "everything"], "invalid choice: 'everything'"),
         (["kernels", "--runners", "freezing"], "unknown runner 'freezing'; it must be one of graph"),
