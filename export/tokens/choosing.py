@@ -59,23 +59,22 @@ class Choice:
         return token.masked_fill(torch.tensor(ended), self._pad) if any(ended) else token
 
     def _by_scores(self, logits: Tensor, ended: Tensor) -> Tensor:
-        scores = logits.clone()  # the next run may write to the logits
+        scores = torch.from_numpy(logits.numpy().copy())  # the next run may write to the logits; numpy: see `sampling`
         for rule in self._rules:
             rule(scores, self._history)
-        stuck = ~ended & (scores.amax(-1) == -torch.inf)
+        stuck = ~ended & torch.from_numpy(scores.numpy().max(-1) == -torch.inf)
         if bool(stuck.any()):
             raise ValueError(
                 f"row {int(stuck.nonzero()[0])} has {self._history.length} tokens, and no other may follow: each is "
                 "suppressed, a bad word, or repeats; loosen no_repeat_ngram_size, bad_words_ids or suppress_tokens"
             )
         if self._sampling.draws:
-            scores = self._sampling.warp(scores)
             # A row that has ended may have nothing left to draw from.
-            token = self._sampling.draw(scores.masked_fill(ended[:, None], 0.0))
+            token = self._sampling.choose(scores.masked_fill(ended[:, None], 0.0) if bool(ended.any()) else scores)
         else:
             token = Logits(scores).likeliest()
         token = token.masked_fill(ended, self._pad)
         if self._record is not None:
-            self._record.add(logits, scores, token, ended)
+            self._record.add(logits, self._sampling.warp(scores) if self._sampling.draws else scores, token, ended)
         self._history.add(token.tolist())
         return token

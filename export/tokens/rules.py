@@ -89,8 +89,9 @@ class RepetitionPenalty:
                 if token < vocab:
                     self._seen[row, token] = True
         self._read = history.length
-        held = scores[self._seen]
-        scores[self._seen] = torch.where(held < 0, held * self.penalty, held / self.penalty)
+        every, seen = scores.numpy(), self._seen.numpy()  # see `sampling`
+        held = torch.from_numpy(every[seen])
+        every[seen] = torch.where(held < 0, held * self.penalty, held / self.penalty).numpy()
 
 
 class NoRepeatedNGrams:

@@ -26,7 +26,24 @@ def test_warping_is_transformers(temperature: float, top_k: int | None, top_p: f
     if min_p is not None:
         expected = transformers.MinPLogitsWarper(min_p)(None, expected)
     found = Sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p).warp(logits)
-    assert torch.equal(found, expected)
+    assert torch.equal(found.sort().values, expected.sort().values)
+    assert torch.equal(found[1:], expected[1:])  # of equal ones top-p may leave out any
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"min_p": 0.1}])
+def test_what_is_chosen_is_drawn_from_the_warped(options: dict[str, float]) -> None:
+    """Rows with more tokens that equal the last of the likeliest, with fewer than k that may follow."""
+    logits = torch.randn(4, 300)
+    logits[0, 40:60] = logits[0].topk(6).values[-1]
+    logits[1, 3:] = -torch.inf
+    logits[2, :296] = -torch.inf
+    sampling = Sampling(do_sample=True, temperature=0.8, top_k=7, **options)  # type: ignore[arg-type]
+    expected = sampling.warp(logits).softmax(-1)
+    assert (expected > 0).sum(-1).tolist()[1:3] <= [3, 4]
+    drawn = torch.stack([sampling.choose(logits) for _ in range(3000)])
+    found = torch.stack([drawn[:, row].bincount(minlength=300) for row in range(4)]) / 3000
+    assert not found[expected == 0].any()
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{"min_p": 0.2}, {"top_k": 4}, {"top_p": 0.6, "temperature": 1.7}, {}])

@@ -188,7 +188,7 @@ def test_scores_are_those_of_generate(name: str, sampled: bool, seed: int, monke
     expected = written(model, ids, mask, start, passed)
 
     drawn: Iterator[Tensor] = iter(expected.sequences[:, start.shape[1] :].T)
-    monkeypatch.setattr(Sampling, "draw", lambda *_: next(drawn))
+    monkeypatch.setattr(Sampling, "choose", lambda *_: next(drawn))
     ends = config.eos_token_id
     manifest = Manifest(
         kind="causal-lm",
