@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from flora_fx.errors import ExportError
 from flora_fx.export import Decoder, export_onnx, load_decoder
 from flora_fx.export.directory.operators import operators_library
+from flora_fx.measuring.sessions import session_options
 
 from ..contenders.contender import Contender
-from ..contenders.onnx_contenders import session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 
@@ -81,7 +81,7 @@ def write_exports(
     for name in wanted:
         several = {"adapters": adapters} if name in _WITH_ALL else {}
         swapped = {"hot_swap": True} if name in _SWAPPED else {}
-        options = {**several, **swapped, "custom_ops": name in _OPS}
+        options: dict[str, Any] = {**several, **swapped, "custom_ops": name in _OPS}
         export_onnx(base if name == BASE else model, place / name, providers=providers, **options)
 
 
@@ -112,7 +112,7 @@ def _opened(settings: Settings, directory: Path) -> Decoder:
     return load_decoder(
         directory,
         providers=[PROVIDERS[settings.device]],
-        session_options=session_options(settings),
+        session_options=session_options(settings.threads),
         verify=False,
         cuda_graph=settings.device == "cuda",
     )

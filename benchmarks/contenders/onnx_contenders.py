@@ -21,16 +21,14 @@ from flora_fx.export import Decoder, Manifest
 from flora_fx.export.directory.genai_config import GENAI_CONFIG
 from flora_fx.export.directory.manifest import MANIFEST, read_manifest
 from flora_fx.export.run.session import Session
+from flora_fx.measuring.sessions import session_options
 
 from .contender import Contender
 from .onnx_exports import PREFILL, PROVIDERS, decode_graph
 from .settings import SHAPES, Settings
 from .step import empty_cache
 
-__all__ = ["SPINNING", "GrowingContender", "SharedContender", "onnx_contenders", "session_options"]
-
-SPINNING = ("session.force_spinning_stop", "1")
-"""An entry of `session_options`."""
+__all__ = ["GrowingContender", "SharedContender", "onnx_contenders"]
 
 _Cache = dict[tuple[int, str], Any]
 """``onnxruntime.OrtValue`` by layer and by ``key`` or ``value``."""
@@ -89,21 +87,9 @@ def _shares(directory: Path) -> bool:
     return config.exists() and bool(json.loads(config.read_text())["search"]["past_present_share_buffer"])
 
 
-def session_options(settings: Settings, entries: Entries = ()) -> Any:
-    """The ``onnxruntime.SessionOptions`` of every contender, with further entries of its configuration."""
-    options = require("onnxruntime", "onnx").SessionOptions()
-    options.intra_op_num_threads = settings.threads
-    options.log_severity_level = 3
-    # Threads wait actively within a run, as by default, and not after it: that would slow down who comes next
-    # (seen on 2 cores: three sessions and a torch function in turns all took twice as long as alone).
-    for entry in (SPINNING, *entries):
-        options.add_session_config_entry(*entry)
-    return options
-
-
 def _session(settings: Settings, path: Path, entries: Entries, *, cuda_graph: bool = False) -> Session:
     providers = [PROVIDERS[settings.device]]
-    options = session_options(settings, entries)
+    options = session_options(settings.threads, entries)
     session = Session(path, providers=providers, session_options=options, cuda_graph=cuda_graph)
     if session.device != settings.device:
         raise ExportError(f"ONNX Runtime runs {path} on {session.device}, not on {settings.device}")

@@ -17,8 +17,8 @@ from torch import Tensor
 from flora_fx.errors import require
 from flora_fx.export import Decoder, load
 from flora_fx.measuring.method import Clock, paired, take_turns
+from flora_fx.measuring.sessions import QUIET, session_options
 
-from ..contenders.onnx_contenders import SPINNING, session_options
 from ..contenders.onnx_exports import PROVIDERS
 from ..contenders.settings import Settings
 from ..measure.isolated import Progress
@@ -62,7 +62,7 @@ class Job:
         decoder = load(
             self.directory,
             providers=[PROVIDERS[settings.device]],
-            session_options=session_options(settings),
+            session_options=session_options(settings.threads),
             verify=False,
             cuda_graph=settings.device == "cuda",
         )
@@ -96,7 +96,7 @@ class _Genai:
         self._genai = require("onnxruntime_genai", "genai")
         settings = job.settings
         config = self._genai.Config(str(job.directory))
-        options = {"intra_op_num_threads": settings.threads, **dict([SPINNING])}
+        options = {"intra_op_num_threads": settings.threads, **dict([QUIET])}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         config.clear_providers()  # whatever device the export was checked on
         if settings.device == "cuda":

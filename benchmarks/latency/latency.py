@@ -28,7 +28,7 @@ from ..contenders.references import known
 from ..contenders.settings import Settings
 from ..contenders.torch_contenders import LIVE, RUNNERS, Form, TorchContender, available, make_contender
 from ..measure.compiled import compilations, was_compiled
-from ..measure.isolated import Progress, isolated
+from ..measure.isolated import Progress, isolated, part
 from ..measure.tolerances import verdict
 from ..measure.trace import busy, trace
 
@@ -100,7 +100,7 @@ def measure(
             job = Job(settings, runner, prompt, new, passes, graphs, *named, kept=Path(place, "references"))
             try:
                 groups = [
-                    isolated(sample, job, index, threads=settings.threads, progress=_part(tick, index, processes))
+                    isolated(sample, job, index, threads=settings.threads, progress=part(tick, index, processes))
                     for index in range(processes)
                 ]
             except RuntimeError as error:
@@ -161,11 +161,6 @@ class Job:
         return {name: form.adapted for name, form in RUNNERS[self.runner].items()}
 
 
-def _part(progress: Progress, index: int, count: int) -> Progress:
-    """The progress of one of several equal parts."""
-    return lambda done, total: progress(index * total + done, count * total)
-
-
 def sample(job: Job, seed: int, progress: Progress) -> dict[str, Any]:
     """Build the contenders of a runner in an order of this process, check them and let them take turns.
 
@@ -185,7 +180,7 @@ def samples(jobs: Sequence[Job], seed: int, progress: Progress) -> Iterator[dict
     order = random.Random(seed)
     built = _build(jobs[0], checked_text(jobs[0], seed)[0], order)
     for index, job in enumerate(jobs):
-        yield _sample(job, built, seed, order, _part(progress, index, len(jobs)))
+        yield _sample(job, built, seed, order, part(progress, index, len(jobs)))
 
 
 def _sample(

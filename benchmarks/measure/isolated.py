@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["Progress", "isolated"]
+__all__ = ["Progress", "isolated", "part"]
 
 Progress = Callable[[int, int], None]
+
+
+def part(progress: Progress, index: int, count: int) -> Progress:
+    """The progress of one of several equal parts.
+
+    >>> part(print, 1, 3)(2, 5)
+    7 15
+    """
+    return lambda done, total: progress(index * total + done, count * total)
 
 
 def isolated(function: Callable[..., Any], *args: Any, threads: int, progress: Progress, first: int = 0) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flora_fx.export import export_onnx, load
 from flora_fx.measuring.method import compare
+from flora_fx.measuring.sessions import session_options
 from flora_fx.quantized.nearest import quantize_linears
 from flora_fx.quantized.weight import Kind
 
@@ -64,8 +65,6 @@ def decode(settings: Settings, *, prompt: int, rounds: int, progress: Progress) 
         rows with ``way``, ``bytes`` of the file of weights, ``error`` (of the logits to PyTorch, over the largest), and
         the fields of a `Timing`.
     """
-    import onnxruntime
-
     warm_up, steps = 3, len(WAYS) + rounds
     tokens = torch.arange(prompt)[None] % 997
     rows: list[dict[str, Any]] = []
@@ -73,9 +72,7 @@ def decode(settings: Settings, *, prompt: int, rounds: int, progress: Progress) 
     with tempfile.TemporaryDirectory(prefix="flora-quantized-") as place:
         for number, (name, way) in enumerate(WAYS.items()):
             result = export_onnx(_model(settings, way), Path(place, str(number)), dtype=way[3], **way[4])
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = settings.threads
-            runner: Any = load(result.directory, session_options=options)
+            runner: Any = load(result.directory, session_options=session_options(settings.threads))
             stream = runner.stream(tokens, max_new_tokens=rounds + warm_up + 1, eos_token_id=[])
             next(stream)  # the prompt
             streams[name] = stream

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import flora_fx
 from flora_fx.demo.step import CachedStep
+from flora_fx.measuring.sessions import session_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +97,7 @@ def export_all(
             "max_abs_error": exported.max_abs_error,
             "greedy_tokens_equal": exported.greedy_tokens_equal,
         }
-        runners[name] = load(directory / name)
+        runners[name] = load(directory / name, session_options=session_options())
         progress(done + 1, len(sources))
     for text in texts:
         ids = tokenizer(text["prompt"], return_tensors="pt")["input_ids"]

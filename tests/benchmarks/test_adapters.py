@@ -28,7 +28,7 @@ def test_all_contenders_are_timed_and_right(monkeypatch: pytest.MonkeyPatch, tmp
     rows = adapters.sample(TINY, 2, 4, 2, ALL, tmp_path / "exports", lambda *at: done.append(at))
     assert [row["variant"] for row in rows] == ALL
     assert not [row["refused"] for row in rows if "refused" in row]
-    assert done == [(1, 2), (2, 2)]
+    assert done == [(1, 4), (2, 4), (3, 4), (4, 4)]  # two runtimes, one after the other
     assert all(row["tokens_per_second"] > 0 for row in rows)
     rows = [{**row, "adapters": 8, "batch": 8} for row in rows]
     result = {"settings": {**vars(TINY)}, "prompt": 4, "rounds": 2, "rows": rows}

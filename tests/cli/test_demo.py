@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import flora_fx.export
 from flora_fx import cli, demo
 from flora_fx.demo import quantized
 from flora_fx.demo.step import CachedStep
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import Recipe, build_tokenizer, train_base
+from flora_fx.export import load
+from flora_fx.measuring.sessions import QUIET
 
 from .conftest import llama
 
@@ -25,7 +29,14 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantized, "_THREADS", 1)
 
 
-def test_fast_demo(tmp_path: Path) -> None:
+def test_fast_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def opened(directory: Path, *, session_options: Any) -> Any:
+        asked.append(session_options.get_session_config_entry(QUIET[0]))
+        return load(directory, session_options=session_options)
+
+    monkeypatch.setattr(flora_fx.export, "load", opened)
     result = CliRunner().invoke(cli.build_app(), ["demo", "--output", str(tmp_path), "--fast", "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -46,6 +57,7 @@ def test_fast_demo(tmp_path: Path) -> None:
         for name in told["onnx"]
     ]
     assert [len(declines) > 0 for declines in declined] == [name == "unmerged" for name in told["onnx"]]
+    assert asked == [QUIET[1]] * 4, "a session's threads would take the time of the next one"
     for phases in told["latency"].values():
         assert {"base", "unmerged", "fused", "merged"} <= set(phases["TTFT"])
         assert set(phases["TTFT"]) == set(phases["TPOT"])
