@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flora_fx.errors import ExportError
 from flora_fx.ir import Role
@@ -18,14 +18,27 @@ from flora_fx.reporting.fusion_report import FusionReport
 
 from ..run.session import provider_name, usable_providers
 from ..trace.capture import PREFIX
+from ..trace.model import private_copy
 from ..trace.quantized_base import QuantizedBase
 from .quantized_bits import StoredWeight, stored_weights
 from .quantized_probe import Probe, probe
 
-__all__ = ["base_notes", "check_base"]
+__all__ = ["base_notes", "check_base", "exact_copy"]
 
 _CODES = ".codes"
 _DTYPES = {"FLOAT": torch.float32, "FLOAT16": torch.float16, "BFLOAT16": torch.bfloat16}
+
+
+def exact_copy(model: nn.Module) -> nn.Module:
+    """What an export is compared with: in float64, in which the weights are exact, too.
+
+    In float32 where attention is the one that transformers calls eager. That adds the least number of its dtype to what
+    is masked and takes the softmax in float32: of float64's least number -inf is left, and of a row that is masked as a
+    whole, as that of padding is, NaN.
+    """
+    configs = (getattr(module, "config", None) for module in model.modules())
+    eager = any(getattr(config, "_attn_implementation", None) == "eager" for config in configs)
+    return private_copy(model, torch.float32 if eager else torch.float64)
 
 
 def check_base(
