@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 import flora_fx
 from flora_fx.errors import TieError
 from flora_fx.ops import accumulate, autocasts, hold
-from flora_fx.passes.rewrite.direct import FUNCTIONS, METHODS
+from flora_fx.passes.rewrite.direct import FUNCTIONS, METHODS, directly
 from tests.architectures import example_inputs, lora_model
 
 aten = torch.ops.aten
@@ -244,6 +244,31 @@ def test_functions_and_methods_compute_what_the_overload_computes(overload: Any)
     alike = found if isinstance(found, tuple | list) else [found]
     wanted = expected if isinstance(expected, tuple | list) else [expected]
     assert [(t.dtype, t.stride()) for t in alike] == [(t.dtype, t.stride()) for t in wanted]
+
+
+@pytest.mark.parametrize("overload", [*FUNCTIONS, *METHODS], ids=str)
+def test_they_take_all_that_the_overload_takes_by_place(overload: Any) -> None:
+    """torch.export writes every argument down that a model gave, wherever Python takes it by name alone."""
+    arguments = [argument for argument in overload._schema.arguments if not argument.kwarg_only]
+    tensors = sum(str(argument.type) == "Tensor" for argument in arguments)
+    given = SAMPLES.get(overload, tuple(torch.rand(2, 3) + 0.5 for _ in range(tensors)))
+    given += tuple(argument.default_value for argument in arguments[len(given) :])
+    graph = fx.Graph()
+    tensors_given: list[Tensor] = []
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        tensors_given.append(value)
+        return graph.placeholder(f"x{len(tensors_given)}")
+
+    node = graph.call_function(overload, fx.node.map_aggregate(given, placed))
+    graph.output(node)
+    directly(node)
+    assert node.target is not overload
+    expected = overload(*copy.deepcopy(given))
+    found = fx.GraphModule({}, graph)(*copy.deepcopy(tensors_given))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_autocast_is_asked_about_in_words_that_every_dynamo_knows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from flora_fx.graph.program import Program
 from flora_fx.passes.context import Context
 
-__all__ = ["call_directly"]
+__all__ = ["call_directly", "directly"]
 
 aten = torch.ops.aten
 
@@ -62,6 +62,9 @@ METHODS: dict[Any, str] = {
 }
 """The same, of tensors."""
 
+BY_PLACE: dict[Any, int] = {aten.to.dtype: 4}
+"""How many arguments are given by place, where that is not all of them: the method takes the others by name."""
+
 
 def call_directly(context: Context) -> None:
     """Rewrite what there is a function or a method for."""
@@ -69,12 +72,23 @@ def call_directly(context: Context) -> None:
     for node in program.graph.nodes if program.settles else ():
         if node.op != "call_function":
             continue
-        if node.target in METHODS:
-            node.op, node.target = "call_method", METHODS[node.target]
-        elif node.target is aten.slice.Tensor:
+        if node.target is aten.slice.Tensor:
             _narrow(program, node)
         else:
-            node.target = FUNCTIONS.get(node.target, node.target)
+            directly(node)
+
+
+def directly(node: Node) -> None:
+    """Rewrite one call of an overload, if there is a function or a method for it."""
+    if node.target in BY_PLACE:
+        names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+        count = BY_PLACE[node.target]
+        node.kwargs = {**node.kwargs, **dict(zip(names[count:], node.args[count:], strict=False))}
+        node.args = node.args[:count]
+    if node.target in METHODS:
+        node.op, node.target = "call_method", METHODS[node.target]
+    else:
+        node.target = FUNCTIONS.get(node.target, node.target)
 
 
 def _narrow(program: Program, node: Node) -> None:
