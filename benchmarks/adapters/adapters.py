@@ -135,8 +135,8 @@ def _timed(
     PyTorch's threads wait actively for milliseconds after a call, on cores that who comes next wants: a session of ONNX
     Runtime took 60% more behind one of PyTorch's contenders than behind another session (2 cores).
     """
-    runners = [[name for name in found if name.endswith(RUNNER) is onnx] for onnx in (False, True)]
-    groups = [group for group in (runners[0], [PEFT, *runners[1]]) if group != [PEFT]]
+    sessions = [name for name in found if name.endswith(RUNNER)]
+    groups = [[name for name in found if name not in sessions], *([[PEFT, *sessions]] if sessions else [])]
     timings: dict[str, Timing] = {}
     for number, group in enumerate(groups):
         calls = {name: partial(found[name].decode, token) for name in group}

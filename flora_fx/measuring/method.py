@@ -9,6 +9,8 @@
 - A ratio is refused, not printed, when a contender's outputs differ from a float64 reference by more than its dtype
   explains (see `benchmarks/measure/tolerances.py`), when it was to be compiled and a profile shows that it was not, or
   when something was compiled while the clock ran.
+- Threads of ONNX Runtime's sessions stop waiting when a run is over (see `sessions`). PyTorch's go on for milliseconds:
+  where both runtimes are compared, each has turns of its own.
 - On a GPU the time is between two CUDA events, and the L2 cache is overwritten before each call. On a CPU the turns do
   the same for models that exceed the last cache together.
 """

@@ -17,7 +17,8 @@ def session_options(threads: int = 0, entries: Sequence[tuple[str, str]] = ()) -
     """The ``onnxruntime.SessionOptions`` of a contender.
 
     A session's threads go on looking for work when a run is over. On as many cores as it has threads that takes the
-    time of whoever comes next: six exports in turns on 2 cores took 12 ms a token each, and take 3 with `QUIET`.
+    time of whoever comes next: of nine exports in turns on 2 cores each took five to seven times what it takes with
+    `QUIET` (``python -m benchmarks quantized``).
 
     Args:
         threads: of a run; 0 for as many as there are cores.

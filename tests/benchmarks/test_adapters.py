@@ -49,6 +49,13 @@ def test_cuda_graphs_are_timed_where_there_are_any() -> None:
     ]
 
 
+@pytest.mark.parametrize("others", [[], ["base (eager)"], ["base (onnxruntime)"]], ids=str)
+def test_few_take_part(others: list[str], tmp_path: Path) -> None:
+    rows = adapters.sample(TINY, 2, 4, 1, [PEFT, *others], tmp_path / "exports", lambda *at: None)
+    assert {row["variant"] for row in rows} == {PEFT, *others}
+    assert next(row["ratio"] for row in rows if row["variant"] == PEFT) == 1
+
+
 def test_operators_that_are_not_built_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLORA_ORT_LIBRARY", str(tmp_path / "nowhere.so"))
     assert onnx_contenders.writable("cpu") == NAMES[:5]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,21 +13,14 @@ from benchmarks.quantized import decoding, quantized
 from benchmarks.quantized.commands import QUANTIZED
 from benchmarks.quantized.decoding import REFERENCE, WAYS
 from benchmarks.quantized.task import FORMATS
-from flora_fx.export import load
-from flora_fx.measuring.sessions import QUIET
+from tests.quiet_sessions import noted
 
 FEW = (REFERENCE, "4 bits kept, int8 activations, LoRA live", "NF4 kept, LoRA live")
 
 
 @pytest.mark.parametrize("ways", [FEW, pytest.param(tuple(WAYS), marks=pytest.mark.slow)], ids=["few", "all"])
 def test_all_parts_in_small(ways: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def opened(directory: Path, *, session_options: Any) -> Any:
-        asked.append(session_options.get_session_config_entry(QUIET[0]))
-        return load(directory, session_options=session_options)
-
-    monkeypatch.setattr(decoding, "load", opened)
+    quiet = noted(monkeypatch, decoding)
     for way in {*WAYS}.difference(ways):
         monkeypatch.delitem(WAYS, way)
     if ways == FEW:
@@ -58,7 +50,7 @@ def test_all_parts_in_small(ways: tuple[str, ...], monkeypatch: pytest.MonkeyPat
     assert rows["4 bits", "live, kept, int8 activations"]["error"] > rows["4 bits", "live, kept"]["error"]
     assert [row["way"] for row in found["decode"]] == [*ways]
     assert found["decode"][0]["ratio"] == 1
-    assert asked == [QUIET[1]] * len(ways), "a session's threads would take the time of the next one"
+    assert quiet == [True] * len(ways), "a session's threads would take the time of the next one"
     sizes = {row["way"]: row["bytes"] for row in found["sizes"]}
     linears = 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160
     assert sizes["float16"] == 2 * linears

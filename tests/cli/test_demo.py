@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,7 @@ from flora_fx.demo import quantized
 from flora_fx.demo.step import CachedStep
 from flora_fx.demo.text import prose, zen
 from flora_fx.demo.train import Recipe, build_tokenizer, train_base
-from flora_fx.export import load
-from flora_fx.measuring.sessions import QUIET
+from tests.quiet_sessions import noted
 
 from .conftest import llama
 
@@ -30,13 +28,7 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fast_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def opened(directory: Path, *, session_options: Any) -> Any:
-        asked.append(session_options.get_session_config_entry(QUIET[0]))
-        return load(directory, session_options=session_options)
-
-    monkeypatch.setattr(flora_fx.export, "load", opened)
+    quiet = noted(monkeypatch, flora_fx.export)
     result = CliRunner().invoke(cli.build_app(), ["demo", "--output", str(tmp_path), "--fast", "--json"])
     assert result.exit_code == 0, result.output
     told = json.loads(result.stdout)
@@ -57,7 +49,7 @@ def test_fast_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in told["onnx"]
     ]
     assert [len(declines) > 0 for declines in declined] == [name == "unmerged" for name in told["onnx"]]
-    assert asked == [QUIET[1]] * 4, "a session's threads would take the time of the next one"
+    assert quiet == [True] * 4, "a session's threads would take the time of the next one"
     for phases in told["latency"].values():
         assert {"base", "unmerged", "fused", "merged"} <= set(phases["TTFT"])
         assert set(phases["TTFT"]) == set(phases["TPOT"])
