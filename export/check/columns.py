@@ -28,13 +28,16 @@ class Cut:
     axis: int
     product: str
 
-    def pieces(self, tensor: Any, directory: Path, size: int) -> Iterator[Any]:
+    def pieces(self, tensor: Any, directory: Path, size: int, scratch: str) -> Iterator[Any]:
         """The weight, as initializers of the same name that have one group of columns each, in order.
+
+        Their numbers stay in files: protobuf would hold them several times before they are read.
 
         Args:
             tensor: the initializer; its numbers are in a file.
             directory: of the file.
             size: about the bytes of a piece; one column, at the least.
+            scratch: name of a file in the directory that is written for each piece whose numbers do not lie together.
         """
         rows, columns = tensor.dims
         offset, length, path = int(_entry(tensor, "offset") or 0), _length(tensor), _entry(tensor, "location")
@@ -42,23 +45,15 @@ class Cut:
         step = max(1, count * size // length)
         for start in range(0, count, step):
             end = min(start + step, count)
-            piece = type(tensor)(name=tensor.name, data_type=tensor.data_type)
+            part = length // count * (end - start)
             if self.axis == 0:
-                row = length // rows
-                at = offset + start * row
-                piece.dims.extend((end - start, columns))
-                piece.data_location = tensor.data_location
-                for key, value in (("location", path), ("offset", at), ("length", (end - start) * row)):
-                    piece.external_data.add(key=key, value=str(value))
+                yield _initializer(tensor, (end - start, columns), path, offset + start * (length // rows), part)
             else:
                 width = length // (rows * columns)
-                piece.dims.extend((rows, end - start))
-                with (directory / path).open("rb") as file:
-                    piece.raw_data = b"".join(
-                        _read(file, offset + (row * columns + start) * width, (end - start) * width)
-                        for row in range(rows)
-                    )
-            yield piece
+                with (directory / path).open("rb") as file, (directory / scratch).open("wb") as copy:
+                    for row in range(rows):
+                        copy.write(_read(file, offset + (row * columns + start) * width, (end - start) * width))
+                yield _initializer(tensor, (rows, end - start), scratch, 0, part)
 
 
 def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:
@@ -82,6 +77,13 @@ def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:
     if tensor is None or len(tensor.dims) != 2 or not tensor.external_data or product.input[0] in weights:
         return None
     return Cut(given, axis, product.output[0])
+
+
+def _initializer(like: Any, shape: tuple[int, int], location: str, offset: int, length: int) -> Any:
+    made = type(like)(name=like.name, data_type=like.data_type, dims=shape, data_location=like.data_location)
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        made.external_data.add(key=key, value=str(value))
+    return made
 
 
 def _read(file: BinaryIO, at: int, count: int) -> bytes:

@@ -26,7 +26,7 @@ __all__ = ["Inputs", "Parts"]
 
 _BYTES = 192 * 2**20
 """Of weights, in a part that has more than one."""
-_PART, _DATA = ".part.onnx", ".part.onnx.data"
+_PART, _DATA, _COLUMNS = ".part.onnx", ".part.onnx.data", ".part.onnx.columns"
 
 Inputs = Callable[[str], Tensor]
 """Gives an input by its name, when it is needed."""
@@ -160,7 +160,7 @@ class Parts:
         if cut is None or part.made != (cut.product,) or self._size(cut.weight) <= _BYTES:
             yield weights
             return
-        for piece in cut.pieces(self._weights[cut.weight], self._path.parent, _BYTES):
+        for piece in cut.pieces(self._weights[cut.weight], self._path.parent, _BYTES, _COLUMNS):
             yield [piece]
 
     def _opened(self, part: _Part, weights: Sequence[Any]) -> Session:
@@ -174,12 +174,12 @@ class Parts:
             weights,
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        written = [self._path.with_name(name) for name in (_PART, f"wide{_PART}", f"wide{_DATA}")]
-        plain, wide, _ = written
+        written = [self._path.with_name(name) for name in (_PART, _COLUMNS, f"wide{_PART}", f"wide{_DATA}")]
+        plain, _, wide, data = written
         try:
             plain.write_bytes(model.SerializeToString())
             if self._wide:
-                save_in_float32(plain, wide, data=written[2].name)
+                save_in_float32(plain, wide, data=data.name)
             return Session(
                 wide if self._wide else plain, providers=self._providers, session_options=self._session_options()
             )
