@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 import flora_fx
 from flora_fx import FuseConfig
 from tests.adapters import D_IN, Siblings
+from tests.patience import LIMIT_S
 
 WIDE = 96
 """Features; the base's bytes are most of a pack's."""
@@ -283,8 +284,8 @@ def test_another_process_is_given_the_values() -> None:
     weights = adapter(model.named_parameters())
     process = context.Process(target=_send, args=(queue, weights))
     process.start()
-    sums = queue.get(timeout=120)
-    process.join(60)
+    sums = queue.get(timeout=LIMIT_S)
+    process.join(LIMIT_S)
     assert process.exitcode == 0
     assert sums == pytest.approx({name: value.sum().item() for name, value in weights.items()}, rel=1e-5, abs=1e-5)
     with warnings.catch_warnings():

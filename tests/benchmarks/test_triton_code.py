@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.patience import LIMIT_S
+
 from .triton_code import WIDTH, Block, binary, kernels, written
 
 triton = pytest.importorskip("triton", reason="triton is not installed here")
@@ -29,6 +31,6 @@ def test_kernels_with_unrolled_sums_compute_what_the_model_computes() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.triton_code"]
     root = Path(__file__).parents[2]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, cwd=root, timeout=600)
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=environment, cwd=root, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split()[-1]) < 1e-5

@@ -19,6 +19,7 @@ from flora_fx.commands import leaving_out
 from flora_fx.commands.leaving_out import leave_out
 from flora_fx.commands.stages import uncollected
 from flora_fx.errors import FloraError
+from tests.patience import LIMIT_S
 
 from .running import invoke
 
@@ -194,7 +195,7 @@ main()
 )
 def test_the_process_ends_at_once(arguments: list[str], code: int, said: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _ENDING, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", _ENDING, *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == code, done.stderr
     lines = done.stdout.splitlines()
@@ -208,4 +209,4 @@ def test_nobody_reads() -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(60) != 0
+    assert process.wait(LIMIT_S) != 0

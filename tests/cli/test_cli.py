@@ -11,6 +11,7 @@ import pytest
 
 import flora_fx
 from flora_fx import cli
+from tests.patience import LIMIT_S
 
 from .running import invoke
 
@@ -77,6 +78,6 @@ def test_python_dash_m(model_dir: Path, adapter_dir: Path) -> None:
         adapter_dir,
         "--json",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)

@@ -79,31 +79,6 @@ DIFFERENCES = (
         )
         for test in ("test_inspect_encoder_decoder", "test_inspect_with_inputs_from_a_file")
     ),
-    *(
-        Difference(
-            f"tests/quantized/test_live.py::test_bitsandbytes_dequantizes_to_the_same_bits[[]{case}]",
-            ("bitsandbytes<0.49",),
-            "bitsandbytes dequantizes on a CPU in the layer's own dtype, and FP4 by a table of fewer digits",
-        )
-        for case in ("dtype0-*-fp4", "dtype[12]-*")
-    ),
-    Difference(
-        "tests/variants/test_variants.py::test_a_variant_is_fused_or_declined_as_the_table_says_and_never_wrong"
-        "[[]bitsandbytes 4 bits captured]",
-        ("bitsandbytes<0.49",),
-        "bitsandbytes dequantizes on a CPU by a table of fewer digits, so its outputs are further from what is fused",
-    ),
-    Difference(
-        "tests/quantized/test_live.py::test_codes_that_the_cpu_kernel_has_reordered_come_back",
-        ("bitsandbytes<0.49",),
-        "bitsandbytes has no kernel that reorders the codes of a layer",
-    ),
-    Difference(
-        "tests/quantized/test_live.py::test_a_last_block_that_is_not_whole_is_told",
-        ("bitsandbytes<0.49",),
-        "bitsandbytes quantizes a last block that is not whole past the end of its memory on a CPU, and may crash",
-        run=False,
-    ),
     Difference(
         "tests/export/trace/test_decoder_refusals.py::test_what_group_query_attention_cannot_do[[]GPT-J]",
         ("transformers>=5.24",),

@@ -30,8 +30,8 @@ from tests.ecosystem.lora_training import (
     gradients,
     trainable_llama,
 )
+from tests.patience import LIMIT_S
 
-LIMIT_S = 900
 STEPS = 3
 
 IMPORTED = [

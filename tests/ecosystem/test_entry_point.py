@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-LIMIT_S = 900
+from tests.patience import LIMIT_S
+
 MODEL = """
 import sys, torch
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flora_fx.checkout import checkout
 from flora_fx.export import export_onnx, load_decoder
+from tests.patience import LIMIT_S
 
 pytestmark = pytest.mark.skipif(checkout() is None, reason="docker/ is a checkout's")
 
@@ -53,11 +54,12 @@ def post(place: Path) -> Iterator[Post]:
     replica = module["Replica"](place / "exported", place / "loras")
     served = module["server"](replica, "127.0.0.1", 0)
     threading.Thread(target=served.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{served.server_port}"
 
     def ask(path: str, content: Any = None) -> tuple[int, dict[str, Any]]:
         data = None if content is None else content if isinstance(content, bytes) else json.dumps(content).encode()
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{served.server_port}{path}", data, timeout=30) as answer:
+            with urllib.request.urlopen(f"{address}{path}", data, timeout=LIMIT_S) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
@@ -118,7 +120,7 @@ def test_sigterm_ends_it(place: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline().startswith("ready at http://127.0.0.1:")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=LIMIT_S) == 0
 
 
 def test_the_image_is_made_of_files_that_there_are_and_that_docker_sees() -> None:

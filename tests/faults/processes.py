@@ -9,6 +9,8 @@ import time
 import traceback
 from collections.abc import Callable
 
+from tests.patience import LIMIT_S
+
 __all__ = ["Forked", "die_before_line"]
 
 
@@ -39,7 +41,7 @@ class Forked:
         self.said: list[str] = []
         self._rest = ""
 
-    def wait_for(self, word: str, seconds: float = 900) -> bool:
+    def wait_for(self, word: str, seconds: float = LIMIT_S) -> bool:
         """Whether it says a word, before it ends."""
         os.set_blocking(self._words, False)
         end = time.monotonic() + seconds

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from flora_fx.adapters import FloraConfig, FloraLayer
 from flora_fx.adapters.link import Link
 from flora_fx.errors import AdapterError
+from tests.patience import LIMIT_S
 
 from .reference import PLACES, assert_close, assert_differ, attach, base_model, output, tokens
-
-LIMIT_S = 900
 
 
 def ends(model: nn.Module) -> list[Link]:

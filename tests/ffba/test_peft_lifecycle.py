@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from flora_fx.adapters import FloraConfig, FloraLayer
 from flora_fx.errors import AdapterError
 from tests.architectures import VOCAB
+from tests.patience import LIMIT_S
 
 from .reference import PLACES, assert_differ, attach, base_model, output, tokens, weights_of
-
-LIMIT_S = 900
 
 
 def active(model: nn.Module) -> set[tuple[str, ...]]:

@@ -31,6 +31,7 @@ from flora_fx.export.directory.manifest import read_manifest
 from flora_fx.export.targets import TargetName
 from flora_fx.export.trace.model import private_copy, unwrap
 from tests.export.exported_models import Export, Exported, build
+from tests.patience import LIMIT_S
 
 CPU = ["CPUExecutionProvider"]
 
@@ -310,7 +311,7 @@ def test_in_less_memory_than_the_weights_take(tmp_path: Path) -> None:
     size = sum(parameter.nbytes for parameter in model.parameters())
     del model
     command = [sys.executable, "-W", "ignore", "-c", _LIMITED, str(tmp_path), str(size * 4 // 5)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     quick, full = done.stdout.splitlines() or [done.stderr[-2000:], ""]
     assert quick == "quick: quick"
     assert re.match("full: .*(bad_alloc|allocate|memory)", full), full

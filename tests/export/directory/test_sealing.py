@@ -16,6 +16,7 @@ from flora_fx.export import export_onnx
 from flora_fx.export.directory import sealing as module
 from flora_fx.export.directory.sealing import Sealing
 from tests.export.exported_models import build
+from tests.patience import LIMIT_S
 
 CONTENT = bytes(range(251)) * 4099
 
@@ -52,13 +53,13 @@ def test_it_is_read_while_something_else_is_done(file: Path, monkeypatch: pytest
 
     def slow(path: Path) -> str:
         began.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LIMIT_S)
         return f"of {path.name}"
 
     monkeypatch.setattr(module, "sha256", slow)
     with Sealing() as sealing:
         sealing.begin(file)
-        assert began.wait(60)  # and this thread is here
+        assert began.wait(LIMIT_S)  # and this thread is here
         go_on.set()
         assert sealing.sha256(file) == "of model.onnx.data"
 
@@ -99,7 +100,7 @@ def test_nothing_runs_on_after_an_error(file: Path, monkeypatch: pytest.MonkeyPa
     def fail() -> None:
         with Sealing() as sealing:
             sealing.begin(file)
-            assert began.wait(60)
+            assert began.wait(LIMIT_S)
             raise KeyError
 
     with pytest.raises(KeyError):

@@ -12,6 +12,7 @@ import torch
 from transformers.exporters import exporter_onnx, utils  # noqa: F401  (which registers)
 
 from flora_fx.export.trace.capture import _applied, _exportable
+from tests.patience import LIMIT_S
 
 _IMPORTS = """
 import sys
@@ -49,7 +50,7 @@ def test_all_that_transformers_replaces(backend: str) -> None:
 
 def test_a_model_that_nobody_imported_stays_so() -> None:
     command = [sys.executable, "-W", "ignore", "-c", _IMPORTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT_S)
     assert done.returncode == 0, done.stderr[-2000:]
     of_models = [name for name in done.stdout.split() if not name.startswith("transformers.models.auto.")]
     assert of_models == ["transformers.models.nllb_moe.modeling_nllb_moe"]
