@@ -25,6 +25,8 @@ from flora_fx.storage import module, pack
 
 from .test_threads import X, assert_equal, model
 
+pytestmark = pytest.mark.usefixtures("uncollected")
+
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "CUDA": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "CPU": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory"),

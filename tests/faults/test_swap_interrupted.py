@@ -18,6 +18,8 @@ from flora_fx.export.run.swapping import SwappableAdapter
 
 from .test_out_of_memory import ERRORS, Failing, interrupted
 
+pytestmark = pytest.mark.usefixtures("uncollected")
+
 WEIGHTS = {"a": (3, 2), "b": (2, 4), "c": (4, 3), "d": (3, 5)}
 """x a b c d: two layers of inputs 3 and 4, ranks 2 and 3, outputs 4 and 5; all stored transposed."""
 
