@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import flora_fx
 from flora_fx import FuseConfig, Reason
+from flora_fx.internals import FakeTensorMode
 from tests.adapters import D_IN, FORMS, TWO_ADAPTERS, Adapted, Siblings, linear
 
 
@@ -211,7 +213,7 @@ def test_adapter_biases() -> None:
             assert len(flora_fx.report(fused).fused) == 1
 
 
-def test_conv1d_of_transformers() -> None:
+def on_conv1d() -> nn.Module:
     conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
     class Model(nn.Module):
@@ -225,11 +227,30 @@ def test_conv1d_of_transformers() -> None:
 
     model = Model().double().requires_grad_(False)
     model.w.bias.normal_()
-    x = torch.randn(2, 5, D_IN, dtype=torch.float64)
+    return model
+
+
+def test_conv1d_of_transformers() -> None:
+    model, x = on_conv1d(), torch.randn(2, 5, D_IN, dtype=torch.float64)
     for capture in KINDS:
         fused = flora_fx.fuse(capture(model, x))
         assert_exact(run(fused, x), model(x))
         assert flora_fx.report(fused).ops_after["gemm"] == 2, capture.__name__
+
+
+def test_example_values_that_lack_numbers() -> None:
+    """As ``FakeTensorProp`` of torch 2.11 leaves them: sizes, and what is computed of sizes, are None."""
+    model, x = on_conv1d(), torch.randn(2, 5, D_IN, dtype=torch.float64)
+    graph = traced(model, x)
+    FakeTensorProp(graph, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x)
+    sizes = [node for node in graph.graph.nodes if not isinstance(node.meta["val"], Tensor)]
+    assert {str(node.target) for node in sizes} >= {"size"}
+    for node in sizes:
+        value = node.meta["val"]
+        node.meta["val"] = (None,) * len(value) if isinstance(value, tuple) else None
+    fused = flora_fx.fuse(graph)
+    assert_exact(run(fused, x), model(x))
+    assert flora_fx.report(fused).ops_after["gemm"] == 2
 
 
 def test_bmm_with_an_expanded_weight_after_decompositions() -> None:

@@ -172,6 +172,24 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert flora_fx.report(loaded) == flora_fx.report(fused)
 
 
+def calls(graph: fx.Graph) -> list[tuple[str, Any]]:
+    return [(node.op, node.target) for node in graph.nodes]
+
+
+@pytest.mark.parametrize("fold_scale", [False, True])
+@pytest.mark.parametrize("accumulate", ["addmm", "add", "unrolled"])
+@pytest.mark.parametrize("layout", ["joined", "beside", "ahead"])
+def test_every_way_is_read_as_it_was_written(layout: Any, accumulate: Any, fold_scale: bool) -> None:
+    """Nothing of it was computed while torch traced the code anew: packs are empty then, and their members change."""
+    config = FuseConfig(layout=layout, accumulate=accumulate, fold_scale=fold_scale)
+    fused = flora_fx.fuse(fx.symbolic_trace(siblings()), config=config)
+    loaded = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(fused))))
+    assert calls(loaded.graph) == calls(fused.graph)
+    assert_equal(loaded(X), fused(X))
+    randomize(loaded)
+    assert_right(loaded)
+
+
 def test_what_torch_cannot_pickle_raises_and_stays_as_it_was(tmp_path: Path) -> None:
     graph = flora_fx.capture(siblings(), X)
     fused = flora_fx.fuse(graph)

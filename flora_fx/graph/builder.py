@@ -153,10 +153,13 @@ class Builder:
         return found if wide == dtype else self.cast(found, dtype)
 
     def annotate(self, node: Node) -> None:
-        """Give a new node the example value that its neighbours have."""
+        """Give a new node the example value that its neighbours have.
+
+        It gets none where one of them is unknown: ``FakeTensorProp`` of torch 2.11 writes None for a size.
+        """
         operands = [self.value(n) for n in node.all_input_nodes]
         mode = self.examples.mode
-        if mode is None or any(operand is None for operand in operands):
+        if mode is None or any(value is None for value in pytree.tree_leaves(operands)):
             return
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.value)
         # Without Python's dispatcher a composite operator (linear, reshape) decomposes in C++, which asks a tensor of

@@ -320,7 +320,13 @@ def _revive(plain: fx.GraphModule, fusion: Fusion) -> FusedGraphModule:
 def _unpickle(
     rebuild: Callable[..., fx.GraphModule], body: dict[str, Any], imports: str, fusion: Fusion
 ) -> FusedGraphModule:
-    return _revive(rebuild(body, imports), fusion)
+    tracer: Any = body.get("_tracer_cls") or fx.Tracer
+    # torch traces the code anew, and what is computed of buffers alone it computes then and there: of packs that are
+    # still empty. Here they are traced, too.
+    whole = type(tracer.__name__, (tracer,), {"proxy_buffer_attributes": True})
+    plain = rebuild({**body, "_tracer_cls": whole}, imports)
+    plain._tracer_cls = plain.graph._tracer_cls = tracer
+    return _revive(plain, fusion)
 
 
 class FusedExportedProgram(ExportedProgram):

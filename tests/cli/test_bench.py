@@ -20,6 +20,7 @@ def bench() -> Result:
 
 def test_a_checkouts_benchmarks_get_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()  # found before any other folder of that name
     (tmp_path / "benchmarks" / "__main__.py").write_text(
         "import sys\nfrom pathlib import Path\n"
         f"Path({str(tmp_path / 'got')!r}).write_text(' '.join(sys.argv[1:]))\n"

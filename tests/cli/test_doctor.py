@@ -29,7 +29,7 @@ def test_it_can_be_pasted_and_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plain.stderr == ""
     assert max(len(line) for line in plain.stdout.splitlines()) <= 120
     assert told["versions"]["python"] == platform.python_version()
-    assert told["versions"]["torch"] == torch.__version__
+    assert told["versions"]["torch"] == version("torch")
     assert told["versions"]["peft"] == version("peft")
     assert told["environment"]["OMP_NUM_THREADS"] == "3"
     assert "CPUExecutionProvider" in told["machine"]["ONNX Runtime has"]

@@ -27,7 +27,7 @@ from .shapes import trace_shapes
 
 __all__ = ["AFTERWARDS", "Unrunnable", "check", "check_compiled"]
 
-AFTERWARDS = (*[""] * 37, "deepcopy", "pickle", "another way")
+AFTERWARDS = (*[""] * 17, "deepcopy", "pickle", "another way")
 """What is done with a fused graph once it is right."""
 
 TENSORS_BETWEEN = ("token between", "feature between", "scalar between")

@@ -13,6 +13,7 @@ import torch
 import flora_ort
 from benchmarks.contenders.models import Adapted, make_model
 from benchmarks.contenders.settings import Settings
+from flora_fx.checkout import checkout
 from flora_fx.errors import ExportError
 from flora_fx.export import Decoder, export_onnx, load
 from flora_fx.export.directory import operators
@@ -63,6 +64,7 @@ def test_without_the_package_the_command_is_named(monkeypatch: pytest.MonkeyPatc
         operators.operators_library(CPU)
 
 
+@pytest.mark.skipif(checkout() is None, reason="flora_ort/ is a checkout's")
 def test_beside_the_other_folders_of_a_checkout(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     monkeypatch.delitem(sys.modules, "flora_ort")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry or ".") / "flora_ort").is_dir()])
