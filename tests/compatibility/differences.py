@@ -24,13 +24,11 @@ class Difference:
         tests: a pattern of their ids, from ``tests/`` on (``[[]`` is a bracket).
         releases: under which they fail, all of them together: ``"torch<2.12"``.
         reason: why they do.
-        run: whether they are run nevertheless, and must fail; False for what ends the process.
     """
 
     tests: str
     releases: tuple[str, ...]
     reason: str
-    run: bool = True
 
     def holds(self, version: Callable[[str], str] = importlib.metadata.version) -> bool:
         """Whether those are installed; ``2.11.0+cu130`` is 2.11.0.
@@ -105,4 +103,4 @@ def expect(items: Iterable[pytest.Item], differences: Iterable[Difference]) -> N
             name = f"tests/{item.path.relative_to(TESTS).as_posix()}::{item.nodeid.partition('::')[2]}"
             for difference in known:
                 if fnmatchcase(name, difference.tests):
-                    item.add_marker(pytest.mark.xfail(reason=difference.reason, run=difference.run, strict=True))
+                    item.add_marker(pytest.mark.xfail(reason=difference.reason, strict=True))

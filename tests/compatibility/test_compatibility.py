@@ -177,13 +177,13 @@ def test_a_known_difference_is_a_strict_xfail_under_its_releases_alone() -> None
         Difference("tests/x/test_a.py::test_b[[]*", ("pytest>=8", "pluggy>=1"), "so it is"),
         Difference("tests/x/test_a.py::*", ("pytest>=8", "pluggy<1"), "not now"),
         Difference("tests/x/test_a.py::*", ("no-such-package>=0",), "not here"),
-        Difference("tests/x/test_a.py::test_bc", ("pytest>=8",), "it crashes", run=False),
+        Difference("tests/x/test_a.py::test_bc", ("pytest>=8",), "another"),
     ]
     expect([*items, elsewhere], differences)
     assert [[mark.kwargs for mark in item.marks] for item in [*items, elsewhere]] == [
-        [{"reason": "so it is", "run": True, "strict": True}],
-        [{"reason": "so it is", "run": True, "strict": True}],
-        [{"reason": "it crashes", "run": False, "strict": True}],
+        [{"reason": "so it is", "strict": True}],
+        [{"reason": "so it is", "strict": True}],
+        [{"reason": "another", "strict": True}],
         [],
     ]
 
