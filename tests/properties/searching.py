@@ -71,9 +71,13 @@ def search_all(part: str) -> Counter[str]:
 
 
 def assert_met(tally: Counter[str], *kinds: str) -> None:
-    """That nothing goes wrong says something where everything is met."""
+    """That nothing goes wrong says something where everything is met; in CI a few rare kinds may not be.
+
+    Which these are depends on the release of hypothesis.
+    """
     if factor() >= 1:
-        assert [kind for kind in kinds if not tally[kind]] == []
+        unmet = [kind for kind in kinds if not tally[kind]]
+        assert len(unmet) <= (0.1 * len(kinds) if factor() == 1 else 0), unmet
         assert tally["unrunnable"] <= 0.05 * tally["graphs"], tally
         assert tally["adapters fused"] >= 0.2 * tally["adapters"], tally
 
