@@ -497,6 +497,7 @@ MUTATIONS = [
             "return _revive(plain, self.fusion)\n\n    def __reduce__",
             "return plain\n\n    def __reduce__",
         ),
+        ("what is computed of packs is read as constants", '{"proxy_buffer_attributes": True}', "{}"),
         first=["tests/test_storage.py", GRAPHS, "tests/test_declines.py"],
     ),
     *core(
