@@ -37,23 +37,27 @@ class Cut:
             tensor: the initializer; its numbers are in a file.
             directory: of the file.
             size: about the bytes of a piece; one column, at the least.
-            scratch: name of a file in the directory that is written for each piece whose numbers do not lie together.
+            scratch: name of a file in the directory, which holds a piece whose numbers do not lie together until the
+                next one is asked for.
         """
         rows, columns = tensor.dims
         offset, length, path = int(_entry(tensor, "offset") or 0), _length(tensor), _entry(tensor, "location")
         count = tensor.dims[self.axis]
-        step = max(1, count * size // length)
+        line = length // count  # the bytes of a row, or of a column
+        step = max(1, size // line)
         for start in range(0, count, step):
-            end = min(start + step, count)
-            part = length // count * (end - start)
+            lines = min(step, count - start)
             if self.axis == 0:
-                yield _initializer(tensor, (end - start, columns), path, offset + start * (length // rows), part)
-            else:
-                width = length // (rows * columns)
+                yield _initializer(tensor, (lines, columns), path, offset + start * line, lines * line)
+                continue
+            width = line // rows
+            try:
                 with (directory / path).open("rb") as file, (directory / scratch).open("wb") as copy:
                     for row in range(rows):
-                        copy.write(_read(file, offset + (row * columns + start) * width, (end - start) * width))
-                yield _initializer(tensor, (rows, end - start), scratch, 0, part)
+                        copy.write(_read(file, offset + (row * columns + start) * width, lines * width))
+                yield _initializer(tensor, (rows, lines), scratch, 0, lines * line)
+            finally:
+                (directory / scratch).unlink(missing_ok=True)
 
 
 def cut_of(nodes: Sequence[Any], weights: Mapping[str, Any]) -> Cut | None:

@@ -174,8 +174,8 @@ class Parts:
             weights,
         )
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version)
-        written = [self._path.with_name(name) for name in (_PART, _COLUMNS, f"wide{_PART}", f"wide{_DATA}")]
-        plain, _, wide, data = written
+        written = [self._path.with_name(name) for name in (_PART, f"wide{_PART}", f"wide{_DATA}")]
+        plain, wide, data = written
         try:
             plain.write_bytes(model.SerializeToString())
             if self._wide:
