@@ -7,13 +7,13 @@ every adapter fused or declined with a reason; the graph given left as it was.
 from __future__ import annotations
 
 from .meanings import ACTIVATIONS, CHANGES, MAPS, SCALES, VIEWS
-from .searching import assert_met, search_all
+from .searching import assert_all_right
 
 
 def test_graphs_as_symbolic_trace_makes_them() -> None:
     forms = {*MAPS, *VIEWS, *CHANGES, *ACTIVATIONS} - {""}
-    assert_met(
-        search_all("quick"),
+    assert_all_right(
+        "quick",
         *(f"declined: {reason}" for reason in REASONS),
         *(f"step: {step}" for step in STEPS),
         *(f"scale: {scale}" for scale in SCALES),
